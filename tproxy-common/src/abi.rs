@@ -1,0 +1,329 @@
+//! Layout of maps and settings: the contract between kernel and userspace.
+//!
+//! Every struct is `repr(C)` with explicit padding and asserted size. A change
+//! of any of them raises [`ABI_VERSION`], which userspace compares before it
+//! reads maps that another version may have pinned.
+
+/// Version of everything in this module.
+pub const ABI_VERSION: u32 = 1;
+
+/// Most workers (listeners of one kind) that [`map::LISTENERS`] holds.
+pub const MAX_WORKERS: u32 = 64;
+
+/// Capacity of the flow table where the user sets none, in flows.
+pub const DEFAULT_MAX_FLOWS: u32 = 131_072;
+
+/// Names of maps and programs, as in the object and under the pin directory.
+pub mod map {
+    /// LRU hash [`FlowKey`](super::FlowKey) → [`Flow`](super::Flow).
+    pub const FLOWS: &str = "FLOWS";
+    /// Per-CPU array of one [`Counters`](crate::counter::Counters).
+    pub const COUNTERS: &str = "COUNTERS";
+    /// Socket map: index [`listener_index`](super::listener_index) → listening socket.
+    pub const LISTENERS: &str = "LISTENERS";
+    /// LPM trie of this host's own addresses: [`LpmKey`](super::LpmKey) → 1.
+    pub const LOCAL: &str = "LOCAL";
+    /// LPM trie of source prefixes: 1 captured, 0 not.
+    pub const SOURCES: &str = "SOURCES";
+    /// LPM trie of destination prefixes: 1 captured, 0 not.
+    pub const DESTINATIONS: &str = "DESTINATIONS";
+    /// Array of 1,024 words of 64 bits: bit `port` is set where that destination port is captured.
+    pub const PORTS: &str = "PORTS";
+    /// LRU hash [`FragmentKey`](super::FragmentKey) → [`FragmentInfo`](super::FragmentInfo).
+    pub const FRAGMENTS: &str = "FRAGMENTS";
+    /// LRU hash [`HostPair`](super::HostPair) → 1: pairs with a proxied UDP flow.
+    pub const HOST_PAIRS: &str = "HOST_PAIRS";
+}
+
+/// Program names, as in the object.
+pub mod program {
+    /// TC ingress of captured interfaces.
+    pub const CAPTURE: &str = "tproxy_capture";
+    /// TC ingress of upstream-facing interfaces: return traffic of `source = client`.
+    pub const UPLINK: &str = "tproxy_uplink";
+    /// TC egress of captured interfaces (and of `lo` with own traffic): counts replies.
+    pub const REPLY: &str = "tproxy_reply";
+    /// TC egress of all interfaces with own traffic: counts replies, turns the host's own flows back to `lo`.
+    pub const OWN: &str = "tproxy_own";
+    /// TC ingress of `lo` with own traffic.
+    pub const LOOPBACK: &str = "tproxy_lo";
+    /// `sk_lookup` of the network namespace (Linux 5.9).
+    pub const LOOKUP: &str = "tproxy_lookup";
+}
+
+/// Which of the four kinds of listener an entry of [`map::LISTENERS`] is.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ListenerKind {
+    /// TCP over IPv4.
+    Tcp4 = 0,
+    /// TCP over IPv6.
+    Tcp6 = 1,
+    /// UDP over IPv4.
+    Udp4 = 2,
+    /// UDP over IPv6.
+    Udp6 = 3,
+}
+
+impl ListenerKind {
+    /// All kinds, in index order.
+    pub const ALL: [Self; 4] = [Self::Tcp4, Self::Tcp6, Self::Udp4, Self::Udp6];
+}
+
+/// Index of a worker's listener in [`map::LISTENERS`].
+#[inline(always)]
+#[must_use]
+pub const fn listener_index(kind: ListenerKind, worker: u32) -> u32 {
+    kind as u32 * MAX_WORKERS + worker
+}
+
+/// An IPv4 or IPv6 address in network byte order; IPv4 is mapped (`::ffff:a.b.c.d`).
+pub type Addr = [u8; 16];
+
+/// The address family by its IP version number.
+#[repr(u8)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Family {
+    /// IPv4.
+    V4 = 4,
+    /// IPv6.
+    V6 = 6,
+}
+
+/// IP protocol number of TCP.
+pub const TCP: u8 = 6;
+/// IP protocol number of UDP.
+pub const UDP: u8 = 17;
+
+/// Maps an IPv4 address into the form that every map uses.
+#[inline(always)]
+#[must_use]
+pub const fn mapped(v4: [u8; 4]) -> Addr {
+    [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, v4[0], v4[1], v4[2], v4[3]]
+}
+
+/// Key of the flow table: what the client sent, whichever way a packet goes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FlowKey {
+    /// The client's address.
+    pub client: Addr,
+    /// The address that the client sent to.
+    pub destination: Addr,
+    /// The client's port, host byte order.
+    pub client_port: u16,
+    /// The port that the client sent to, host byte order.
+    pub destination_port: u16,
+    /// [`TCP`] or [`UDP`].
+    pub protocol: u8,
+    /// Zero.
+    pub pad: [u8; 3],
+}
+
+/// What was decided for a flow.
+#[repr(u8)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// The kernel forwards it; nothing of it reaches userspace.
+    Pass = 1,
+    /// It goes to the proxy.
+    Proxy = 2,
+}
+
+impl Verdict {
+    /// Reads the number that a map holds.
+    #[must_use]
+    pub const fn from_raw(raw: u8) -> Option<Self> {
+        match raw {
+            1 => Some(Self::Pass),
+            2 => Some(Self::Proxy),
+            _ => None,
+        }
+    }
+}
+
+/// Where a flow came from.
+#[repr(u8)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// It arrived on a captured interface.
+    Captured = 0,
+    /// This host itself sent it (`--own-traffic`).
+    Own = 1,
+    /// It arrived on an upstream-facing interface for a host behind this one.
+    Uplink = 2,
+}
+
+/// Value of the flow table.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Flow {
+    /// Packets from the client, as on the wire (a GRO packet counts its segments).
+    pub packets_up: u64,
+    /// IP-layer bytes from the client, as on the wire.
+    pub bytes_up: u64,
+    /// Packets to the client.
+    pub packets_down: u64,
+    /// IP-layer bytes to the client.
+    pub bytes_down: u64,
+    /// First packet, nanoseconds of `CLOCK_MONOTONIC`.
+    pub first_seen: u64,
+    /// Latest packet of either direction, nanoseconds of `CLOCK_MONOTONIC`.
+    pub last_seen: u64,
+    /// Interface that the flow arrived on (own traffic: leaves by).
+    pub ifindex: u32,
+    /// Number of the rule that decided; 0 where none did.
+    pub rule: u16,
+    /// A [`Verdict`].
+    pub verdict: u8,
+    /// An [`Origin`].
+    pub origin: u8,
+    /// [`tcp_seen`](crate::flow::tcp_seen) bits of the client's packets.
+    pub seen_up: u8,
+    /// [`tcp_seen`](crate::flow::tcp_seen) bits of the replies.
+    pub seen_down: u8,
+    /// Zero.
+    pub pad: [u8; 6],
+}
+
+/// Key of an LPM trie over both families. IPv4 prefixes are 96 bits longer.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LpmKey {
+    /// Prefix length in bits of the mapped address, 0 to 128.
+    pub prefix_len: u32,
+    /// The address.
+    pub addr: Addr,
+}
+
+/// Identifies the fragments of one datagram (RFC 791, RFC 8200).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FragmentKey {
+    /// Source address.
+    pub source: Addr,
+    /// Destination address.
+    pub destination: Addr,
+    /// Identification field (16 bits in IPv4, 32 in IPv6).
+    pub id: u32,
+    /// IP protocol of the datagram.
+    pub protocol: u8,
+    /// Zero.
+    pub pad: [u8; 3],
+}
+
+/// What is known of a datagram that arrives in fragments.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FragmentInfo {
+    /// Fragments that were seen before the first one.
+    pub pending_packets: u64,
+    /// Their IP-layer bytes.
+    pub pending_bytes: u64,
+    /// Source port, host byte order; valid once `has_ports` is 1.
+    pub source_port: u16,
+    /// Destination port, host byte order; valid once `has_ports` is 1.
+    pub destination_port: u16,
+    /// 1 once the first fragment was seen.
+    pub has_ports: u8,
+    /// A [`Verdict`].
+    pub verdict: u8,
+    /// Zero.
+    pub pad: [u8; 2],
+}
+
+/// A client and a destination that have a proxied UDP flow.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct HostPair {
+    /// The client's address.
+    pub client: Addr,
+    /// The address that it sent to.
+    pub destination: Addr,
+}
+
+/// Constants that userspace writes into the object before it is loaded; the
+/// verifier sees them as known values and drops the branches that they exclude.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Settings {
+    /// [`ABI_VERSION`] of the loader.
+    pub abi_version: u32,
+    /// Steered packets get `mark = (mark & !mark_mask) | mark_value`.
+    pub mark_value: u32,
+    /// See `mark_value`.
+    pub mark_mask: u32,
+    /// Mark of the proxy's own sockets.
+    pub own_mark: u32,
+    /// Number of workers, 1 to [`MAX_WORKERS`].
+    pub workers: u32,
+    /// ifindex of the loopback device.
+    pub lo_ifindex: u32,
+    /// IPv4 address of the listeners, network byte order; for `listener_by_tuple`.
+    pub listen_v4: [u8; 4],
+    /// IPv6 address of the listeners; for `listener_by_tuple`.
+    pub listen_v6: Addr,
+    /// 1: TCP is captured.
+    pub tcp: u8,
+    /// 1: UDP is captured.
+    pub udp: u8,
+    /// 1: IPv4 is captured.
+    pub v4: u8,
+    /// 1: IPv6 is captured.
+    pub v6: u8,
+    /// 1: new flows pass while no proxy listens; 0: they are dropped.
+    pub fail_open: u8,
+    /// 1: [`map::LISTENERS`] cannot be read from TC (before Linux 5.8): find listeners by address and port.
+    pub listener_by_tuple: u8,
+    /// 1: every destination port is captured, [`map::PORTS`] need not be read.
+    pub any_port: u8,
+    /// 1: every source is captured, [`map::SOURCES`] need not be read.
+    pub any_source: u8,
+    /// 1: every destination is captured, [`map::DESTINATIONS`] need not be read.
+    pub any_destination: u8,
+    /// 1: the host's own traffic is captured.
+    pub own_traffic: u8,
+    /// Zero.
+    pub pad: [u8; 2],
+    /// Ports of the listeners, by [`listener_index`]; for `listener_by_tuple`.
+    pub listener_ports: ListenerPorts,
+}
+
+/// Ports of all listeners, host byte order, by [`listener_index`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ListenerPorts(pub [u16; 4 * MAX_WORKERS as usize]);
+
+impl Default for ListenerPorts {
+    fn default() -> Self {
+        Self([0; 4 * MAX_WORKERS as usize])
+    }
+}
+
+const _: () = {
+    assert!(size_of::<FlowKey>() == 40);
+    assert!(size_of::<Flow>() == 64);
+    assert!(size_of::<LpmKey>() == 20);
+    assert!(size_of::<FragmentKey>() == 40);
+    assert!(size_of::<FragmentInfo>() == 24);
+    assert!(size_of::<HostPair>() == 32);
+    assert!(size_of::<Settings>() == 24 + 20 + 12 + 8 * MAX_WORKERS as usize);
+};
+
+/// Userspace copies these types in and out of maps.
+#[cfg(feature = "user")]
+mod pod {
+    use super::{Flow, FlowKey, FragmentInfo, FragmentKey, HostPair, Settings};
+    use crate::counter::Counters;
+
+    macro_rules! pod {
+        ($($type:ty),+) => {
+            $(
+                // SAFETY: `repr(C)`, integers only, without implicit padding
+                // (sizes are asserted above), valid for every bit pattern.
+                unsafe impl aya::Pod for $type {}
+            )+
+        };
+    }
+    pod!(Counters, Flow, FlowKey, FragmentInfo, FragmentKey, HostPair, Settings);
+}

@@ -1,0 +1,170 @@
+//! The resolved configuration: what every other part of the program reads.
+//!
+//! [`Config`] is built from the command line by `cli.rs`; a value of it cannot
+//! say something that contradicts itself, so nothing behind it checks again.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use ipnet::IpNet;
+
+/// A packet mark and the bits of it that count, as `ip rule fwmark` has them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mark {
+    /// The value; no bit outside `mask` is set.
+    pub value: u32,
+    /// The bits that are compared and written.
+    pub mask: u32,
+}
+
+/// How packets reach the listeners.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Steer {
+    /// The eBPF programs of this project.
+    Ebpf,
+    /// Rules that the user made (`iptables -j TPROXY`): listeners and relay only.
+    None,
+}
+
+/// Whose address the server sees.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SourceMode {
+    /// The client's address, a port of the proxy's choice.
+    Client,
+    /// The client's address and port; where that port is taken, another.
+    ClientPort,
+    /// The proxy's address.
+    Proxy,
+}
+
+/// What happens to matching new flows while no proxy is there to take them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fail {
+    /// They are forwarded as if nothing was captured.
+    Open,
+    /// They are dropped.
+    Closed,
+}
+
+/// How programs are attached to interfaces.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Attach {
+    /// tcx where the kernel has it (6.6), else clsact.
+    Auto,
+    /// tcx links.
+    Tcx,
+    /// Filters on a clsact qdisc.
+    Clsact,
+}
+
+/// Which packets are captured.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Capture {
+    /// Interface names or globs.
+    pub interfaces: Vec<String>,
+    /// TCP is captured.
+    pub tcp: bool,
+    /// UDP is captured.
+    pub udp: bool,
+    /// IPv4 is captured.
+    pub v4: bool,
+    /// IPv6 is captured.
+    pub v6: bool,
+    /// Destination ports as inclusive ranges; empty: all.
+    pub ports: Vec<(u16, u16)>,
+    /// Destinations to capture; empty: all.
+    pub to: Vec<IpNet>,
+    /// Destinations to leave alone, whatever `to` says.
+    pub not_to: Vec<IpNet>,
+    /// Sources to capture; empty: all.
+    pub from: Vec<IpNet>,
+    /// Sources to leave alone, whatever `from` says.
+    pub not_from: Vec<IpNet>,
+    /// The host's own traffic is captured too.
+    pub own_traffic: bool,
+    /// What happens without a proxy.
+    pub fail: Fail,
+}
+
+/// How captured packets reach the listeners.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Steering {
+    /// By whom.
+    pub by: Steer,
+    /// Attachment of the programs.
+    pub attach: Attach,
+    /// Mark of steered packets.
+    pub mark: Mark,
+    /// Mark of the proxy's own sockets.
+    pub own_mark: u32,
+    /// Routing table with the local route.
+    pub table: u32,
+    /// Priority of the routing rules.
+    pub rule_priority: u32,
+    /// IPv4 address of the listeners.
+    pub on_ip4: Ipv4Addr,
+    /// IPv6 address of the listeners.
+    pub on_ip6: Ipv6Addr,
+    /// Port of the (first) listeners.
+    pub on_port: u16,
+    /// The debugging build of the eBPF object, which logs each decision.
+    pub bpf_log: bool,
+}
+
+/// Time-outs of the relay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timeouts {
+    /// From a client's connection to the upstream's answer.
+    pub connect: Duration,
+    /// A TCP connection without a byte either way.
+    pub tcp_idle: Duration,
+    /// A TCP connection of which one side has closed, without a byte.
+    pub half_close: Duration,
+    /// A UDP flow that was replied to.
+    pub udp: Duration,
+    /// A UDP flow that was not.
+    pub udp_unreplied: Duration,
+    /// From SIGTERM until connections are cut.
+    pub drain: Duration,
+}
+
+/// Bounds of the relay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// TCP connections at one time.
+    pub connections: u32,
+    /// TCP connections and UDP flows of one client address at one time.
+    pub per_client: u32,
+    /// UDP flows (client address and port) at one time.
+    pub udp_flows: u32,
+    /// Entries of the flow table.
+    pub flow_table: u32,
+}
+
+/// Everything that `run` was told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// Which packets.
+    pub capture: Capture,
+    /// How they get here.
+    pub steering: Steering,
+    /// Whose address servers see.
+    pub source: SourceMode,
+    /// Time-outs.
+    pub timeouts: Timeouts,
+    /// Bounds.
+    pub limits: Limits,
+    /// Workers, 1 to [`MAX_WORKERS`](tproxy_common::abi::MAX_WORKERS).
+    pub workers: u32,
+    /// Directory of the pinned maps and links.
+    pub pin: PathBuf,
+}
+
+impl Steering {
+    /// The listeners' address of one family.
+    #[must_use]
+    pub fn on_ip(&self, v6: bool) -> IpAddr {
+        if v6 { self.on_ip6.into() } else { self.on_ip4.into() }
+    }
+}

@@ -1,0 +1,3 @@
+//! `tproxy-user`: see `--help`.
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! The development tasks of tproxy: `cargo xtask --help`.
+
+fn main() {}
