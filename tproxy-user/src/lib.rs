@@ -4,4 +4,5 @@
 //! listener → relay → upstream.
 
 pub mod config;
+pub mod datapath;
 pub mod failure;
