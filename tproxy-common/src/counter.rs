@@ -101,6 +101,4 @@ counters! {
     FlowInsertFailed => flow_insert_failed,
     /// Flows entered in the flow table (flows, not packets).
     FlowsCreated => flows_created,
-    /// Reply packets that left towards a client without an entry in the flow table.
-    ReplyUntracked => reply_untracked,
 }

@@ -12,7 +12,6 @@ use tproxy_common::wire::{Packet, Skip};
 
 use crate::fragment;
 use crate::maps::{COUNTERS, FLOWS};
-use crate::settings;
 use crate::skb::Skb;
 use crate::steer::NEXT;
 
@@ -55,7 +54,9 @@ impl FlowRef {
     pub(crate) fn open(skb: &Skb, key: &FlowKey, verdict: Verdict, origin: Origin) -> Option<Self> {
         let existing = Self::find(key);
         let flags = match &existing {
-            Some(flow) if flow.verdict() == verdict as u8 && !flow.is_reopened(key.protocol) => return existing,
+            Some(flow) if flow.verdict() == verdict as u8 && !flow.is_reopened(key.protocol) => {
+                return existing;
+            }
             Some(_) => BPF_ANY,
             None => BPF_NOEXIST,
         };
@@ -176,13 +177,25 @@ fn now() -> u64 {
 /// The key of the flow that an up-going packet belongs to.
 #[inline(always)]
 pub(crate) fn up_key(packet: &Packet) -> FlowKey {
-    FlowKey::up(packet.protocol, packet.source, packet.destination, packet.source_port, packet.destination_port)
+    FlowKey::up(
+        packet.protocol,
+        packet.source,
+        packet.destination,
+        packet.source_port,
+        packet.destination_port,
+    )
 }
 
 /// The key of the flow that the packet is a reply of.
 #[inline(always)]
 pub(crate) fn down_key(packet: &Packet) -> FlowKey {
-    FlowKey::down(packet.protocol, packet.source, packet.destination, packet.source_port, packet.destination_port)
+    FlowKey::down(
+        packet.protocol,
+        packet.source,
+        packet.destination,
+        packet.source_port,
+        packet.destination_port,
+    )
 }
 
 /// TC egress of a captured interface: counts replies, changes nothing.
@@ -199,9 +212,7 @@ pub(crate) fn egress(skb: &Skb) -> i32 {
 /// Counts a packet that may be a reply.
 #[inline(never)]
 pub(crate) fn reply(skb: &Skb, packet: &Packet) {
-    match FlowRef::find(&down_key(packet)) {
-        Some(flow) => flow.down(skb, packet),
-        None if skb.mark() == settings::own_mark() => count(Counter::ReplyUntracked),
-        None => {}
+    if let Some(flow) = FlowRef::find(&down_key(packet)) {
+        flow.down(skb, packet);
     }
 }

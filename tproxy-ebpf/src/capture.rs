@@ -40,7 +40,10 @@ pub(crate) fn admitted(skb: &Skb, decide: impl FnOnce(&Packet) -> i32) -> i32 {
         return pass(Counter::PassVlan);
     }
     match &skb.parse() {
-        Ok(packet) if is_special(&packet.destination, packet.family) || is_special(&packet.source, packet.family) => {
+        Ok(packet)
+            if is_special(&packet.destination, packet.family)
+                || is_special(&packet.source, packet.family) =>
+        {
             pass(Counter::PassSpecial)
         }
         Ok(packet) => decide(packet),

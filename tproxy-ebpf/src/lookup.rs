@@ -24,37 +24,50 @@ macro_rules! read {
     };
 }
 
-/// Answers a lookup.
+/// Answers a lookup. One function a family: merged, the compiler would choose
+/// the field to read by a computed offset, which the verifier refuses.
 #[inline(always)]
 pub(crate) fn lookup(ctx: &SkLookupContext) -> u32 {
-    let (family, key) = flow_key(ctx.lookup);
-    if FlowRef::find(&key).is_some_and(|flow| flow.is_proxied()) {
+    let sk = ctx.lookup.cast_const();
+    if read!(sk.family) == AF_INET {
+        v4(ctx, sk)
+    } else {
+        v6(ctx, sk)
+    }
+    SK_PASS
+}
+
+#[inline(never)]
+fn v4(ctx: &SkLookupContext, sk: *const bpf_sk_lookup) {
+    let remote = mapped(read!(sk.remote_ip4).to_ne_bytes());
+    let local = mapped(read!(sk.local_ip4).to_ne_bytes());
+    assign(ctx, Family::V4, &key(sk, remote, local));
+}
+
+#[inline(never)]
+fn v6(ctx: &SkLookupContext, sk: *const bpf_sk_lookup) {
+    // SAFETY: the context is valid; both arrays have four words.
+    let (remote, local) =
+        unsafe { (words((&raw const (*sk).remote_ip6).cast()), words((&raw const (*sk).local_ip6).cast())) };
+    assign(ctx, Family::V6, &key(sk, remote, local));
+}
+
+/// The key of the flow. The remote port is in network byte order, the local
+/// one in host byte order.
+#[inline(always)]
+fn key(sk: *const bpf_sk_lookup, remote: Addr, local: Addr) -> FlowKey {
+    let remote_port = u16::from_be(read!(sk.remote_port));
+    FlowKey::up(read!(sk.protocol) as u8, remote, local, remote_port, read!(sk.local_port) as u16)
+}
+
+#[inline(never)]
+fn assign(ctx: &SkLookupContext, family: Family, key: &FlowKey) {
+    if FlowRef::find(key).is_some_and(|flow| flow.is_proxied()) {
         let index = listener_index_of(family, key.protocol, &key.client, key.client_port);
         if LISTENERS.redirect_sk_lookup(ctx, index, 0).is_ok() {
             count(Counter::LookupAssigned);
         }
     }
-    SK_PASS
-}
-
-#[inline(always)]
-fn flow_key(ctx: *const bpf_sk_lookup) -> (Family, FlowKey) {
-    let (family, remote, local) = if read!(ctx.family) == AF_INET {
-        let remote = read!(ctx.remote_ip4).to_ne_bytes();
-        let local = read!(ctx.local_ip4).to_ne_bytes();
-        (Family::V4, mapped(remote), mapped(local))
-    } else {
-        // SAFETY: as above; both arrays have four words.
-        let (remote, local) = unsafe {
-            (words((&raw const (*ctx).remote_ip6).cast()), words((&raw const (*ctx).local_ip6).cast()))
-        };
-        (Family::V6, remote, local)
-    };
-    // The remote port is in network byte order, the local one in host byte order.
-    let remote_port = u16::from_be(read!(ctx.remote_port));
-    let local_port = read!(ctx.local_port) as u16;
-    let protocol = read!(ctx.protocol) as u8;
-    (family, FlowKey::up(protocol, remote, local, remote_port, local_port))
 }
 
 /// An IPv6 address, read word by word.
@@ -64,14 +77,8 @@ fn flow_key(ctx: *const bpf_sk_lookup) -> (Family, FlowKey) {
 /// `from` points to four readable words.
 #[inline(always)]
 unsafe fn words(from: *const u32) -> Addr {
-    let mut addr = [0; 16];
-    for i in 0..4 {
-        // SAFETY: by contract of this function.
-        let word = unsafe { core::ptr::read_volatile(from.add(i)) }.to_ne_bytes();
-        addr[i * 4] = word[0];
-        addr[i * 4 + 1] = word[1];
-        addr[i * 4 + 2] = word[2];
-        addr[i * 4 + 3] = word[3];
-    }
-    addr
+    // SAFETY: by contract of this function.
+    let word = |i| unsafe { core::ptr::read_volatile(from.add(i)) }.to_ne_bytes();
+    let (a, b, c, d) = (word(0), word(1), word(2), word(3));
+    [a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3], c[0], c[1], c[2], c[3], d[0], d[1], d[2], d[3]]
 }

@@ -68,5 +68,7 @@ pub(crate) fn listener_port(index: u32) -> u16 {
         return 0;
     }
     // SAFETY: a valid static, and the index is in bounds.
-    unsafe { core::ptr::read_volatile((&raw const SETTINGS.listener_ports.0).cast::<u16>().add(index as usize)) }
+    unsafe {
+        core::ptr::read_volatile((&raw const SETTINGS.listener_ports.0).cast::<u16>().add(index as usize))
+    }
 }

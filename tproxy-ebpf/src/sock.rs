@@ -68,7 +68,10 @@ impl Sock {
                 let at = |i: usize| unsafe {
                     core::ptr::read_volatile((&raw const (*sk).src_ip6).cast::<u32>().add(i))
                 };
-                at(0) == word(addr, 0) && at(1) == word(addr, 4) && at(2) == word(addr, 8) && at(3) == word(addr, 12)
+                at(0) == word(addr, 0)
+                    && at(1) == word(addr, 4)
+                    && at(2) == word(addr, 8)
+                    && at(3) == word(addr, 12)
             }
         }
     }
@@ -212,7 +215,9 @@ pub(crate) fn listener(skb: &Skb, packet: &Packet) -> Option<Sock> {
     }
     // SAFETY: the map takes a u32 key and answers a referenced socket or null
     // (from TC: Linux 5.8).
-    let sk = unsafe { bpf_map_lookup_elem((&raw const LISTENERS).cast_mut().cast(), (&raw const index).cast::<c_void>()) };
+    let sk = unsafe {
+        bpf_map_lookup_elem((&raw const LISTENERS).cast_mut().cast(), (&raw const index).cast::<c_void>())
+    };
     NonNull::new(sk.cast()).map(Sock)
 }
 

@@ -87,6 +87,8 @@ impl Side for Uplink {
     #[inline(always)]
     fn might_take(packet: &Packet) -> bool {
         let pair = HostPair { client: packet.destination, destination: packet.source };
-        packet.protocol == UDP && !policy::is_local(&packet.destination) && HOST_PAIRS.get_ptr(&pair).is_some()
+        packet.protocol == UDP
+            && !policy::is_local(&packet.destination)
+            && HOST_PAIRS.get_ptr(&pair).is_some()
     }
 }

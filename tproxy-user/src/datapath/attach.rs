@@ -100,7 +100,9 @@ const fn programs(role: Role, own_traffic: bool) -> [(Direction, Option<&'static
         (Role::Capture, None) => {
             [(Direction::Ingress, Some(program::CAPTURE)), (Direction::Egress, Some(program::REPLY))]
         }
-        (Role::Capture, egress) => [(Direction::Ingress, Some(program::CAPTURE)), (Direction::Egress, egress)],
+        (Role::Capture, egress) => {
+            [(Direction::Ingress, Some(program::CAPTURE)), (Direction::Egress, egress)]
+        }
         (Role::Uplink, egress) => [(Direction::Ingress, Some(program::UPLINK)), (Direction::Egress, egress)],
         (Role::Loopback, _) => {
             [(Direction::Ingress, Some(program::LOOPBACK)), (Direction::Egress, Some(program::REPLY))]
@@ -184,8 +186,12 @@ impl Datapath {
     ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         let program = tc_program(&mut self.ebpf, name)?;
         for priority in PRIORITY..PRIORITY + PRIORITIES {
-            let filter =
-                Filter { interface: target.interface.to_owned(), ifindex: target.ifindex, direction, priority };
+            let filter = Filter {
+                interface: target.interface.to_owned(),
+                ifindex: target.ifindex,
+                direction,
+                priority,
+            };
             journal(filter)?;
             let options = NlOptions { priority, handle: HANDLE, classid: None };
             match program.attach_with_options(
@@ -247,12 +253,20 @@ pub fn add_clsact(interface: &str) -> Result<(), TcError> {
 /// As the kernel says.
 pub fn remove_filter(filter: &Filter) -> Result<(), ProgramError> {
     use aya::programs::links::Link as _;
-    match SchedClassifierLink::attached(&filter.interface, filter.direction.into(), filter.priority, HANDLE, None) {
+    match SchedClassifierLink::attached(
+        &filter.interface,
+        filter.direction.into(),
+        filter.priority,
+        HANDLE,
+        None,
+    ) {
         Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(()),
         Err(error) => Err(TcError::IoError(error).into()),
         Ok(link) => match link.detach() {
             // EINVAL: the qdisc is gone, and the filter with it.
-            Err(error) if !matches!(errno(&error), Some(libc::ENOENT | libc::EINVAL | libc::ENODEV)) => Err(error),
+            Err(error) if !matches!(errno(&error), Some(libc::ENOENT | libc::EINVAL | libc::ENODEV)) => {
+                Err(error)
+            }
             _ => Ok(()),
         },
     }

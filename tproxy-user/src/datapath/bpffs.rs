@@ -39,7 +39,8 @@ fn is_bpffs(path: &Path) -> bool {
 /// [`PinError`].
 pub fn create(pin: &Path) -> Result<(), PinError> {
     if pin.starts_with(MOUNT_POINT) && !is_bpffs(Path::new(MOUNT_POINT)) {
-        mount(Some("bpf"), MOUNT_POINT, Some("bpf"), MsFlags::empty(), None::<&str>).map_err(PinError::Mount)?;
+        mount(Some("bpf"), MOUNT_POINT, Some("bpf"), MsFlags::empty(), None::<&str>)
+            .map_err(PinError::Mount)?;
     }
     let links = links(pin);
     std::fs::create_dir_all(&links).map_err(|source| PinError::Io { path: links.clone(), source })?;

@@ -48,8 +48,9 @@ impl Version {
         let release = nix::sys::utsname::uname()
             .map(|name| name.release().to_string_lossy().into_owned())
             .unwrap_or_default();
-        Self::parse(&release)
-            .ok_or_else(|| Failure::unsupported(format!("cannot tell the kernel version from its release {release:?}")))
+        Self::parse(&release).ok_or_else(|| {
+            Failure::unsupported(format!("cannot tell the kernel version from its release {release:?}"))
+        })
     }
 }
 

@@ -55,7 +55,8 @@ pub struct Datapath {
 }
 
 /// All TC programs.
-const TC_PROGRAMS: [&str; 5] = [program::CAPTURE, program::UPLINK, program::REPLY, program::OWN, program::LOOPBACK];
+const TC_PROGRAMS: [&str; 5] =
+    [program::CAPTURE, program::UPLINK, program::REPLY, program::OWN, program::LOOPBACK];
 
 impl Datapath {
     /// Loads the programs that the settings need and pins the maps below `pin`.
@@ -95,6 +96,10 @@ impl Datapath {
         for name in TC_PROGRAMS {
             tc_program(&mut ebpf, name)?.load().map_err(|source| LoadError::Program { name, source })?;
         }
+        if features.sk_lookup {
+            let name = program::LOOKUP;
+            lookup_program(&mut ebpf)?.load().map_err(|source| LoadError::Program { name, source })?;
+        }
         Ok(Self { ebpf, features })
     }
 
@@ -114,7 +119,12 @@ impl Datapath {
     /// # Errors
     ///
     /// [`LoadError::Map`].
-    pub fn set_listener(&mut self, kind: ListenerKind, worker: u32, socket: &impl AsRawFd) -> Result<(), LoadError> {
+    pub fn set_listener(
+        &mut self,
+        kind: ListenerKind,
+        worker: u32,
+        socket: &impl AsRawFd,
+    ) -> Result<(), LoadError> {
         let name = map::LISTENERS;
         self.listeners()?
             .set(listener_index(kind, worker), socket, 0)
@@ -164,7 +174,10 @@ fn loader<'a>(settings: &'a Settings, max_flows: u32, pin: Option<&Path>) -> Ebp
     loader
 }
 
-pub(super) fn tc_program<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut SchedClassifier, LoadError> {
+pub(super) fn tc_program<'a>(
+    ebpf: &'a mut Ebpf,
+    name: &'static str,
+) -> Result<&'a mut SchedClassifier, LoadError> {
     ebpf.program_mut(name)
         .ok_or(LoadError::Missing(name))?
         .try_into()

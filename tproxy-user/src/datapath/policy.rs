@@ -42,7 +42,9 @@ impl Datapath {
         let stale: Vec<_> = trie
             .keys()
             .filter_map(Result::ok)
-            .filter(|key| !entries.iter().any(|(k, _)| (k.prefix_len, k.addr) == (key.prefix_len(), key.data())))
+            .filter(|key| {
+                !entries.iter().any(|(k, _)| (k.prefix_len, k.addr) == (key.prefix_len(), key.data()))
+            })
             .collect();
         for key in stale {
             trie.remove(&key).map_err(error)?;
