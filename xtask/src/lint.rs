@@ -24,11 +24,9 @@ enum Outcome {
 /// Runs the task: every check, also after one that fails.
 pub(crate) fn run(_args: &Args) -> Result<()> {
     // tproxy-user does not compile without the object that it embeds.
-    let toolchain = {
-        let (_lock, toolchain) = build::prepare()?;
-        build::objects(&toolchain)?;
-        toolchain
-    };
+    let (lock, toolchain) = build::prepare()?;
+    let warned = build::objects(&toolchain)?.warned;
+    drop(lock);
     let checks = [
         ("members opt into the lints", members()?),
         (
@@ -45,7 +43,7 @@ pub(crate) fn run(_args: &Args) -> Result<()> {
                 "warnings",
             ]))?,
         ),
-        ("eBPF programs", ebpf(&toolchain)?),
+        ("eBPF programs", ebpf(&toolchain, warned)?),
         ("cargo-deny", deny()?),
     ];
     let mut failed = Vec::new();
@@ -129,25 +127,25 @@ fn opts_in(manifest: &str) -> bool {
 }
 
 /// The eBPF crate compiles for its own target only, so it is checked with its
-/// own compiler: by clippy where that compiler has one.
-fn ebpf(toolchain: &Toolchain) -> Result<Outcome> {
+/// own compiler: by clippy too where that compiler has one.
+fn ebpf(toolchain: &Toolchain, warned: bool) -> Result<Outcome> {
+    if warned {
+        return Ok(Outcome::Failed("the compiler warns, see above".to_owned()));
+    }
+    if !toolchain.bin().join("cargo-clippy").is_file() {
+        println!(
+            "lint: eBPF programs: by the compiler alone ({} has no clippy)",
+            toolchain.label
+        );
+        return Ok(Outcome::Passed);
+    }
     let linker = linker::ensure(toolchain)?;
-    let target = workspace::target().join("bpf-lint");
-    let clippy = toolchain.bin().join("cargo-clippy").is_file();
-    let subcommand = if clippy { "clippy" } else { "check" };
     for features in [&[][..], &["--features", "log"]] {
-        let mut command =
-            build::bpf_cargo(toolchain, &linker, subcommand, &target, &["-D", "warnings"])?;
-        let outcome = cargo(command.args(features))?;
+        let mut command = build::bpf_cargo(toolchain, &linker, "clippy", &build::bpf_target())?;
+        let outcome = cargo(command.args(features).args(["--", "-D", "warnings"]))?;
         if !matches!(outcome, Outcome::Passed) {
             return Ok(outcome);
         }
-    }
-    if !clippy {
-        println!(
-            "lint: eBPF programs: warnings of the compiler only, {} has no clippy",
-            toolchain.label
-        );
     }
     Ok(Outcome::Passed)
 }
