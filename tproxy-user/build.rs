@@ -4,8 +4,13 @@ use std::{env, fs, path::PathBuf};
 
 fn main() {
     println!("cargo::rerun-if-env-changed=TPROXY_BPF_DIR");
-    let directory = env::var_os("TPROXY_BPF_DIR")
-        .map_or_else(|| PathBuf::from(variable("CARGO_MANIFEST_DIR")).join("../target/bpf"), PathBuf::from);
+    let directory = env::var_os("TPROXY_BPF_DIR").map_or_else(
+        || {
+            let manifest = PathBuf::from(variable("CARGO_MANIFEST_DIR"));
+            manifest.with_file_name("target").join("bpf")
+        },
+        PathBuf::from,
+    );
     for name in ["tproxy.o", "tproxy-log.o"] {
         let object = directory.join(name);
         println!("cargo::rerun-if-changed={}", object.display());

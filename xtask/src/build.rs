@@ -51,6 +51,8 @@ pub(crate) struct Artifacts {
 pub(crate) struct Objects {
     default: PathBuf,
     log: PathBuf,
+    /// The compiler had something to say, and it has been printed.
+    pub(crate) warned: bool,
 }
 
 /// The C compiler links every build script, and bpf-linker.
@@ -111,21 +113,41 @@ fn lock() -> Result<File> {
 /// Builds both objects.
 pub(crate) fn objects(toolchain: &Toolchain) -> Result<Objects> {
     let linker = linker::ensure(toolchain)?;
-    let target = workspace::target().join("bpf-build");
+    let target = bpf_target();
     let built = target.join("bpfel-unknown-none/release/tproxy");
     let directory = workspace::bpf_dir();
+<<<<<<< HEAD
     fs::create_dir_all(&directory).with_context(|| format!("cannot create {}", directory.display()))?;
     let make = |file: &str, label: &str, features: &[&str]| -> Result<PathBuf> {
         let mut cargo = bpf_cargo(toolchain, &linker, "build", &target, &[])?;
+=======
+    fs::create_dir_all(&directory)
+        .with_context(|| format!("cannot create {}", directory.display()))?;
+    let mut warned = false;
+    let mut make = |file: &str, label: &str, features: &[&str]| -> Result<PathBuf> {
+        let mut cargo = bpf_cargo(toolchain, &linker, "build", &target)?;
+>>>>>>> build
         let log = Step::new(label, "build-ebpf").run(cargo.args(features))?;
-        show_warnings(&log)?;
+        warned |= show_warnings(&log)?;
         let object = directory.join(file);
         replace_if_changed(&object, &fs::read(&built)?)?;
         Ok(object)
     };
+    let default = make("tproxy.o", "building the eBPF object", &[])?;
+    let log = make(
+        "tproxy-log.o",
+        "building the eBPF object that logs",
+        &["--features", "log"],
+    )?;
     Ok(Objects {
+<<<<<<< HEAD
         default: make("tproxy.o", "building the eBPF object", &[])?,
         log: make("tproxy-log.o", "building the eBPF object that logs", &["--features", "log"])?,
+=======
+        default,
+        log,
+        warned,
+>>>>>>> build
     })
 }
 
@@ -138,13 +160,10 @@ pub(crate) fn bpf_cargo(
     linker: &Path,
     subcommand: &str,
     target: &Path,
-    more_flags: &[&str],
 ) -> Result<std::process::Command> {
     let mut flags: Vec<String> = ["-C", "debuginfo=2", "-C", "link-arg=--btf"]
-        .iter()
-        .chain(more_flags)
-        .map(|&flag| flag.to_owned())
-        .collect();
+        .map(str::to_owned)
+        .into();
     let library = toolchain.sysroot().join("lib/rustlib/src/rust");
     let real_library = library.canonicalize().unwrap_or_else(|_| library.clone());
     let mut moved = vec![
@@ -175,6 +194,12 @@ pub(crate) fn bpf_cargo(
         .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"))
         .env("PATH", path);
     Ok(command)
+}
+
+/// The target directory of the eBPF build. It is one of its own: the outer
+/// cargo may hold the lock of the usual one.
+pub(crate) fn bpf_target() -> PathBuf {
+    workspace::target().join("bpf-build")
 }
 
 fn cargo_home() -> PathBuf {
@@ -211,13 +236,14 @@ fn executable(messages: &str) -> Option<PathBuf> {
         .find_map(|message| message["executable"].as_str().map(PathBuf::from))
 }
 
-/// A build that succeeds says nothing, but for its warnings.
-fn show_warnings(log: &Path) -> Result<()> {
+/// A build that succeeds says nothing, but for its warnings; whether it had any.
+fn show_warnings(log: &Path) -> Result<bool> {
     let text = fs::read_to_string(log)?;
-    if text.lines().any(|line| line.starts_with("warning")) {
+    let warned = text.lines().any(|line| line.starts_with("warning"));
+    if warned {
         term::say(text.trim_end());
     }
-    Ok(())
+    Ok(warned)
 }
 
 /// Writes a file at once or not at all, and not when it holds that already:
