@@ -1,0 +1,4 @@
+//! The eBPF side, as userspace sees it.
+
+pub mod attach;
+pub mod flows;
