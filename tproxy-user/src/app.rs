@@ -18,7 +18,7 @@ use crate::relay::Shared;
 use crate::shutdown::{self, Controller, Signals};
 use crate::stats::Stats;
 use crate::steering::Steering;
-use crate::worker::{self, WorkerHandle};
+use crate::worker::{self, WorkerError, WorkerHandle};
 use crate::{interfaces, limits, netlink, status, undo};
 
 /// Sets up, relays until a signal, drains, and undoes everything.
@@ -76,11 +76,11 @@ async fn serve(
     }
     announce(config, steering.as_ref(), files);
 
-    let status = status::Reporter::new(config, instance, addresses, stats);
+    let reporter = status::Reporter::new(config, instance, addresses, stats);
     if let Some(steering) = &steering {
-        status.note(steering);
+        reporter.note(steering);
     }
-    Box::pin(until_a_signal(signals, &mut watch, &mut steering, instance, control, &status)).await;
+    Box::pin(until_a_signal(signals, &mut watch, &mut steering, instance, control, &reporter)).await;
     end(config, steering, controller, workers, signals).await
 }
 
@@ -135,9 +135,10 @@ fn start_workers(
 }
 
 fn announce(config: &Config, steering: Option<&Steering>, files: u64) {
-    match steering {
-        Some(steering) => tracing::info!("ready: capturing on {}", steering.describe()),
-        None => tracing::info!("ready: relaying what rules of yours send to port {}", config.steering.on_port),
+    if let Some(steering) = steering {
+        tracing::info!("ready: capturing on {}", steering.describe());
+    } else {
+        tracing::info!("ready: relaying what rules of yours send to port {}", config.steering.on_port);
     }
     tracing::debug!("up to {files} open files");
 }
@@ -149,9 +150,9 @@ async fn until_a_signal(
     steering: &mut Option<Steering>,
     instance: &mut Instance,
     control: UnixListener,
-    status: &status::Reporter,
+    reporter: &status::Reporter,
 ) {
-    let mut answers = std::pin::pin!(control::serve(control, |request| async move { status.answer(request) }));
+    let mut answers = std::pin::pin!(control::serve(control, |request| async move { reporter.answer(request) }));
     loop {
         tokio::select! {
             signal = signals.recv() => {
@@ -162,7 +163,7 @@ async fn until_a_signal(
                 if let Err(error) = steering.follow(instance).await {
                     tracing::warn!("cannot follow a change of the network: {error:#}");
                 }
-                status.note(steering);
+                reporter.note(steering);
             },
             () = &mut answers => {}
         }
@@ -177,21 +178,24 @@ async fn end(
     workers: Vec<WorkerHandle>,
     signals: &mut Signals,
 ) -> anyhow::Result<()> {
-    let mut steering = steering;
-    if let Some(steering) = &mut steering {
+    if let Some(mut steering) = steering {
         steering.stop()?;
     }
+    let mut running: FuturesUnordered<_> = workers.into_iter().map(WorkerHandle::finished).collect();
     let mut outcome = Ok(());
-    let mut finished: FuturesUnordered<_> = workers.into_iter().map(WorkerHandle::finished).collect();
-    let all = async {
-        while let Some(worker) = finished.next().await {
-            if let Err(error) = worker {
-                outcome = Err(error.into());
-            }
+    controller.drain_then_stop(config.timeouts.drain, signals, join(&mut running, &mut outcome)).await;
+    join(&mut running, &mut outcome).await;
+    outcome.map_err(Into::into)
+}
+
+/// Waits for all workers; keeps the first error.
+async fn join(
+    running: &mut FuturesUnordered<impl Future<Output = Result<(), WorkerError>>>,
+    outcome: &mut Result<(), WorkerError>,
+) {
+    while let Some(worker) = running.next().await {
+        if outcome.is_ok() {
+            *outcome = worker;
         }
-    };
-    let mut all = std::pin::pin!(all);
-    controller.drain_then_stop(config.timeouts.drain, signals, all.as_mut()).await;
-    all.await;
-    outcome
+    }
 }
