@@ -3,6 +3,8 @@
 //! [`Cli`] is what was typed; [`resolve::config`] turns it into the
 //! [`Config`](crate::config::Config) that everything else reads.
 
+#![expect(clippy::doc_markdown, reason = "the doc comments here are help texts, which have no markup")]
+
 mod parse;
 pub(crate) use parse::is_glob;
 pub mod resolve;
@@ -354,11 +356,9 @@ mod tests {
         assert!(cli.command.is_none());
         assert_eq!(cli.run.capture.interfaces, ["eth0"]);
         assert_eq!(cli.logging.verbose, 1);
-        let cli = Cli::try_parse_from(["tproxy-user", "run", "-i", "eth0", "-i", "wg*", "-qq"])
-            .expect("parses");
-        let Some(Command::Run(run)) = cli.command else {
-            panic!("not run: {cli:?}")
-        };
+        let cli =
+            Cli::try_parse_from(["tproxy-user", "run", "-i", "eth0", "-i", "wg*", "-qq"]).expect("parses");
+        let Some(Command::Run(run)) = cli.command else { panic!("not run: {cli:?}") };
         assert_eq!(run.capture.interfaces, ["eth0", "wg*"]);
         assert_eq!(cli.logging.quiet, 2);
     }
@@ -368,8 +368,7 @@ mod tests {
         let ungrouped: Vec<_> = Cli::command()
             .get_arguments()
             .filter(|arg| {
-                arg.get_help_heading().is_none()
-                    && !matches!(arg.get_id().as_str(), "help" | "version")
+                arg.get_help_heading().is_none() && !matches!(arg.get_id().as_str(), "help" | "version")
             })
             .map(|arg| arg.get_id().to_string())
             .collect();

@@ -41,24 +41,13 @@ fn header_index(ifindex: u32) -> i32 {
 /// # Errors
 /// Where the kernel refuses the dump.
 pub async fn qdisc(handle: &Handle, ifindex: u32) -> Result<Qdisc, Error> {
-    let found = collect(
-        "list qdiscs",
-        handle.qdisc().get().index(header_index(ifindex)).execute(),
-    )
-    .await?;
+    let found = collect("list qdiscs", handle.qdisc().get().index(header_index(ifindex)).execute()).await?;
     Ok(found
         .iter()
         .filter(|message| {
-            message.header.index == header_index(ifindex)
-                && message.header.parent == TcHandle::CLSACT
+            message.header.index == header_index(ifindex) && message.header.parent == TcHandle::CLSACT
         })
-        .map(|message| {
-            if kind(message) == "clsact" {
-                Qdisc::Clsact
-            } else {
-                Qdisc::Ingress
-            }
-        })
+        .map(|message| if kind(message) == "clsact" { Qdisc::Clsact } else { Qdisc::Ingress })
         .next()
         .unwrap_or(Qdisc::Absent))
 }
@@ -80,13 +69,8 @@ pub async fn del_clsact(handle: &Handle, ifindex: u32) -> Result<(), Error> {
     let mut request = handle.qdisc().del(header_index(ifindex));
     let message = request.message_mut();
     message.header.parent = TcHandle::CLSACT;
-    message.header.handle = TcHandle {
-        major: TcHandle::CLSACT.major,
-        minor: 0,
-    };
-    message
-        .attributes
-        .push(TcAttribute::Kind("clsact".to_owned()));
+    message.header.handle = TcHandle { major: TcHandle::CLSACT.major, minor: 0 };
+    message.attributes.push(TcAttribute::Kind("clsact".to_owned()));
     absent_is_done(request.execute().await, "remove the clsact qdisc")
 }
 
@@ -101,11 +85,7 @@ pub async fn filters(handle: &Handle, ifindex: u32) -> Result<Vec<Filter>, Error
     }
     for egress in [false, true] {
         let request = handle.traffic_filter(header_index(ifindex)).get();
-        let request = if egress {
-            request.egress()
-        } else {
-            request.ingress()
-        };
+        let request = if egress { request.egress() } else { request.ingress() };
         let messages = collect("list filters", request.execute()).await?;
         // Some kinds (bpf too) are told twice: the priority alone, then each filter.
         found.extend(
@@ -123,45 +103,25 @@ pub async fn filters(handle: &Handle, ifindex: u32) -> Result<Vec<Filter>, Error
 /// # Errors
 /// Where the kernel refuses.
 pub async fn del_filter(handle: &Handle, ifindex: u32, filter: &Filter) -> Result<(), Error> {
-    /// `ETH_P_ALL`, big-endian, in the lower half of `tcm_info`.
-    const ALL_PROTOCOLS: u32 = (libc::ETH_P_ALL as u16).to_be() as u32;
+    /// `ETH_P_ALL`, which the lower half of `tcm_info` has big-endian.
+    const ALL_PROTOCOLS: u16 = 3;
     let mut message = TcMessage::with_index(header_index(ifindex));
-    let minor = if filter.egress {
-        TcHandle::MIN_EGRESS
-    } else {
-        TcHandle::MIN_INGRESS
-    };
-    message.header.parent = TcHandle {
-        major: TcHandle::CLSACT.major,
-        minor,
-    };
+    let minor = if filter.egress { TcHandle::MIN_EGRESS } else { TcHandle::MIN_INGRESS };
+    message.header.parent = TcHandle { major: TcHandle::CLSACT.major, minor };
     message.header.handle = filter.handle.into();
-    message.header.info = u32::from(filter.priority) << 16 | ALL_PROTOCOLS;
-    message
-        .attributes
-        .push(TcAttribute::Kind(filter.kind.clone()));
+    message.header.info = u32::from(filter.priority) << 16 | u32::from(ALL_PROTOCOLS.to_be());
+    message.attributes.push(TcAttribute::Kind(filter.kind.clone()));
     let mut request = rtnetlink::packet_core::NetlinkMessage::from(
         rtnetlink::packet_route::RouteNetlinkMessage::DelTrafficFilter(message),
     );
-    request.header.flags =
-        rtnetlink::packet_core::NLM_F_REQUEST | rtnetlink::packet_core::NLM_F_ACK;
-    absent_is_done(
-        crate::netlink::request(handle, request).await,
-        "remove a filter",
-    )
+    request.header.flags = rtnetlink::packet_core::NLM_F_REQUEST | rtnetlink::packet_core::NLM_F_ACK;
+    absent_is_done(crate::netlink::request(handle, request).await, "remove a filter")
 }
 
 fn absent_is_done(result: Result<(), rtnetlink::Error>, what: &str) -> Result<(), Error> {
     match result.map_err(|error| Error::new(what, error)) {
         // ENODEV: the interface is gone. EINVAL, ENOENT: no such qdisc, no such filter.
-        Err(error)
-            if matches!(
-                error.errno(),
-                Some(libc::ENOENT | libc::ENODEV | libc::EINVAL)
-            ) =>
-        {
-            Ok(())
-        }
+        Err(error) if matches!(error.errno(), Some(libc::ENOENT | libc::ENODEV | libc::EINVAL)) => Ok(()),
         other => other,
     }
 }
@@ -170,24 +130,15 @@ fn kind(message: &TcMessage) -> &str {
     message
         .attributes
         .iter()
-        .find_map(|attribute| {
-            if let TcAttribute::Kind(kind) = attribute {
-                Some(&**kind)
-            } else {
-                None
-            }
-        })
+        .find_map(|attribute| if let TcAttribute::Kind(kind) = attribute { Some(&**kind) } else { None })
         .unwrap_or_default()
 }
 
 fn filter(message: &TcMessage, egress: bool) -> Filter {
-    let options = message
-        .attributes
-        .iter()
-        .flat_map(|attribute| match attribute {
-            TcAttribute::Options(options) => &**options,
-            _ => &[],
-        });
+    let options = message.attributes.iter().flat_map(|attribute| match attribute {
+        TcAttribute::Options(options) => &**options,
+        _ => &[],
+    });
     let name = options.into_iter().find_map(|option| match option {
         TcOption::Bpf(TcFilterBpfOption::ProgName(name)) => Some(name.clone()),
         _ => None,

@@ -59,6 +59,7 @@ pub enum Attach {
 }
 
 /// Which packets are captured.
+#[expect(clippy::struct_excessive_bools, reason = "five independent choices")]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Capture {
     /// Interface names or globs.
@@ -217,10 +218,6 @@ impl Steering {
     /// The listeners' address of one family.
     #[must_use]
     pub fn on_ip(&self, v6: bool) -> IpAddr {
-        if v6 {
-            self.on_ip6.into()
-        } else {
-            self.on_ip4.into()
-        }
+        if v6 { self.on_ip6.into() } else { self.on_ip4.into() }
     }
 }

@@ -52,11 +52,7 @@ pub enum Error {
 
 impl Error {
     pub(crate) fn io(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
-        move |source| Self::Io {
-            what,
-            path: path.to_owned(),
-            source,
-        }
+        move |source| Self::Io { what, path: path.to_owned(), source }
     }
 }
 
@@ -79,15 +75,8 @@ impl Paths {
     /// The same, in another directory than [`RUN_DIR`].
     #[must_use]
     pub fn under(base: &Path, pin: &Path) -> Self {
-        let name = pin
-            .file_name()
-            .unwrap_or(pin.as_os_str())
-            .to_string_lossy()
-            .into_owned();
-        Self {
-            base: base.to_owned(),
-            name,
-        }
+        let name = pin.file_name().unwrap_or(pin.as_os_str()).to_string_lossy().into_owned();
+        Self { base: base.to_owned(), name }
     }
 
     /// The instance's directory.
@@ -169,15 +158,13 @@ impl Instance {
         if let Some(pid) = paths.running()? {
             return Err(already_running(&paths, pid));
         }
-        match paths.read_state()? {
-            Some(state) => Self::acquire_with(paths, state).map(Some),
-            None => {
-                // Killed before its first write, or after its last.
-                lock::remove_unheld(&paths.lock());
-                remove_empty(&paths);
-                Ok(None)
-            }
+        if let Some(state) = paths.read_state()? {
+            return Self::acquire_with(paths, state).map(Some);
         }
+        // Killed before its first write, or after its last.
+        lock::remove_unheld(&paths.lock());
+        remove_empty(&paths);
+        Ok(None)
     }
 
     fn acquire_with(paths: Paths, mut state: State) -> Result<Self, Error> {
@@ -192,12 +179,7 @@ impl Instance {
             state.journal = leftover.journal.clone();
             state.journal_netns = leftover.journal_netns;
         }
-        let instance = Self {
-            paths,
-            state,
-            leftover,
-            lock,
-        };
+        let instance = Self { paths, state, leftover, lock };
         instance.write()?;
         Ok(instance)
     }
@@ -254,11 +236,7 @@ impl Instance {
             return Err(Error::Running(Failure::Conflict(conflict)));
         }
         self.record(|journal| {
-            journal.routing = Some(RoutingClaim {
-                table,
-                mark: mark.value,
-                mask: mark.mask,
-            })
+            journal.routing = Some(RoutingClaim { table, mark: mark.value, mask: mark.mask });
         })?;
         drop(guard);
         Ok(())
@@ -274,11 +252,7 @@ impl Instance {
             return Ok(());
         }
         self.record(|journal| {
-            journal.sysctls.push(state::SysctlChange {
-                name: name.to_owned(),
-                old,
-                new: value.to_owned(),
-            });
+            journal.sysctls.push(state::SysctlChange { name: name.to_owned(), old, new: value.to_owned() });
         })?;
         crate::sysctl::write(name, value)?;
         Ok(())
@@ -318,8 +292,8 @@ fn remove_empty(paths: &Paths) {
 
 fn already_running(paths: &Paths, pid: i32) -> Error {
     let name = &paths.name;
-    let same_netns = fs::metadata(format!("/proc/{pid}/ns/net"))
-        .map_or(true, |theirs| theirs.ino() == state::netns());
+    let same_netns =
+        fs::metadata(format!("/proc/{pid}/ns/net")).map_or(true, |theirs| theirs.ino() == state::netns());
     Error::Running(Failure::Conflict(if same_netns {
         format!(
             "instance '{name}' is already running as pid {pid}; for a second one choose another --pin, --table and --tproxy-mark"
@@ -339,10 +313,7 @@ fn others(own: &Paths) -> Vec<Paths> {
     entries
         .flatten()
         .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
-        .map(|entry| Paths {
-            base: own.base.clone(),
-            name: entry.file_name().to_string_lossy().into_owned(),
-        })
+        .map(|entry| Paths { base: own.base.clone(), name: entry.file_name().to_string_lossy().into_owned() })
         .filter(|paths| paths.name != own.name)
         .collect()
 }
@@ -359,17 +330,10 @@ pub fn claimed_by_another(own: &Paths, table: u32, mark: Mark) -> Result<Option<
         let Some(state) = other.read_state()? else {
             continue;
         };
-        let Some(claim) = state
-            .journal
-            .routing
-            .filter(|_| state.netns == state::netns())
-        else {
+        let Some(claim) = state.journal.routing.filter(|_| state.netns == state::netns()) else {
             continue;
         };
-        let their_mark = Mark {
-            value: claim.mark,
-            mask: claim.mask,
-        };
+        let their_mark = Mark { value: claim.mark, mask: claim.mask };
         let name = &other.name;
         if claim.table == table {
             return Ok(Some(format!(

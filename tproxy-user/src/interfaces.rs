@@ -55,17 +55,14 @@ impl Host {
     /// The interface with this index.
     #[must_use]
     pub fn by_index(&self, index: u32) -> Option<&Interface> {
-        self.interfaces
-            .iter()
-            .find(|interface| interface.index == index)
+        self.interfaces.iter().find(|interface| interface.index == index)
     }
 
     /// The device that owns the ports of which this interface is one; `None`
     /// for a slave of a VRF, which keeps its own addresses and routes.
     #[must_use]
     pub fn bridge_of(&self, interface: &Interface) -> Option<&Interface> {
-        self.by_index(interface.master?)
-            .filter(|master| master.kind != "vrf")
+        self.by_index(interface.master?).filter(|master| master.kind != "vrf")
     }
 }
 
@@ -82,43 +79,24 @@ pub async fn snapshot(handle: &Handle, own_table: u32) -> Result<Host, Error> {
     let mut addresses = HashMap::<u32, Vec<IpAddr>>::new();
     for message in collect("list addresses", handle.address().get().execute()).await? {
         // With a peer, IFA_ADDRESS is the peer's and IFA_LOCAL this host's.
-        let own = message
-            .attributes
-            .iter()
-            .find_map(|attribute| match attribute {
-                AddressAttribute::Local(address) => Some(*address),
-                _ => None,
-            });
-        let any = message
-            .attributes
-            .iter()
-            .find_map(|attribute| match attribute {
-                AddressAttribute::Address(address) => Some(*address),
-                _ => None,
-            });
-        addresses
-            .entry(message.header.index)
-            .or_default()
-            .extend(own.or(any));
+        let own = message.attributes.iter().find_map(|attribute| match attribute {
+            AddressAttribute::Local(address) => Some(*address),
+            _ => None,
+        });
+        let any = message.attributes.iter().find_map(|attribute| match attribute {
+            AddressAttribute::Address(address) => Some(*address),
+            _ => None,
+        });
+        addresses.entry(message.header.index).or_default().extend(own.or(any));
     }
 
     let mut local = Vec::new();
     for v6 in [false, true] {
-        local.extend(
-            routes(handle, v6, Some(TABLE_LOCAL), None)
-                .await?
-                .iter()
-                .filter_map(local_prefix),
-        );
+        local.extend(routes(handle, v6, Some(TABLE_LOCAL), None).await?.iter().filter_map(local_prefix));
     }
     for interface in &mut interfaces {
         interface.addresses = addresses.remove(&interface.index).unwrap_or_default();
-        local.extend(
-            interface
-                .addresses
-                .iter()
-                .map(|address| IpNet::from(*address)),
-        );
+        local.extend(interface.addresses.iter().map(|address| IpNet::from(*address)));
         // A filtered dump for these few: the whole table of a router may have a million routes.
         if interface.up && !interface.loopback && interface.addresses.is_empty() {
             interface.routed = is_routed(handle, interface.index, own_table).await?;
@@ -126,11 +104,7 @@ pub async fn snapshot(handle: &Handle, own_table: u32) -> Result<Host, Error> {
     }
     local.sort();
     local.dedup();
-    Ok(Host {
-        interfaces,
-        local,
-        ipv6: netlink::has_ipv6(),
-    })
+    Ok(Host { interfaces, local, ipv6: netlink::has_ipv6() })
 }
 
 fn interface(message: LinkMessage) -> Interface {
@@ -161,10 +135,7 @@ fn interface(message: LinkMessage) -> Interface {
 async fn is_routed(handle: &Handle, index: u32, own_table: u32) -> Result<bool, Error> {
     for v6 in [false, true] {
         let found = routes(handle, v6, None, Some(index)).await?;
-        if found
-            .iter()
-            .any(|route| route.header.kind == RouteType::Unicast && table_of(route) != own_table)
-        {
+        if found.iter().any(|route| route.header.kind == RouteType::Unicast && table_of(route) != own_table) {
             return Ok(true);
         }
     }
@@ -206,13 +177,7 @@ pub(crate) fn table_of(route: &RouteMessage) -> u32 {
     route
         .attributes
         .iter()
-        .find_map(|attribute| {
-            if let RouteAttribute::Table(table) = attribute {
-                Some(*table)
-            } else {
-                None
-            }
-        })
+        .find_map(|attribute| if let RouteAttribute::Table(table) = attribute { Some(*table) } else { None })
         .unwrap_or(route.header.table.into())
 }
 
@@ -227,11 +192,7 @@ pub(crate) fn destination(route: &RouteMessage) -> Option<IpNet> {
             RouteAttribute::Destination(RouteAddress::Inet6(address)) => Some(IpAddr::V6(*address)),
             _ => None,
         })
-        .unwrap_or(if v6 {
-            IpAddr::V6([0; 16].into())
-        } else {
-            IpAddr::V4([0; 4].into())
-        });
+        .unwrap_or(if v6 { IpAddr::V6([0; 16].into()) } else { IpAddr::V4([0; 4].into()) });
     IpNet::new(address, route.header.destination_prefix_length).ok()
 }
 

@@ -29,10 +29,7 @@ impl Error {
             rtnetlink::Error::NetlinkError(message) => message.to_io(),
             other => io::Error::other(other.to_string()),
         };
-        Self {
-            what: what.into(),
-            source,
-        }
+        Self { what: what.into(), source }
     }
 
     /// The kernel's error number, where it answered with one.
@@ -53,11 +50,8 @@ impl Error {
 /// # Panics
 /// Outside a tokio runtime.
 pub fn connect() -> Result<Handle, Error> {
-    let (connection, handle, _) =
-        rtnetlink::new_connection_with_strict_check().map_err(|source| Error {
-            what: "open a socket".to_owned(),
-            source,
-        })?;
+    let (connection, handle, _) = rtnetlink::new_connection_with_strict_check()
+        .map_err(|source| Error { what: "open a socket".to_owned(), source })?;
     tokio::spawn(connection);
     Ok(handle)
 }
@@ -67,11 +61,7 @@ pub(crate) async fn collect<T>(
     what: &str,
     dump: impl Stream<Item = Result<T, rtnetlink::Error>>,
 ) -> Result<Vec<T>, Error> {
-    match dump
-        .try_collect()
-        .await
-        .map_err(|error| Error::new(what, error))
-    {
+    match dump.try_collect().await.map_err(|error| Error::new(what, error)) {
         Ok(items) => Ok(items),
         Err(error) => match error.errno() {
             Some(libc::EAFNOSUPPORT | libc::EOPNOTSUPP | libc::ENOENT) => Ok(Vec::new()),
@@ -82,18 +72,12 @@ pub(crate) async fn collect<T>(
 
 /// The address family of a flag "is IPv6".
 pub(crate) const fn family(v6: bool) -> AddressFamily {
-    if v6 {
-        AddressFamily::Inet6
-    } else {
-        AddressFamily::Inet
-    }
+    if v6 { AddressFamily::Inet6 } else { AddressFamily::Inet }
 }
 
 /// The value of one option of the network namespace's IPv6: `None` where the host has no IPv6.
 fn ipv6_option(path: &str) -> Option<String> {
-    std::fs::read_to_string(format!("/proc/sys/net/ipv6/{path}"))
-        .ok()
-        .map(|text| text.trim().to_owned())
+    std::fs::read_to_string(format!("/proc/sys/net/ipv6/{path}")).ok().map(|text| text.trim().to_owned())
 }
 
 /// Whether the network namespace of the calling thread has IPv6 on its loopback
@@ -112,9 +96,7 @@ pub struct Watch {
 
 impl std::fmt::Debug for Watch {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Watch")
-            .field("pending", &self.pending)
-            .finish_non_exhaustive()
+        f.debug_struct("Watch").field("pending", &self.pending).finish_non_exhaustive()
     }
 }
 
@@ -144,14 +126,9 @@ impl Watch {
     /// Outside a tokio runtime.
     pub fn new() -> io::Result<Self> {
         let mut socket = TokioSocket::new(NETLINK_ROUTE)?;
-        let groups = Self::GROUPS
-            .iter()
-            .fold(0, |bits, group| bits | 1 << (*group as u32 - 1));
+        let groups = Self::GROUPS.iter().fold(0, |bits, group| bits | 1 << (*group as u32 - 1));
         socket.socket_mut().bind(&SocketAddr::new(0, groups))?;
-        Ok(Self {
-            socket,
-            pending: false,
-        })
+        Ok(Self { socket, pending: false })
     }
 
     /// Waits until something changed and the burst of changes is over.

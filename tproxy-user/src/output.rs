@@ -9,10 +9,7 @@ use std::time::Duration;
 /// Where standard output cannot be written for another reason.
 pub fn print(text: &str) -> io::Result<()> {
     let mut stdout = io::stdout().lock();
-    match stdout
-        .write_all(text.as_bytes())
-        .and_then(|()| stdout.flush())
-    {
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         other => other,
     }
@@ -47,10 +44,7 @@ impl<const N: usize> Table<N> {
     /// An empty table.
     #[must_use]
     pub fn new(columns: [(&str, Align); N]) -> Self {
-        Self {
-            align: columns.map(|(_, align)| align),
-            rows: vec![columns.map(|(name, _)| name.to_owned())],
-        }
+        Self { align: columns.map(|(_, align)| align), rows: vec![columns.map(|(name, _)| name.to_owned())] }
     }
 
     /// Adds a line.
@@ -61,13 +55,8 @@ impl<const N: usize> Table<N> {
 
 impl<const N: usize> std::fmt::Display for Table<N> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let width: [usize; N] = std::array::from_fn(|i| {
-            self.rows
-                .iter()
-                .map(|row| row[i].chars().count())
-                .max()
-                .unwrap_or(0)
-        });
+        let width: [usize; N] =
+            std::array::from_fn(|i| self.rows.iter().map(|row| row[i].chars().count()).max().unwrap_or(0));
         for row in &self.rows {
             let cells: Vec<String> = row
                 .iter()
@@ -95,23 +84,15 @@ pub fn bytes(count: u64) -> String {
         tenths /= 1024;
         unit += 1;
     }
-    if unit == 0 {
-        format!("{count} B")
-    } else {
-        format!("{}.{} {}", tenths / 10, tenths % 10, UNITS[unit])
-    }
+    if unit == 0 { format!("{count} B") } else { format!("{}.{} {}", tenths / 10, tenths % 10, UNITS[unit]) }
 }
 
 /// A span of time by its two greatest units: `3d4h`, `5m20s`, `7s`.
 #[must_use]
 pub fn span(time: Duration) -> String {
     let seconds = time.as_secs();
-    let (days, hours, minutes, seconds) = (
-        seconds / 86400,
-        seconds / 3600 % 24,
-        seconds / 60 % 60,
-        seconds % 60,
-    );
+    let (days, hours, minutes, seconds) =
+        (seconds / 86400, seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
     match (days, hours, minutes) {
         (0, 0, 0) => format!("{seconds}s"),
         (0, 0, _) => format!("{minutes}m{seconds}s"),
@@ -126,22 +107,12 @@ mod tests {
 
     #[test]
     fn sizes_and_spans() {
-        for (count, text) in [
-            (0, "0 B"),
-            (1023, "1023 B"),
-            (1024, "1.0 KiB"),
-            (1_572_864, "1.5 MiB"),
-            (u64::MAX, "15.9 EiB"),
-        ] {
+        for (count, text) in
+            [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (1_572_864, "1.5 MiB"), (u64::MAX, "15.9 EiB")]
+        {
             assert_eq!(bytes(count), text);
         }
-        for (seconds, text) in [
-            (0, "0s"),
-            (59, "59s"),
-            (320, "5m20s"),
-            (7440, "2h4m"),
-            (273_600, "3d4h"),
-        ] {
+        for (seconds, text) in [(0, "0s"), (59, "59s"), (320, "5m20s"), (7440, "2h4m"), (273_600, "3d4h")] {
             assert_eq!(span(Duration::from_secs(seconds)), text);
         }
     }
@@ -151,9 +122,6 @@ mod tests {
         let mut table = Table::new([("NAME", Align::Left), ("COUNT", Align::Right)]);
         table.push(["a".to_owned(), "1".to_owned()]);
         table.push(["longer".to_owned(), "23".to_owned()]);
-        assert_eq!(
-            table.to_string(),
-            "NAME    COUNT\na           1\nlonger     23\n"
-        );
+        assert_eq!(table.to_string(), "NAME    COUNT\na           1\nlonger     23\n");
     }
 }

@@ -32,15 +32,13 @@ pub fn of_port(protocol: Protocol, address: SocketAddr) -> Option<String> {
         .flatten()
         .filter(|process| {
             process.fd().is_ok_and(|descriptors| {
-                descriptors.flatten().any(
-                    |fd| matches!(fd.target, FDTarget::Socket(inode) if inodes.contains(&inode)),
-                )
+                descriptors
+                    .flatten()
+                    .any(|fd| matches!(fd.target, FDTarget::Socket(inode) if inodes.contains(&inode)))
             })
         })
         .map(|process| {
-            let name = process
-                .stat()
-                .map_or_else(|_| "a process".to_owned(), |stat| stat.comm);
+            let name = process.stat().map_or_else(|_| "a process".to_owned(), |stat| stat.comm);
             format!("{name} (pid {})", process.pid)
         })
         .collect();
@@ -58,46 +56,26 @@ fn inodes(protocol: Protocol, address: SocketAddr) -> BTreeSet<u64> {
     for file in ["", "6"] {
         let local: Vec<(SocketAddr, u64)> = match protocol {
             Protocol::Tcp => open(&format!("tcp{file}"))
-                .and_then(|reader| {
-                    TcpNetEntries::from_buf_read(reader, procfs::current_system_info()).ok()
-                })
+                .and_then(|reader| TcpNetEntries::from_buf_read(reader, procfs::current_system_info()).ok())
                 .map(|entries| {
-                    let listening = entries
-                        .0
-                        .into_iter()
-                        .filter(|entry| entry.state == TcpState::Listen);
-                    listening
-                        .map(|entry| (entry.local_address, entry.inode))
-                        .collect()
+                    let listening = entries.0.into_iter().filter(|entry| entry.state == TcpState::Listen);
+                    listening.map(|entry| (entry.local_address, entry.inode)).collect()
                 }),
             Protocol::Udp => open(&format!("udp{file}"))
-                .and_then(|reader| {
-                    UdpNetEntries::from_buf_read(reader, procfs::current_system_info()).ok()
-                })
+                .and_then(|reader| UdpNetEntries::from_buf_read(reader, procfs::current_system_info()).ok())
                 .map(|entries| {
-                    entries
-                        .0
-                        .into_iter()
-                        .map(|entry| (entry.local_address, entry.inode))
-                        .collect()
+                    entries.0.into_iter().map(|entry| (entry.local_address, entry.inode)).collect()
                 }),
         }
         .unwrap_or_default();
-        found.extend(
-            local
-                .into_iter()
-                .filter(|(other, _)| collide(address, *other))
-                .map(|(_, inode)| inode),
-        );
+        found.extend(local.into_iter().filter(|(other, _)| collide(address, *other)).map(|(_, inode)| inode));
     }
     found
 }
 
 /// Of this thread's network namespace; `/proc/net` is of the process's first thread.
 fn open(name: &str) -> Option<BufReader<File>> {
-    File::open(format!("/proc/thread-self/net/{name}"))
-        .ok()
-        .map(BufReader::new)
+    File::open(format!("/proc/thread-self/net/{name}")).ok().map(BufReader::new)
 }
 
 fn collide(wanted: SocketAddr, other: SocketAddr) -> bool {
@@ -118,19 +96,11 @@ mod tests {
         let own = format!("(pid {})", std::process::id());
         let tcp = TcpListener::bind("127.0.0.1:0").expect("bind");
         let address = tcp.local_addr().expect("address");
-        assert!(
-            of_port(Protocol::Tcp, address)
-                .expect("found")
-                .contains(&own)
-        );
+        assert!(of_port(Protocol::Tcp, address).expect("found").contains(&own));
         let any = SocketAddr::new([0, 0, 0, 0].into(), address.port());
         assert!(of_port(Protocol::Tcp, any).expect("found").contains(&own));
         let udp = UdpSocket::bind("[::1]:0").expect("bind");
-        assert!(
-            of_port(Protocol::Udp, udp.local_addr().expect("address"))
-                .expect("found")
-                .contains(&own)
-        );
+        assert!(of_port(Protocol::Udp, udp.local_addr().expect("address")).expect("found").contains(&own));
         drop(tcp);
         assert_eq!(of_port(Protocol::Tcp, address), None);
     }

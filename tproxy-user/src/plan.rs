@@ -196,20 +196,14 @@ impl Plan {
         let Some(missing) = self.missing.first() else {
             return Ok(());
         };
-        let names: Vec<_> = host
-            .interfaces
-            .iter()
-            .filter(|interface| !interface.loopback)
-            .map(|i| &*i.name)
-            .collect();
+        let names: Vec<_> =
+            host.interfaces.iter().filter(|interface| !interface.loopback).map(|i| &*i.name).collect();
         let there_are = if names.is_empty() {
             "there is none but lo".to_owned()
         } else {
             format!("there are: {}", names.join(", "))
         };
-        Err(Failure::usage(format_args!(
-            "--iface {missing}: no such interface; {there_are}"
-        )))
+        Err(Failure::usage(format_args!("--iface {missing}: no such interface; {there_are}")))
     }
 
     fn add_interfaces(&mut self, config: &Config, host: &Host) -> Result<(), Failure> {
@@ -217,47 +211,31 @@ impl Plan {
         for name in &config.capture.interfaces {
             let found = captured(name, host)?;
             if found.is_empty() && is_glob(name) {
-                self.warnings
-                    .push(format!("--iface '{name}': no interface matches yet"));
+                self.warnings.push(format!("--iface '{name}': no interface matches yet"));
             } else if found.is_empty() {
                 self.missing.push(name.clone());
             }
             for interface in found {
                 if !interface.up {
-                    self.warnings
-                        .push(format!("--iface {}: the interface is down", interface.name));
+                    self.warnings.push(format!("--iface {}: the interface is down", interface.name));
                 }
                 roles.insert(interface.index, (&interface.name, Role::Capture));
             }
         }
         // With the proxy's own address as the source, replies come to it anyway.
         if config.source != SourceMode::Proxy || config.capture.own_traffic {
-            for interface in host
-                .interfaces
-                .iter()
-                .filter(|interface| faces_upstream(interface, host))
-            {
-                roles
-                    .entry(interface.index)
-                    .or_insert((&interface.name, Role::Uplink));
+            for interface in host.interfaces.iter().filter(|interface| faces_upstream(interface, host)) {
+                roles.entry(interface.index).or_insert((&interface.name, Role::Uplink));
             }
         }
         if config.capture.own_traffic {
-            for interface in host
-                .interfaces
-                .iter()
-                .filter(|interface| interface.loopback)
-            {
+            for interface in host.interfaces.iter().filter(|interface| interface.loopback) {
                 roles.insert(interface.index, (&interface.name, Role::Loopback));
             }
         }
         self.interfaces = roles
             .into_iter()
-            .map(|(index, (name, role))| PlannedInterface {
-                name: name.to_owned(),
-                index,
-                role,
-            })
+            .map(|(index, (name, role))| PlannedInterface { name: name.to_owned(), index, role })
             .collect();
         Ok(())
     }
@@ -267,20 +245,10 @@ impl Plan {
         // The proxy's own mark beside the other on the host's own packets keeps
         // this rule from matching where src_valid_mark=1 looks up the reverse path.
         let own = steering.own_mark;
-        let loopback_mark = Mark {
-            value: steering.mark.value | own,
-            mask: steering.mark.mask | own,
-        };
+        let loopback_mark = Mark { value: steering.mark.value | own, mask: steering.mark.mask | own };
         let families = [(false, self.ipv4), (true, self.ipv6)];
-        for v6 in families
-            .iter()
-            .filter(|(_, wanted)| *wanted)
-            .map(|(v6, _)| *v6)
-        {
-            self.routes.push(LocalRoute {
-                v6,
-                table: steering.table,
-            });
+        for v6 in families.iter().filter(|(_, wanted)| *wanted).map(|(v6, _)| *v6) {
+            self.routes.push(LocalRoute { v6, table: steering.table });
             for interface in &self.interfaces {
                 let mark = match interface.role {
                     Role::Capture => steering.mark,
@@ -298,10 +266,7 @@ impl Plan {
             }
         }
         if config.capture.own_traffic && self.ipv4 {
-            self.sysctls.push(Sysctl {
-                name: sysctl::ACCEPT_LOCAL,
-                value: "1",
-            });
+            self.sysctls.push(Sysctl { name: sysctl::ACCEPT_LOCAL, value: "1" });
         }
     }
 }
@@ -310,22 +275,14 @@ impl Plan {
 fn captured<'a>(name: &str, host: &'a Host) -> Result<Vec<&'a Interface>, Failure> {
     if is_glob(name) {
         let pattern = glob::Pattern::new(name).map_err(|error| {
-            Failure::usage(format_args!(
-                "--iface '{name}': expected a glob such as 'wg*': {error}"
-            ))
+            Failure::usage(format_args!("--iface '{name}': expected a glob such as 'wg*': {error}"))
         })?;
         let matches = |interface: &&Interface| {
-            pattern.matches(&interface.name)
-                && !interface.loopback
-                && host.bridge_of(interface).is_none()
+            pattern.matches(&interface.name) && !interface.loopback && host.bridge_of(interface).is_none()
         };
         return Ok(host.interfaces.iter().filter(matches).collect());
     }
-    let Some(interface) = host
-        .interfaces
-        .iter()
-        .find(|interface| interface.name == name)
-    else {
+    let Some(interface) = host.interfaces.iter().find(|interface| interface.name == name) else {
         return Ok(Vec::new());
     };
     if interface.loopback {

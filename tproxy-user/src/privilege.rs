@@ -22,17 +22,13 @@ pub fn running_kernel() -> Result<Kernel, Failure> {
     let release = uname()
         .map(|name| name.release().to_string_lossy().into_owned())
         .map_err(|error| Failure::unsupported(format_args!("uname: {error}")))?;
-    parse_release(&release).ok_or_else(|| {
-        Failure::unsupported(format_args!("kernel release '{release}' is not a version"))
-    })
+    parse_release(&release)
+        .ok_or_else(|| Failure::unsupported(format_args!("kernel release '{release}' is not a version")))
 }
 
 fn parse_release(release: &str) -> Option<Kernel> {
     let mut numbers = release.split(|c: char| !c.is_ascii_digit());
-    Some(Kernel {
-        major: numbers.next()?.parse().ok()?,
-        minor: numbers.next()?.parse().ok()?,
-    })
+    Some(Kernel { major: numbers.next()?.parse().ok()?, minor: numbers.next()?.parse().ok()? })
 }
 
 /// The kernel by which features are chosen: the one that runs, or the one that
@@ -60,9 +56,7 @@ pub fn require_admin(command: &str) -> Result<(), Failure> {
     if effective()? >> NET_ADMIN & 1 == 1 {
         return Ok(());
     }
-    Err(Failure::unsupported(format_args!(
-        "{command}: missing CAP_NET_ADMIN; run as root"
-    )))
+    Err(Failure::unsupported(format_args!("{command}: missing CAP_NET_ADMIN; run as root")))
 }
 
 /// The effective capabilities of this process, a bit each.
@@ -71,9 +65,7 @@ fn effective() -> Result<u64, Failure> {
         .and_then(|process| process.status())
         .map(|status| status.capeff)
         .map_err(|error| {
-            Failure::unsupported(format_args!(
-                "cannot read the capabilities of this process: {error}"
-            ))
+            Failure::unsupported(format_args!("cannot read the capabilities of this process: {error}"))
         })
 }
 
@@ -114,9 +106,8 @@ mod tests {
 
     #[test]
     fn names_what_is_missing() {
-        let config = |flags: &[&str]| {
-            resolve::config(&Cli::try_parse_from(flags).expect("flags").run).expect("valid")
-        };
+        let config =
+            |flags: &[&str]| resolve::config(&Cli::try_parse_from(flags).expect("flags").run).expect("valid");
         let ebpf = config(&["tproxy-user", "-i", "eth0"]);
         let none = config(&["tproxy-user", "--steer", "none"]);
         let new = Kernel { major: 6, minor: 1 };
@@ -131,35 +122,15 @@ mod tests {
         assert!(check(&ebpf, OLDEST, net | 1 << BPF).is_err());
         assert!(check(&ebpf, OLDEST, net | 1 << SYS_ADMIN).is_ok());
         let old = Kernel { major: 5, minor: 4 };
-        assert!(
-            check(&ebpf, old, u64::MAX)
-                .expect_err("old")
-                .to_string()
-                .contains("5.7")
-        );
+        assert!(check(&ebpf, old, u64::MAX).expect_err("old").to_string().contains("5.7"));
         assert!(check(&none, old, u64::MAX).is_ok());
     }
 
     #[test]
     fn releases() {
-        assert_eq!(
-            parse_release("6.18.44-fc-v595"),
-            Some(Kernel {
-                major: 6,
-                minor: 18
-            })
-        );
-        assert_eq!(
-            parse_release("5.10.0"),
-            Some(Kernel {
-                major: 5,
-                minor: 10
-            })
-        );
-        assert_eq!(
-            parse_release("7.0-rc1"),
-            Some(Kernel { major: 7, minor: 0 })
-        );
+        assert_eq!(parse_release("6.18.44-fc-v595"), Some(Kernel { major: 6, minor: 18 }));
+        assert_eq!(parse_release("5.10.0"), Some(Kernel { major: 5, minor: 10 }));
+        assert_eq!(parse_release("7.0-rc1"), Some(Kernel { major: 7, minor: 0 }));
         assert_eq!(parse_release("next"), None);
     }
 }

@@ -6,8 +6,6 @@
 pub mod conflict;
 mod message;
 
-pub use conflict::find as find_conflict;
-
 use rtnetlink::Handle;
 use rtnetlink::packet_route::route::RouteMessage;
 use rtnetlink::packet_route::rule::RuleMessage;
@@ -54,9 +52,8 @@ impl Routing {
         let mut changes = Changes::default();
         let (present_rules, present_routes) = (self.own_rules().await?, self.own_routes().await?);
         // The route first: a rule without it would send packets on to the next rule.
-        for route in routes
-            .iter()
-            .filter(|route| !present_routes.iter().any(|(own, _)| own == &Some(**route)))
+        for route in
+            routes.iter().filter(|route| !present_routes.iter().any(|(own, _)| own == &Some(**route)))
         {
             self.add_route(*route).await?;
             changes.added += 1;
@@ -116,35 +113,24 @@ impl Routing {
         debug!(%rule, "adding a rule");
         let mut request = self.handle.rule().add();
         *request.message_mut() = rule_message(rule);
-        request
-            .execute()
-            .await
-            .map_err(|error| Error::new(format!("do: {rule}"), error))
+        request.execute().await.map_err(|error| Error::new(format!("do: {rule}"), error))
     }
 
     async fn delete_rule(&self, rule: &Rule) -> Result<(), Error> {
         debug!(%rule, "removing a rule");
         let result = self.handle.rule().del(rule_message(rule)).execute().await;
-        absent_is_done(
-            result.map_err(|error| Error::new(format!("remove the rule: {rule}"), error)),
-        )
+        absent_is_done(result.map_err(|error| Error::new(format!("remove the rule: {rule}"), error)))
     }
 
     async fn add_route(&self, route: LocalRoute) -> Result<(), Error> {
         debug!(%route, "adding a route");
-        let result = self
-            .handle
-            .route()
-            .add(route_message(route))
-            .execute()
-            .await;
+        let result = self.handle.route().add(route_message(route)).execute().await;
         result.map_err(|error| {
             let error = Error::new(format!("do: {route}"), error);
             match error.errno() {
-                Some(libc::ENETDOWN) => Error {
-                    what: format!("{} (lo is down; mend: ip link set lo up)", error.what),
-                    ..error
-                },
+                Some(libc::ENETDOWN) => {
+                    Error { what: format!("{} (lo is down; mend: ip link set lo up)", error.what), ..error }
+                }
                 _ => error,
             }
         })
@@ -154,9 +140,7 @@ impl Routing {
         let what = message::describe_route(&message);
         debug!(route = %what, "removing a route");
         let result = self.handle.route().del(message).execute().await;
-        absent_is_done(
-            result.map_err(|error| Error::new(format!("remove the route: {what}"), error)),
-        )
+        absent_is_done(result.map_err(|error| Error::new(format!("remove the route: {what}"), error)))
     }
 }
 

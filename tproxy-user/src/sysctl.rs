@@ -31,12 +31,7 @@ pub fn read(name: &str) -> Result<String, Error> {
     let path = path(name);
     match fs::read_to_string(&path) {
         Ok(value) => Ok(value.trim_end().to_owned()),
-        Err(source) => Err(Error {
-            name: name.to_owned(),
-            verb: "read",
-            path,
-            source,
-        }),
+        Err(source) => Err(Error { name: name.to_owned(), verb: "read", path, source }),
     }
 }
 
@@ -46,10 +41,5 @@ pub fn read(name: &str) -> Result<String, Error> {
 /// Where there is no such setting, without `CAP_NET_ADMIN`, or where `/proc/sys` is read-only.
 pub fn write(name: &str, value: &str) -> Result<(), Error> {
     let path = path(name);
-    fs::write(&path, value).map_err(|source| Error {
-        name: name.to_owned(),
-        verb: "write",
-        path,
-        source,
-    })
+    fs::write(&path, value).map_err(|source| Error { name: name.to_owned(), verb: "write", path, source })
 }

@@ -33,9 +33,6 @@ pub fn init(args: &LoggingArgs) {
     drop(if args.log_format {
         builder.json().flatten_event(true).try_init()
     } else {
-        builder
-            .with_ansi(std::io::stderr().is_terminal())
-            .with_target(false)
-            .try_init()
+        builder.with_ansi(std::io::stderr().is_terminal()).with_target(false).try_init()
     });
 }

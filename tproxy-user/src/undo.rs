@@ -64,19 +64,15 @@ pub async fn everything(state: &State, handle: &Handle) -> Report {
 /// Removes the pinned maps and links, which detaches the programs of the links.
 pub fn pins(pin: &Path, report: &mut Report) {
     match bpffs::remove(pin) {
-        Ok(removed) => report
-            .done
-            .extend(removed.iter().map(|what| format!("removed {what}"))),
+        Ok(removed) => report.done.extend(removed.iter().map(|what| format!("removed {what}"))),
         Err(error) => report.failed.push(error.into()),
     }
 }
 
 /// Undoes a journal: filters, qdiscs, rules, routes, settings.
 pub async fn network(journal: &Journal, handle: &Handle, report: &mut Report) {
-    for made in &journal.filters {
-        let result = filter(made, handle)
-            .await
-            .with_context(|| format!("on {}", made.ifname));
+    for made in ours(&journal.filters) {
+        let result = filter(made, handle).await.with_context(|| format!("on {}", made.ifname));
         report.note(result, |removed| {
             removed.then(|| {
                 format!(
@@ -88,31 +84,34 @@ pub async fn network(journal: &Journal, handle: &Handle, report: &mut Report) {
         });
     }
     for made in &journal.qdiscs {
-        let result = qdisc(made, handle)
-            .await
-            .with_context(|| format!("on {}", made.ifname));
-        report.note(result, |removed| {
-            removed.then(|| format!("removed the clsact qdisc of {}", made.ifname))
-        });
+        let result = qdisc(made, handle).await.with_context(|| format!("on {}", made.ifname));
+        report
+            .note(result, |removed| removed.then(|| format!("removed the clsact qdisc of {}", made.ifname)));
     }
     if let Some(claim) = journal.routing {
         let result = Routing::new(handle.clone(), claim.table).remove().await;
         report.note(result.map_err(Into::into), |changes| {
-            (changes.removed > 0).then(|| {
-                format!(
-                    "removed {} rules and routes of table {}",
-                    changes.removed, claim.table
-                )
-            })
+            (changes.removed > 0)
+                .then(|| format!("removed {} rules and routes of table {}", changes.removed, claim.table))
         });
     }
     // In reverse: where one was changed twice, the first old value stays.
     for change in journal.sysctls.iter().rev() {
         let result = setting(change);
-        report.note(result, |restored| {
-            restored.then(|| format!("restored {} = {}", change.name, change.old))
-        });
+        report
+            .note(result, |restored| restored.then(|| format!("restored {} = {}", change.name, change.old)));
     }
+}
+
+/// The filters that are ours: the last that was recorded for each side of an
+/// interface. Those before it were tried, and found taken by another.
+fn ours(filters: &[FilterMade]) -> impl Iterator<Item = &FilterMade> {
+    let side = |made: &FilterMade| (made.ifindex, made.filter.egress);
+    filters
+        .iter()
+        .enumerate()
+        .filter(move |(index, made)| !filters[index + 1..].iter().any(|later| side(later) == side(made)))
+        .map(|(_, made)| made)
 }
 
 /// Whether the interface of this index still has this name: indices of devices
@@ -123,9 +122,7 @@ fn is_still(ifname: &str, ifindex: u32) -> bool {
 
 async fn filter(made: &FilterMade, handle: &Handle) -> anyhow::Result<bool> {
     if !is_still(&made.ifname, made.ifindex)
-        || !clsact::filters(handle, made.ifindex)
-            .await?
-            .contains(&made.filter)
+        || !clsact::filters(handle, made.ifindex).await?.contains(&made.filter)
     {
         return Ok(false);
     }
@@ -140,10 +137,7 @@ async fn qdisc(made: &QdiscMade, handle: &Handle) -> anyhow::Result<bool> {
         return Ok(false);
     }
     if !clsact::filters(handle, ifindex).await?.is_empty() {
-        tracing::warn!(
-            interface = ifname,
-            "the clsact qdisc stays: others have filters there"
-        );
+        tracing::warn!(interface = ifname, "the clsact qdisc stays: others have filters there");
         return Ok(false);
     }
     clsact::del_clsact(handle, ifindex).await?;

@@ -10,7 +10,7 @@ use ipnet::IpNet;
 use crate::config::{Kernel, Mark};
 
 /// Longest time-out: timers are exact far beyond it, a longer one is a typing error.
-const LONGEST: Duration = Duration::from_secs(366 * 24 * 3600);
+const LONGEST: Duration = Duration::from_hours(366 * 24);
 
 /// A time with its unit, more than zero.
 pub(super) fn duration(text: &str) -> Result<Duration, String> {
@@ -25,9 +25,7 @@ pub(super) fn duration_or_zero(text: &str) -> Result<Duration, String> {
     match humantime::parse_duration(text) {
         Ok(time) if time <= LONGEST => Ok(time),
         Ok(_) => Err("expected at most 366days".to_owned()),
-        Err(_) => {
-            Err("expected a number with its unit, such as 500ms, 300s, 5m or 1h30m".to_owned())
-        }
+        Err(_) => Err("expected a number with its unit, such as 500ms, 300s, 5m or 1h30m".to_owned()),
     }
 }
 
@@ -38,9 +36,7 @@ pub(super) fn number(text: &str) -> Result<u32, String> {
         Some(_) => None,
         None => text.parse().ok(),
     };
-    parsed.ok_or_else(|| {
-        "expected a number of 32 bits, decimal or hexadecimal such as 0x1".to_owned()
-    })
+    parsed.ok_or_else(|| "expected a number of 32 bits, decimal or hexadecimal such as 0x1".to_owned())
 }
 
 /// `VALUE[/MASK]`.
@@ -50,7 +46,10 @@ pub(super) fn mark(text: &str) -> Result<Mark, String> {
         None => (number(text)?, u32::MAX),
     };
     if value & mask == 0 {
-        return Err("no bit of it is set, so it would match packets without a mark; expected such as 0x1/0x1".to_owned());
+        return Err(
+            "no bit of it is set, so it would match packets without a mark; expected such as 0x1/0x1"
+                .to_owned(),
+        );
     }
     if value & !mask != 0 {
         return Err(format!(
@@ -65,12 +64,7 @@ pub(super) fn mark(text: &str) -> Result<Mark, String> {
 /// One port or an inclusive range.
 pub(super) fn ports(text: &str) -> Result<(u16, u16), String> {
     const EXPECTED: &str = "expected ports from 1 to 65535, such as 53,80,1000-2000";
-    let one = |text: &str| {
-        text.parse()
-            .ok()
-            .filter(|port| *port != 0)
-            .ok_or_else(|| EXPECTED.to_owned())
-    };
+    let one = |text: &str| text.parse().ok().filter(|port| *port != 0).ok_or_else(|| EXPECTED.to_owned());
     match text.split_once('-') {
         None => one(text).map(|port| (port, port)),
         Some((first, last)) => match (one(first)?, one(last)?) {
@@ -82,16 +76,12 @@ pub(super) fn ports(text: &str) -> Result<(u16, u16), String> {
 
 /// A port, not zero.
 pub(super) fn port(text: &str) -> Result<u16, String> {
-    text.parse()
-        .ok()
-        .filter(|port| *port != 0)
-        .ok_or_else(|| "expected a port from 1 to 65535".to_owned())
+    text.parse().ok().filter(|port| *port != 0).ok_or_else(|| "expected a port from 1 to 65535".to_owned())
 }
 
 /// An IP address.
 pub(super) fn ip(text: &str) -> Result<IpAddr, String> {
-    text.parse()
-        .map_err(|_| "expected an IPv4 or IPv6 address, such as 127.0.0.1 or ::1".to_owned())
+    text.parse().map_err(|_| "expected an IPv4 or IPv6 address, such as 127.0.0.1 or ::1".to_owned())
 }
 
 /// A network, or an address as a network of itself alone.
@@ -113,10 +103,7 @@ pub(super) fn cidr(text: &str) -> Result<IpNet, String> {
         && v6.prefix_len() >= 96
         && let Some(v4) = v6.addr().to_ipv4_mapped()
     {
-        return Err(format!(
-            "no packet has a mapped address; expected {v4}/{}",
-            v6.prefix_len() - 96
-        ));
+        return Err(format!("no packet has a mapped address; expected {v4}/{}", v6.prefix_len() - 96));
     }
     Ok(net)
 }
@@ -131,24 +118,17 @@ pub(super) fn table(text: &str) -> Result<u32, String> {
         Ok(255) => "local",
         Ok(table) => return Ok(table),
     };
-    Err(format!(
-        "that is the table '{name}' of the system; expected a table of its own, such as 100"
-    ))
+    Err(format!("that is the table '{name}' of the system; expected a table of its own, such as 100"))
 }
 
 /// An interface name or a glob of such.
 pub(super) fn interface(text: &str) -> Result<String, String> {
     // IFNAMSIZ is 16 with the final zero; the kernel refuses '/', ':' and blanks (dev_valid_name).
-    if text.is_empty()
-        || text
-            .chars()
-            .any(|c| c == '/' || c == ':' || c.is_whitespace())
-    {
+    if text.is_empty() || text.chars().any(|c| c == '/' || c == ':' || c.is_whitespace()) {
         return Err("expected the name of an interface, such as eth0 or 'wg*'".to_owned());
     }
     if is_glob(text) {
-        glob::Pattern::new(text)
-            .map_err(|error| format!("expected a glob such as 'wg*': {error}"))?;
+        glob::Pattern::new(text).map_err(|error| format!("expected a glob such as 'wg*': {error}"))?;
     } else if text.len() > 15 {
         return Err("names of interfaces have at most 15 characters".to_owned());
     }
@@ -163,16 +143,11 @@ pub(crate) fn is_glob(name: &str) -> bool {
 /// A pin directory: absolute, with a last part that can name the instance.
 pub(super) fn pin(text: &str) -> Result<PathBuf, String> {
     let path = PathBuf::from(text);
-    let plain = path.components().all(|part| {
-        matches!(
-            part,
-            std::path::Component::RootDir | std::path::Component::Normal(_)
-        )
-    });
+    let plain = path
+        .components()
+        .all(|part| matches!(part, std::path::Component::RootDir | std::path::Component::Normal(_)));
     if !path.is_absolute() || path.file_name().is_none() || !plain {
-        return Err(
-            "expected an absolute path to a directory, such as /sys/fs/bpf/tproxy".to_owned(),
-        );
+        return Err("expected an absolute path to a directory, such as /sys/fs/bpf/tproxy".to_owned());
     }
     Ok(path)
 }
@@ -180,12 +155,7 @@ pub(super) fn pin(text: &str) -> Result<PathBuf, String> {
 /// `X.Y`.
 pub(super) fn kernel(text: &str) -> Result<Kernel, String> {
     text.split_once('.')
-        .and_then(|(major, minor)| {
-            Some(Kernel {
-                major: major.parse().ok()?,
-                minor: minor.parse().ok()?,
-            })
-        })
+        .and_then(|(major, minor)| Some(Kernel { major: major.parse().ok()?, minor: minor.parse().ok()? }))
         .ok_or_else(|| "expected a kernel version, such as 5.10".to_owned())
 }
 
@@ -196,37 +166,10 @@ mod tests {
     #[test]
     fn marks() {
         assert_eq!(mark("0x1/0x1"), Ok(Mark { value: 1, mask: 1 }));
-        assert_eq!(
-            mark("16"),
-            Ok(Mark {
-                value: 16,
-                mask: u32::MAX
-            })
-        );
-        assert_eq!(
-            mark("0xFF/255"),
-            Ok(Mark {
-                value: 255,
-                mask: 255
-            })
-        );
-        assert!(
-            mark("0x3/0x1")
-                .expect_err("bits outside")
-                .contains("expected 0x1/0x1 or 0x3/0x3")
-        );
-        for bad in [
-            "",
-            "0",
-            "0/1",
-            "0x",
-            "0x+1",
-            "x",
-            "-1",
-            "0x100000000",
-            "1/",
-            "1/0",
-        ] {
+        assert_eq!(mark("16"), Ok(Mark { value: 16, mask: u32::MAX }));
+        assert_eq!(mark("0xFF/255"), Ok(Mark { value: 255, mask: 255 }));
+        assert!(mark("0x3/0x1").expect_err("bits outside").contains("expected 0x1/0x1 or 0x3/0x3"));
+        for bad in ["", "0", "0/1", "0x", "0x+1", "x", "-1", "0x100000000", "1/", "1/0"] {
             assert!(mark(bad).is_err(), "{bad}");
         }
     }
@@ -243,28 +186,11 @@ mod tests {
 
     #[test]
     fn networks() {
-        assert_eq!(
-            cidr("10.0.0.1").map(|net| net.to_string()),
-            Ok("10.0.0.1/32".to_owned())
-        );
-        assert_eq!(
-            cidr("2001:db8::/32").map(|net| net.to_string()),
-            Ok("2001:db8::/32".to_owned())
-        );
-        assert!(
-            cidr("10.0.0.1/8")
-                .expect_err("host bits")
-                .contains("10.0.0.0/8 or 10.0.0.1/32")
-        );
-        assert!(
-            cidr("::ffff:10.0.0.0/104")
-                .expect_err("mapped")
-                .contains("10.0.0.0/8")
-        );
-        assert_eq!(
-            cidr("::/0").map(|net| net.to_string()),
-            Ok("::/0".to_owned())
-        );
+        assert_eq!(cidr("10.0.0.1").map(|net| net.to_string()), Ok("10.0.0.1/32".to_owned()));
+        assert_eq!(cidr("2001:db8::/32").map(|net| net.to_string()), Ok("2001:db8::/32".to_owned()));
+        assert!(cidr("10.0.0.1/8").expect_err("host bits").contains("10.0.0.0/8 or 10.0.0.1/32"));
+        assert!(cidr("::ffff:10.0.0.0/104").expect_err("mapped").contains("10.0.0.0/8"));
+        assert_eq!(cidr("::/0").map(|net| net.to_string()), Ok("::/0".to_owned()));
         for bad in ["", "10.0.0.0/33", "10.0.0/8", "eth0", "::/129"] {
             assert!(cidr(bad).is_err(), "{bad}");
         }
@@ -272,8 +198,8 @@ mod tests {
 
     #[test]
     fn times() {
-        assert_eq!(duration("300s"), Ok(Duration::from_secs(300)));
-        assert_eq!(duration("1h30m"), Ok(Duration::from_secs(5400)));
+        assert_eq!(duration("300s"), Ok(Duration::from_mins(5)));
+        assert_eq!(duration("1h30m"), Ok(Duration::from_mins(90)));
         assert_eq!(duration_or_zero("0s"), Ok(Duration::ZERO));
         for bad in ["0s", "5", "s", "-1s", "2years", ""] {
             assert!(duration(bad).is_err(), "{bad}");
@@ -292,13 +218,7 @@ mod tests {
         for bad in ["tproxy", "/", "/sys/fs/bpf/..", "/sys/../x"] {
             assert!(pin(bad).is_err(), "{bad}");
         }
-        assert_eq!(
-            kernel("5.10"),
-            Ok(Kernel {
-                major: 5,
-                minor: 10
-            })
-        );
+        assert_eq!(kernel("5.10"), Ok(Kernel { major: 5, minor: 10 }));
         assert!(kernel("5.7") < kernel("5.10") && kernel("five").is_err());
         assert!(table("254").expect_err("main").contains("main"));
     }

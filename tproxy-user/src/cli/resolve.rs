@@ -13,8 +13,7 @@ use crate::failure::Failure;
 /// # Errors
 /// [`Failure::Usage`] where flags contradict each other.
 pub fn config(args: &RunArgs) -> Result<Config, Failure> {
-    let (capture, steering, timeouts, limits) =
-        (&args.capture, &args.steering, &args.timeouts, &args.limits);
+    let (capture, steering, timeouts, limits) = (&args.capture, &args.steering, &args.timeouts, &args.limits);
     if steering.steer == Steer::Ebpf && capture.interfaces.is_empty() && !capture.own_traffic {
         return Err(Failure::usage(
             "nothing to capture: name an interface with --iface NAME (or --own-traffic for what this host sends)",
@@ -67,11 +66,7 @@ pub fn config(args: &RunArgs) -> Result<Config, Failure> {
         },
         limits: Limits {
             connections: limits.max_connections,
-            per_client: if limits.max_per_client == 0 {
-                u32::MAX
-            } else {
-                limits.max_per_client
-            },
+            per_client: if limits.max_per_client == 0 { u32::MAX } else { limits.max_per_client },
             udp_flows: limits.max_udp_flows,
             flow_table: limits.max_flows.unwrap_or(DEFAULT_MAX_FLOWS),
         },
@@ -110,13 +105,8 @@ fn listen_addresses(given: &[IpAddr], steer: Steer) -> Result<(Ipv4Addr, Ipv6Add
         Steer::None => (Ipv4Addr::UNSPECIFIED, Ipv6Addr::UNSPECIFIED),
     };
     for (index, address) in given.iter().enumerate() {
-        if given[..index]
-            .iter()
-            .any(|earlier| earlier.is_ipv4() == address.is_ipv4())
-        {
-            return Err(Failure::usage(format_args!(
-                "--on-ip {address}: there can be one address a family"
-            )));
+        if given[..index].iter().any(|earlier| earlier.is_ipv4() == address.is_ipv4()) {
+            return Err(Failure::usage(format_args!("--on-ip {address}: there can be one address a family")));
         }
         match address {
             IpAddr::V4(address) => v4 = *address,
@@ -154,7 +144,7 @@ mod tests {
         assert_eq!(config.steering.mark.to_string(), "0x1/0x1");
         assert_eq!((config.steering.own_mark, config.steering.table), (2, 100));
         assert_eq!(config.steering.on_ip(false).to_string(), "127.0.0.1");
-        assert_eq!(config.timeouts.tcp_idle, Duration::from_secs(7440));
+        assert_eq!(config.timeouts.tcp_idle, Duration::from_mins(124));
         assert_eq!(config.limits.flow_table, DEFAULT_MAX_FLOWS);
         assert!((1..=MAX_WORKERS).contains(&config.workers));
         assert_eq!(config.pin.to_string_lossy(), "/sys/fs/bpf/tproxy");
@@ -163,28 +153,19 @@ mod tests {
     #[test]
     fn families_and_protocols() {
         let config = resolve("-i eth0 -4 --proto udp").expect("valid");
-        assert!(
-            config.capture.v4 && !config.capture.v6 && !config.capture.tcp && config.capture.udp
-        );
+        assert!(config.capture.v4 && !config.capture.v6 && !config.capture.tcp && config.capture.udp);
         let config = resolve("-i eth0 -46 --proto tcp --proto udp").expect("valid");
         assert!(config.capture.v4 && config.capture.v6 && config.capture.tcp && config.capture.udp);
     }
 
     #[test]
     fn lists_repeat_and_join() {
-        let config = resolve(
-            "-i a -i b* --dport 53,80 --dport 1000-2000 --to 10.0.0.0/8,fd00::/8 --not-to 10.1.2.3",
-        )
-        .expect("valid");
+        let config =
+            resolve("-i a -i b* --dport 53,80 --dport 1000-2000 --to 10.0.0.0/8,fd00::/8 --not-to 10.1.2.3")
+                .expect("valid");
         assert_eq!(config.capture.interfaces, ["a", "b*"]);
         assert_eq!(config.capture.ports, [(53, 53), (80, 80), (1000, 2000)]);
-        assert_eq!(
-            (
-                config.capture.to.len(),
-                config.capture.not_to[0].prefix_len()
-            ),
-            (2, 32)
-        );
+        assert_eq!((config.capture.to.len(), config.capture.not_to[0].prefix_len()), (2, 32));
     }
 
     #[test]
@@ -200,22 +181,14 @@ mod tests {
             let error = resolve(&format!("-i eth0 {bad}")).expect_err(bad);
             assert!(error.contains("--own-mark"), "{error}");
         }
-        for good in [
-            "--tproxy-mark 0x1",
-            "--own-mark 0x100",
-            "--tproxy-mark 0x2/0x2 --own-mark 0x4",
-        ] {
+        for good in ["--tproxy-mark 0x1", "--own-mark 0x100", "--tproxy-mark 0x2/0x2 --own-mark 0x4"] {
             assert!(resolve(&format!("-i eth0 {good}")).is_ok(), "{good}");
         }
     }
 
     #[test]
     fn contradictions() {
-        assert!(
-            resolve("")
-                .expect_err("nothing to capture")
-                .contains("--iface")
-        );
+        assert!(resolve("").expect_err("nothing to capture").contains("--iface"));
         assert!(resolve("--own-traffic").is_ok());
         assert!(resolve("--steer none").is_ok());
         assert!(resolve("--steer none -i eth0").is_err());
@@ -223,13 +196,7 @@ mod tests {
         let config = resolve("--steer none --on-ip ::1").expect("valid");
         assert_eq!(config.steering.on_ip(false).to_string(), "0.0.0.0");
         assert_eq!(config.steering.on_ip(true).to_string(), "::1");
-        assert_eq!(
-            resolve("-i e --max-per-client 0")
-                .expect("valid")
-                .limits
-                .per_client,
-            u32::MAX
-        );
+        assert_eq!(resolve("-i e --max-per-client 0").expect("valid").limits.per_client, u32::MAX);
     }
 
     #[test]
@@ -239,10 +206,7 @@ mod tests {
                 "-i e --to 10.0.0.1/8",
                 "'10.0.0.1/8' for '--to <CIDR>': it has bits after the prefix; expected 10.0.0.0/8",
             ),
-            (
-                "-i e --udp-timeout 5",
-                "'5' for '--udp-timeout <TIME>': expected a number with its unit",
-            ),
+            ("-i e --udp-timeout 5", "'5' for '--udp-timeout <TIME>': expected a number with its unit"),
             ("-i e --workers 65", "65"),
             ("-i e --upstream socks5://h:1", "direct"),
             ("-i e --rule-priority 40000", "40000"),

@@ -17,8 +17,7 @@ pub fn run(config: &Config, json: bool) -> anyhow::Result<()> {
     let mut plan = Plan::new(config, &host)?;
     let paths = Paths::of(&config.pin);
     if let Some(pid) = paths.running()? {
-        plan.warnings
-            .push(format!("instance '{}' is running as pid {pid}", paths.name));
+        plan.warnings.push(format!("instance '{}' is running as pid {pid}", paths.name));
     }
     if json {
         output::print_json(&plan.to_json())?;
@@ -43,7 +42,7 @@ async fn look(config: &Config) -> anyhow::Result<(Host, Option<String>)> {
         Steer::None => None,
         Steer::Ebpf => match instance::claimed_by_another(&Paths::of(&config.pin), table, mark)? {
             Some(conflict) => Some(conflict),
-            None => routing::find_conflict(&handle, table, mark).await?,
+            None => routing::conflict::find(&handle, table, mark).await?,
         },
     };
     Ok((host, conflict))

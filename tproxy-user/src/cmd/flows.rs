@@ -46,17 +46,14 @@ fn require_pinned(pin: &Path) -> Result<(), Failure> {
             "no proxy is running with --pin {}: no flow table is pinned there",
             pin.display()
         ))),
-        Err(error) => Err(Failure::unsupported(format_args!(
-            "cannot look at {}: {error}; run as root",
-            path.display()
-        ))),
+        Err(error) => {
+            Err(Failure::unsupported(format_args!("cannot look at {}: {error}; run as root", path.display())))
+        }
     }
 }
 
 fn interface_name(index: u32) -> String {
-    let name = if_indextoname(index)
-        .ok()
-        .and_then(|name| name.into_string().ok());
+    let name = if_indextoname(index).ok().and_then(|name| name.into_string().ok());
     name.unwrap_or_else(|| format!("if{index}"))
 }
 
@@ -69,10 +66,7 @@ struct Clock {
 impl Clock {
     fn now() -> nix::Result<Self> {
         let monotonic = clock_gettime(ClockId::CLOCK_MONOTONIC)?.into();
-        Ok(Self {
-            monotonic,
-            wall: SystemTime::now(),
-        })
+        Ok(Self { monotonic, wall: SystemTime::now() })
     }
 
     fn wall(&self, nanoseconds: u64) -> SystemTime {
@@ -109,12 +103,7 @@ struct Row {
 
 fn socket_address(address: Addr, port: u16) -> SocketAddr {
     let address = Ipv6Addr::from(address);
-    SocketAddr::new(
-        address
-            .to_ipv4_mapped()
-            .map_or(IpAddr::V6(address), IpAddr::V4),
-        port,
-    )
+    SocketAddr::new(address.to_ipv4_mapped().map_or(IpAddr::V6(address), IpAddr::V4), port)
 }
 
 fn time(at: SystemTime) -> String {
@@ -198,13 +187,7 @@ mod tests {
     use tproxy_common::flow::tcp_seen;
 
     fn example() -> Row {
-        let key = FlowKey::up(
-            TCP,
-            mapped([10, 0, 0, 2]),
-            mapped([192, 0, 2, 1]),
-            40000,
-            443,
-        );
+        let key = FlowKey::up(TCP, mapped([10, 0, 0, 2]), mapped([192, 0, 2, 1]), 40000, 443);
         let flow = Flow {
             packets_up: 3,
             bytes_up: 2048,
@@ -244,8 +227,7 @@ mod tests {
         let lines: Vec<_> = text.lines().collect();
         assert_eq!(lines.len(), 2);
         assert!(
-            lines[1].starts_with("tcp    10.0.0.2:40000  192.0.2.1:443")
-                && lines[1].ends_with("10s"),
+            lines[1].starts_with("tcp    10.0.0.2:40000  192.0.2.1:443") && lines[1].ends_with("10s"),
             "{text}"
         );
     }

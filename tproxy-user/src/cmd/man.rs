@@ -14,14 +14,12 @@ use crate::cli::Cli;
 /// # Errors
 /// Where the directory cannot be written.
 pub fn run(dir: &Path) -> anyhow::Result<()> {
-    fs::create_dir_all(dir)
-        .with_context(|| format!("cannot make the directory {}", dir.display()))?;
+    fs::create_dir_all(dir).with_context(|| format!("cannot make the directory {}", dir.display()))?;
     let mut program = Cli::command();
     program.build();
     let name = program.get_name().to_owned();
-    for command in program
-        .get_subcommands()
-        .filter(|command| !command.is_hide_set() && command.get_name() != "help")
+    for command in
+        program.get_subcommands().filter(|command| !command.is_hide_set() && command.get_name() != "help")
     {
         let page = format!("{name}-{}", command.get_name());
         write(&command.clone().display_name(page.clone()), &page, dir)?;

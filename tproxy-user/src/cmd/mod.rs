@@ -50,28 +50,21 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
 fn start(args: &RunArgs) -> anyhow::Result<()> {
     let config = resolve::config(args)?;
     privilege::require(&config)?;
-    run::run(config)
+    run::run(&config)
 }
 
 /// One line to standard error. That may be closed; there is nobody to tell then.
 fn complain(message: &str) {
     use std::io::Write as _;
-    let line = message
-        .split('\n')
-        .map(str::trim)
-        .filter(|line| !line.is_empty())
-        .collect::<Vec<_>>()
-        .join(" ");
+    let line =
+        message.split('\n').map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" ");
     drop(writeln!(std::io::stderr(), "tproxy-user: {line}"));
 }
 
 /// Help and version go to standard output; of an error, the part that says
 /// what is wrong is kept, without the usage summary.
 fn usage(error: &clap::Error) -> ExitCode {
-    if matches!(
-        error.kind(),
-        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion
-    ) {
+    if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
         // A reader that went away has read enough.
         drop(error.print());
         return ExitCode::SUCCESS;
@@ -83,10 +76,7 @@ fn usage(error: &clap::Error) -> ExitCode {
 fn clap_message(error: &clap::Error) -> String {
     let text = error.render().to_string();
     let text = text.strip_prefix("error: ").unwrap_or(&text);
-    let end = text
-        .find("\n\nUsage:")
-        .or_else(|| text.find("\n\nFor more information"))
-        .unwrap_or(text.len());
+    let end = text.find("\n\nUsage:").or_else(|| text.find("\n\nFor more information")).unwrap_or(text.len());
     format!("{}; see --help", text[..end].trim_end())
 }
 
@@ -104,9 +94,7 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
 
 /// A runtime on this thread, for the commands that ask the kernel by netlink.
 fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
-    tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
+    tokio::runtime::Builder::new_current_thread().enable_all().build()
 }
 
 #[cfg(test)]
@@ -119,30 +107,18 @@ mod tests {
         let code = |error: anyhow::Error| exit_code(&error);
         assert_eq!(code(anyhow::anyhow!("x")), 1);
         assert_eq!(code(Failure::usage("x").into()), 2);
-        assert_eq!(
-            code(
-                anyhow::Error::from(Failure::conflict("x"))
-                    .context("y")
-                    .context("z")
-            ),
-            5
-        );
-        assert_eq!(
-            code(instance::Error::Running(Failure::conflict("x")).into()),
-            5
-        );
+        assert_eq!(code(anyhow::Error::from(Failure::conflict("x")).context("y").context("z")), 5);
+        assert_eq!(code(instance::Error::Running(Failure::conflict("x")).into()), 5);
         let wrapped: anyhow::Result<()> = Err(Failure::unsupported("x")).context("y");
         assert_eq!(code(wrapped.expect_err("failed")), 4);
     }
 
     #[test]
     fn usage_errors_are_one_message() {
-        let error =
-            Cli::try_parse_from(["tproxy-user", "--ifcae", "eth0"]).expect_err("unknown flag");
+        let error = Cli::try_parse_from(["tproxy-user", "--ifcae", "eth0"]).expect_err("unknown flag");
         let message = clap_message(&error);
         assert!(
-            message.starts_with("unexpected argument '--ifcae' found")
-                && message.contains("'--iface'"),
+            message.starts_with("unexpected argument '--ifcae' found") && message.contains("'--iface'"),
             "{message}"
         );
         assert!(!message.contains("Usage"), "{message}");

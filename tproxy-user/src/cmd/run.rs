@@ -7,6 +7,6 @@ use crate::config::Config;
 ///
 /// # Errors
 /// Those of [`app::run`].
-pub fn run(config: Config) -> anyhow::Result<()> {
-    app::run(&config)
+pub fn run(config: &Config) -> anyhow::Result<()> {
+    app::run(config)
 }

@@ -64,29 +64,10 @@ fn leftovers(pin: &std::path::Path, state: Option<&State>) -> Vec<String> {
     }
     let Some(state) = state else { return left };
     let journal = &state.journal;
-    left.extend(
-        journal
-            .routing
-            .map(|claim| format!("rules and routes of table {}", claim.table)),
-    );
-    left.extend(
-        journal
-            .sysctls
-            .iter()
-            .map(|change| format!("{} = {}", change.name, change.new)),
-    );
-    left.extend(
-        journal
-            .filters
-            .iter()
-            .map(|made| format!("a filter on {}", made.ifname)),
-    );
-    left.extend(
-        journal
-            .qdiscs
-            .iter()
-            .map(|made| format!("the clsact qdisc of {}", made.ifname)),
-    );
+    left.extend(journal.routing.map(|claim| format!("rules and routes of table {}", claim.table)));
+    left.extend(journal.sysctls.iter().map(|change| format!("{} = {}", change.name, change.new)));
+    left.extend(journal.filters.iter().map(|made| format!("a filter on {}", made.ifname)));
+    left.extend(journal.qdiscs.iter().map(|made| format!("the clsact qdisc of {}", made.ifname)));
     if left.is_empty() {
         left.push("its state file".to_owned());
     }
@@ -105,18 +86,12 @@ fn print(status: &Value, json: bool) -> anyhow::Result<()> {
 /// A list of objects as words, by what makes the words of one.
 fn list(value: &Value, words: impl Fn(&Value) -> String) -> String {
     let items: Vec<String> = value.as_array().into_iter().flatten().map(words).collect();
-    if items.is_empty() {
-        "none".to_owned()
-    } else {
-        items.join(", ")
-    }
+    if items.is_empty() { "none".to_owned() } else { items.join(", ") }
 }
 
 /// A string without its quotes, anything else as JSON.
 fn plain(value: &Value) -> String {
-    value
-        .as_str()
-        .map_or_else(|| value.to_string(), str::to_owned)
+    value.as_str().map_or_else(|| value.to_string(), str::to_owned)
 }
 
 /// The status for people. Fields that are missing are left out.
@@ -138,19 +113,11 @@ fn text(status: &Value, now: SystemTime) -> String {
     };
     let interface = |item: &Value| format!("{} ({})", plain(&item["name"]), plain(&item["attach"]));
     let upstream = |item: &Value| {
-        let up = if item["up"] == Value::Bool(false) {
-            "down"
-        } else {
-            "up"
-        };
+        let up = if item["up"] == Value::Bool(false) { "down" } else { "up" };
         format!("{} {up}", plain(&item["name"]))
     };
     for (key, title, words) in [
-        (
-            "interfaces",
-            "interfaces",
-            &interface as &dyn Fn(&Value) -> String,
-        ),
+        ("interfaces", "interfaces", &interface as &dyn Fn(&Value) -> String),
         ("listeners", "listeners", &plain),
         ("upstreams", "upstreams", &upstream),
     ] {
@@ -159,10 +126,7 @@ fn text(status: &Value, now: SystemTime) -> String {
         }
     }
     if let Some(connections) = status["connections"].as_object() {
-        let counts: Vec<_> = connections
-            .iter()
-            .map(|(kind, count)| format!("{count} {kind}"))
-            .collect();
+        let counts: Vec<_> = connections.iter().map(|(kind, count)| format!("{count} {kind}")).collect();
         line("connections", counts.join(", "));
     }
     if let Some(counters) = status["counters"].as_object() {
@@ -174,32 +138,19 @@ fn text(status: &Value, now: SystemTime) -> String {
 
 /// The counters that are not zero, in the order of the list, with what they mean.
 fn counter_table(counters: &Map<String, Value>) -> String {
-    let mut table = Table::new([
-        ("COUNTER", Align::Left),
-        ("VALUE", Align::Right),
-        ("MEANING", Align::Left),
-    ]);
+    let mut table = Table::new([("COUNTER", Align::Left), ("VALUE", Align::Right), ("MEANING", Align::Left)]);
     let known = Counters::default().entries();
-    let known_ones = known
-        .iter()
-        .filter_map(|(name, _, help)| Some((*name, counters.get(*name)?, *help)));
+    let known_ones = known.iter().filter_map(|(name, _, help)| Some((*name, counters.get(*name)?, *help)));
     let others = counters
         .iter()
         .filter(|(name, _)| known.iter().all(|(other, ..)| other != name))
         .map(|(name, value)| (&**name, value, ""));
     let mut empty = true;
-    for (name, value, help) in known_ones
-        .chain(others)
-        .filter(|(_, value, _)| value.as_u64() != Some(0))
-    {
+    for (name, value, help) in known_ones.chain(others).filter(|(_, value, _)| value.as_u64() != Some(0)) {
         table.push([name.to_owned(), value.to_string(), help.to_owned()]);
         empty = false;
     }
-    if empty {
-        "no packets yet\n".to_owned()
-    } else {
-        table.to_string()
-    }
+    if empty { "no packets yet\n".to_owned() } else { table.to_string() }
 }
 
 /// The first fields of the contract's `status --json`, for the handler of
@@ -233,7 +184,7 @@ mod tests {
             "connections": {"tcp": 3, "udp": 4},
             "counters": {"steered_udp": 5, "pass_local": 0, "of_a_later_version": 1},
         });
-        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000_320);
+        let now = humantime::parse_rfc3339("2001-09-09T01:52:00Z").expect("time");
         let text = text(&status, now);
         for part in [
             "running as pid 7, version 1.0, for 5m20s",

@@ -84,10 +84,7 @@ where
 {
     let (reader, mut writer) = stream.into_split();
     let mut line = Vec::new();
-    tokio::io::BufReader::new(reader)
-        .take(LONGEST_REQUEST)
-        .read_until(b'\n', &mut line)
-        .await?;
+    tokio::io::BufReader::new(reader).take(LONGEST_REQUEST).read_until(b'\n', &mut line).await?;
     let answer = match serde_json::from_slice(&line) {
         Ok(request) => handler(request).await,
         Err(error) => json!({"error": format!("not a request: {error}")}),

@@ -28,7 +28,11 @@ impl Lock {
 }
 
 /// A write lock on a whole file that belongs to the open file (Linux 3.15).
-fn whole_file() -> libc::flock {
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "small constants that C has as int and the struct as short"
+)]
+const fn whole_file() -> libc::flock {
     libc::flock {
         l_type: libc::F_WRLCK as libc::c_short,
         l_whence: libc::SEEK_SET as libc::c_short,
@@ -70,10 +74,7 @@ pub(super) fn acquire(path: &Path) -> Result<Result<Lock, i32>, Error> {
             file.set_len(0)
                 .and_then(|()| writeln!(file, "{}", std::process::id()))
                 .map_err(Error::io("write", path))?;
-            return Ok(Ok(Lock {
-                file,
-                path: path.to_owned(),
-            }));
+            return Ok(Ok(Lock { file, path: path.to_owned() }));
         }
     }
 }
@@ -94,10 +95,7 @@ pub(super) fn wait(path: &Path) -> Result<File, Error> {
 fn read_pid(file: &mut File) -> i32 {
     let mut text = String::new();
     // A PID that cannot be read is shown as an unknown one: the lock counts.
-    file.read_to_string(&mut text)
-        .ok()
-        .and_then(|_| text.trim().parse().ok())
-        .unwrap_or(-1)
+    file.read_to_string(&mut text).ok().and_then(|_| text.trim().parse().ok()).unwrap_or(-1)
 }
 
 /// Who holds the lock, without taking it.
@@ -110,7 +108,7 @@ pub(super) fn holder(path: &Path) -> Result<Option<i32>, Error> {
     let mut lock = whole_file();
     fcntl(&file, FcntlArg::F_OFD_GETLK(&mut lock))
         .map_err(|error| Error::io("look at the lock", path)(error.into()))?;
-    let held = lock.l_type != libc::F_UNLCK as libc::c_short;
+    let held = i32::from(lock.l_type) != libc::F_UNLCK;
     Ok(held.then(|| read_pid(&mut file)))
 }
 

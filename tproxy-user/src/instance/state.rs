@@ -119,12 +119,7 @@ impl State {
             pin: config.pin.clone(),
             config: Summary {
                 interfaces: config.capture.interfaces.clone(),
-                steer: if steering.by == Steer::Ebpf {
-                    "ebpf"
-                } else {
-                    "none"
-                }
-                .to_owned(),
+                steer: if steering.by == Steer::Ebpf { "ebpf" } else { "none" }.to_owned(),
                 tproxy_mark: steering.mark.to_string(),
                 table: steering.table,
                 on_port: steering.on_port,
@@ -149,19 +144,14 @@ pub(super) fn read(path: &Path) -> Result<Option<State>, Error> {
         Err(error) => return Err(Error::io("read", path)(error)),
     };
     let state = serde_json::from_str(&text);
-    state.map(Some).map_err(|source| Error::Damaged {
-        path: path.to_owned(),
-        source,
-    })
+    state.map(Some).map_err(|source| Error::Damaged { path: path.to_owned(), source })
 }
 
 /// Replaces the file as a whole: a reader, or a kill, finds the old or the new one.
 pub(super) fn write(path: &Path, state: &State) -> Result<(), Error> {
     let new = path.with_extension("json.new");
-    let text = serde_json::to_string_pretty(state).map_err(|source| Error::Damaged {
-        path: path.to_owned(),
-        source,
-    })?;
+    let text = serde_json::to_string_pretty(state)
+        .map_err(|source| Error::Damaged { path: path.to_owned(), source })?;
     let written = fs::File::create(&new).and_then(|mut file| file.write_all(text.as_bytes()));
     written.map_err(Error::io("write", &new))?;
     fs::rename(&new, path).map_err(Error::io("replace", path))

@@ -3,9 +3,7 @@ use crate::cli::{Cli, resolve};
 use clap::Parser as _;
 
 fn config(flags: &str) -> Config {
-    let argv = ["tproxy-user", "--iface", "eth0"]
-        .into_iter()
-        .chain(flags.split_whitespace());
+    let argv = ["tproxy-user", "--iface", "eth0"].into_iter().chain(flags.split_whitespace());
     resolve::config(&Cli::try_parse_from(argv).expect("flags").run).expect("valid")
 }
 
@@ -41,9 +39,7 @@ fn the_journal_of_a_killed_run_is_kept_until_undone() {
     let base = tempfile::tempdir().expect("directory");
     let config = config("");
     let mut killed = Instance::acquire_in(base.path(), &config).expect("first");
-    killed
-        .claim_routing(100, config.steering.mark)
-        .expect("claim");
+    killed.claim_routing(100, config.steering.mark).expect("claim");
     let journal = killed.state().journal.clone();
     drop(killed);
     // Killed again before it could undo anything.
@@ -53,49 +49,26 @@ fn the_journal_of_a_killed_run_is_kept_until_undone() {
     third.forget_leftover().expect("write");
     drop(third);
     let paths = Paths::under(base.path(), &config.pin);
-    assert_eq!(
-        paths
-            .read_state()
-            .expect("state")
-            .map(|state| state.journal),
-        Some(Journal::default())
-    );
-    let leftover = Instance::acquire_leftover(paths.clone())
-        .expect("cleanup")
-        .expect("something");
+    assert_eq!(paths.read_state().expect("state").map(|state| state.journal), Some(Journal::default()));
+    let leftover = Instance::acquire_leftover(paths.clone()).expect("cleanup").expect("something");
     leftover.finish().expect("finish");
-    assert!(
-        Instance::acquire_leftover(paths)
-            .expect("cleanup")
-            .is_none()
-    );
+    assert!(Instance::acquire_leftover(paths).expect("cleanup").is_none());
 }
 
 #[test]
 fn instances_do_not_share_table_or_mark() {
     let base = tempfile::tempdir().expect("directory");
     let mut first = Instance::acquire_in(base.path(), &config("")).expect("first");
-    first
-        .claim_routing(100, Mark { value: 1, mask: 1 })
-        .expect("claim");
-    let mut second =
-        Instance::acquire_in(base.path(), &config("--pin /sys/fs/bpf/second")).expect("second");
-    let same_table = second
-        .claim_routing(100, Mark { value: 4, mask: 4 })
-        .expect_err("table");
+    first.claim_routing(100, Mark { value: 1, mask: 1 }).expect("claim");
+    let mut second = Instance::acquire_in(base.path(), &config("--pin /sys/fs/bpf/second")).expect("second");
+    let same_table = second.claim_routing(100, Mark { value: 4, mask: 4 }).expect_err("table");
     assert!(conflict(&same_table).contains("table 100 is used by instance 'tproxy'"));
-    let same_mark = second
-        .claim_routing(101, Mark { value: 3, mask: 3 })
-        .expect_err("mark");
+    let same_mark = second.claim_routing(101, Mark { value: 3, mask: 3 }).expect_err("mark");
     assert!(conflict(&same_mark).contains("overlaps mark 0x1/0x1"));
-    second
-        .claim_routing(101, Mark { value: 4, mask: 4 })
-        .expect("free");
+    second.claim_routing(101, Mark { value: 4, mask: 4 }).expect("free");
     drop(first);
     // A killed instance claims nothing; its rules are in the way by themselves.
-    second
-        .claim_routing(100, Mark { value: 1, mask: 1 })
-        .expect("free");
+    second.claim_routing(100, Mark { value: 1, mask: 1 }).expect("free");
 }
 
 #[test]
@@ -112,17 +85,9 @@ fn control_socket_answers_root_alone() {
     use std::os::unix::fs::PermissionsExt as _;
     let base = tempfile::tempdir().expect("directory");
     let path = base.path().join("control.sock");
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .expect("runtime");
-    let listener = runtime
-        .block_on(async { control::bind(&path) })
-        .expect("bind");
-    assert_eq!(
-        fs::metadata(&path).expect("socket").permissions().mode() & 0o777,
-        0o600
-    );
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
+    let listener = runtime.block_on(async { control::bind(&path) }).expect("bind");
+    assert_eq!(fs::metadata(&path).expect("socket").permissions().mode() & 0o777, 0o600);
     let client = std::thread::spawn({
         let path = path.clone();
         move || {
@@ -130,16 +95,11 @@ fn control_socket_answers_root_alone() {
             io::Write::write_all(&mut garbage, b"{}\n").expect("write");
             let mut error = String::new();
             io::Read::read_to_string(&mut garbage, &mut error).expect("read");
-            (
-                error,
-                control::ask(&path, control::Request::Status).expect("answer"),
-            )
+            (error, control::ask(&path, control::Request::Status).expect("answer"))
         }
     });
     let answered = async {
-        let serve = control::serve(listener, |request| async move {
-            serde_json::json!({"asked": request})
-        });
+        let serve = control::serve(listener, |request| async move { serde_json::json!({"asked": request}) });
         tokio::select! {
             () = serve => {}
             () = async { while !client.is_finished() { tokio::time::sleep(std::time::Duration::from_millis(5)).await } } => {}

@@ -13,10 +13,7 @@ const MAPPED_PREFIX: u128 = 0xffff_0000_0000;
 /// The mapped form of a network: address as a number, and prefix length.
 fn bits(net: &IpNet) -> (u128, u32) {
     match net.trunc() {
-        IpNet::V4(v4) => (
-            v4.addr().to_ipv6_mapped().to_bits(),
-            MAPPED_LEN + u32::from(v4.prefix_len()),
-        ),
+        IpNet::V4(v4) => (v4.addr().to_ipv6_mapped().to_bits(), MAPPED_LEN + u32::from(v4.prefix_len())),
         IpNet::V6(v6) => (v6.addr().to_bits(), u32::from(v6.prefix_len())),
     }
 }
@@ -29,10 +26,7 @@ fn contains((outer, outer_len): (u128, u32), (inner, inner_len): (u128, u32)) ->
 #[must_use]
 pub fn key(net: &IpNet) -> LpmKey {
     let (address, prefix_len) = bits(net);
-    LpmKey {
-        prefix_len,
-        addr: address.to_be_bytes(),
-    }
+    LpmKey { prefix_len, addr: address.to_be_bytes() }
 }
 
 /// The network of a key.
@@ -67,10 +61,7 @@ pub fn compile(include: &[IpNet], exclude: &[IpNet]) -> Vec<(LpmKey, u8)> {
     // the map (address, then length) a prefix comes before all that it contains.
     let mut stack: Vec<((u128, u32), [bool; 2])> = Vec::new();
     for (net, listed) in nets {
-        while stack
-            .last()
-            .is_some_and(|(outer, _)| !contains(*outer, net))
-        {
+        while stack.last().is_some_and(|(outer, _)| !contains(*outer, net)) {
             stack.pop();
         }
         let root = ROOTS.contains(&net);
@@ -81,13 +72,7 @@ pub fn compile(include: &[IpNet], exclude: &[IpNet]) -> Vec<(LpmKey, u8)> {
         let covered = [outer[0] || listed[0], outer[1] || listed[1]];
         let value = |[included, excluded]: [bool; 2]| included && !excluded;
         if root || value(covered) != value(outer) {
-            table.push((
-                LpmKey {
-                    prefix_len: net.1,
-                    addr: net.0.to_be_bytes(),
-                },
-                u8::from(value(covered)),
-            ));
+            table.push((LpmKey { prefix_len: net.1, addr: net.0.to_be_bytes() }, u8::from(value(covered))));
         }
         stack.push((net, covered));
     }
@@ -105,12 +90,7 @@ mod tests {
         let (address, _) = bits(&address.into());
         table
             .iter()
-            .filter(|(key, _)| {
-                contains(
-                    (u128::from_be_bytes(key.addr), key.prefix_len),
-                    (address, 128),
-                )
-            })
+            .filter(|(key, _)| contains((u128::from_be_bytes(key.addr), key.prefix_len), (address, 128)))
             .max_by_key(|(key, _)| key.prefix_len)
             .map(|(_, value)| *value)
     }
@@ -121,10 +101,7 @@ mod tests {
     }
 
     fn nets(texts: &[&str]) -> Vec<IpNet> {
-        texts
-            .iter()
-            .map(|text| text.parse().expect("network"))
-            .collect()
+        texts.iter().map(|text| text.parse().expect("network")).collect()
     }
 
     #[test]
@@ -137,44 +114,22 @@ mod tests {
     #[test]
     fn families_do_not_mix() {
         let table = compile(&nets(&["::/0"]), &[]);
-        assert_eq!(
-            lookup(&table, "10.0.0.1".parse().expect("address")),
-            Some(0)
-        );
-        assert_eq!(
-            lookup(&table, "2001:db8::1".parse().expect("address")),
-            Some(1)
-        );
+        assert_eq!(lookup(&table, "10.0.0.1".parse().expect("address")), Some(0));
+        assert_eq!(lookup(&table, "2001:db8::1".parse().expect("address")), Some(1));
         let table = compile(&nets(&["0.0.0.0/0", "::/8"]), &nets(&["10.0.0.0/8"]));
-        assert_eq!(
-            lookup(&table, "10.0.0.1".parse().expect("address")),
-            Some(0)
-        );
-        assert_eq!(
-            lookup(&table, "11.0.0.1".parse().expect("address")),
-            Some(1)
-        );
+        assert_eq!(lookup(&table, "10.0.0.1".parse().expect("address")), Some(0));
+        assert_eq!(lookup(&table, "11.0.0.1".parse().expect("address")), Some(1));
     }
 
     #[test]
     fn entries_without_effect_are_left_out() {
-        let table = compile(
-            &nets(&["10.0.0.0/8", "10.1.0.0/16"]),
-            &nets(&["192.168.0.0/16"]),
-        );
+        let table = compile(&nets(&["10.0.0.0/8", "10.1.0.0/16"]), &nets(&["192.168.0.0/16"]));
         assert_eq!(table.len(), 3);
     }
 
     #[test]
     fn keys_and_networks_are_the_same() {
-        for text in [
-            "0.0.0.0/0",
-            "10.0.0.0/8",
-            "::/0",
-            "::/96",
-            "2001:db8::/32",
-            "::1/128",
-        ] {
+        for text in ["0.0.0.0/0", "10.0.0.0/8", "::/0", "::/96", "2001:db8::/32", "::1/128"] {
             let network: IpNet = text.parse().expect("network");
             assert_eq!(net(&key(&network)), Some(network));
         }
@@ -191,14 +146,12 @@ mod tests {
 
     fn network() -> impl Strategy<Value = IpNet> {
         (address(), any::<u8>(), any::<bool>()).prop_map(|(address, len, short)| match address {
-            IpAddr::V4(v4) => Ipv4Net::new(v4, if short { len % 6 } else { len % 33 })
-                .expect("length")
-                .trunc()
-                .into(),
-            IpAddr::V6(v6) => Ipv6Net::new(v6, if short { len % 6 } else { len % 129 })
-                .expect("length")
-                .trunc()
-                .into(),
+            IpAddr::V4(v4) => {
+                Ipv4Net::new(v4, if short { len % 6 } else { len % 33 }).expect("length").trunc().into()
+            }
+            IpAddr::V6(v6) => {
+                Ipv6Net::new(v6, if short { len % 6 } else { len % 129 }).expect("length").trunc().into()
+            }
         })
     }
 

@@ -9,29 +9,16 @@ use super::{LocalRoute, Plan, PlannedSocket, PortSet, Role, Rule, Sysctl, prefix
 
 impl fmt::Display for Rule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self {
-            v6,
-            iif,
-            mark,
-            table,
-            priority,
-        } = self;
+        let Self { v6, iif, mark, table, priority } = self;
         let family = if *v6 { "ip -6" } else { "ip -4" };
-        write!(
-            f,
-            "{family} rule add priority {priority} iif {iif} fwmark {mark} lookup {table}"
-        )
+        write!(f, "{family} rule add priority {priority} iif {iif} fwmark {mark} lookup {table}")
     }
 }
 
 impl fmt::Display for LocalRoute {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let family = if self.v6 { "ip -6" } else { "ip -4" };
-        write!(
-            f,
-            "{family} route add local default dev lo table {}",
-            self.table
-        )
+        write!(f, "{family} route add local default dev lo table {}", self.table)
     }
 }
 
@@ -61,11 +48,7 @@ impl fmt::Display for PortSet {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (index, (first, last)) in self.ranges().into_iter().enumerate() {
             let comma = if index == 0 { "" } else { "," };
-            if first == last {
-                write!(f, "{comma}{first}")?
-            } else {
-                write!(f, "{comma}{first}-{last}")?
-            }
+            if first == last { write!(f, "{comma}{first}")? } else { write!(f, "{comma}{first}-{last}")? }
         }
         Ok(())
     }
@@ -75,11 +58,7 @@ fn prefix(key: &LpmKey) -> String {
     prefixes::net(key).map_or_else(|| format!("{key:?}"), |net| net.to_string())
 }
 
-fn section(
-    f: &mut fmt::Formatter<'_>,
-    title: &str,
-    lines: impl IntoIterator<Item = String>,
-) -> fmt::Result {
+fn section(f: &mut fmt::Formatter<'_>, title: &str, lines: impl IntoIterator<Item = String>) -> fmt::Result {
     writeln!(f, "{title}:")?;
     let mut empty = true;
     for line in lines {
@@ -91,42 +70,23 @@ fn section(
 
 fn table(entries: &[(LpmKey, u8)]) -> impl Iterator<Item = String> {
     entries.iter().map(|(key, value)| {
-        format!(
-            "{} {}",
-            prefix(key),
-            if *value == 1 {
-                "captured"
-            } else {
-                "not captured"
-            }
-        )
+        format!("{} {}", prefix(key), if *value == 1 { "captured" } else { "not captured" })
     })
 }
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let interfaces = self.interfaces.iter();
-        section(
-            f,
-            "Interfaces",
-            interfaces.map(|i| format!("{} (index {}): {}", i.name, i.index, i.role)),
-        )?;
+        section(f, "Interfaces", interfaces.map(|i| format!("{} (index {}): {}", i.name, i.index, i.role)))?;
         section(f, "Rules", self.rules.iter().map(Rule::to_string))?;
         section(f, "Routes", self.routes.iter().map(LocalRoute::to_string))?;
         section(f, "Settings", self.sysctls.iter().map(Sysctl::to_string))?;
-        let title = format!(
-            "Sockets of each of {} workers (the first has the port shown)",
-            self.workers
-        );
+        let title = format!("Sockets of each of {} workers (the first has the port shown)", self.workers);
         section(f, &title, self.sockets.iter().map(PlannedSocket::to_string))?;
         section(f, "Map PORTS", [self.ports.to_string()])?;
         section(f, "Map SOURCES", table(&self.sources))?;
         section(f, "Map DESTINATIONS", table(&self.destinations))?;
-        section(
-            f,
-            "Map LOCAL (never captured)",
-            self.local.iter().map(prefix),
-        )
+        section(f, "Map LOCAL (never captured)", self.local.iter().map(prefix))
     }
 }
 

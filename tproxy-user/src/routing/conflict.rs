@@ -27,14 +27,7 @@ pub async fn find(handle: &Handle, table: u32, mark: Mark) -> Result<Option<Stri
         }
     }
     for message in rules(handle).await? {
-        let Parts {
-            mark: other,
-            table: target,
-            ours,
-            inverted,
-            priority,
-            ..
-        } = parts(&message);
+        let Parts { mark: other, table: target, ours, inverted, priority, .. } = parts(&message);
         let same_table = target == table;
         // An inverted rule ("not fwmark …", as wg-quick has it) singles out another mark than its own.
         let same_mark = !inverted && other.is_some_and(|other| other.overlaps(mark));

@@ -63,7 +63,7 @@ pub(super) fn parts(message: &RuleMessage) -> Parts {
     for attribute in &message.attributes {
         match attribute {
             RuleAttribute::Iifname(name) => parts.iif = Some(name.clone()),
-            RuleAttribute::FwMark(mark) => value = *mark,
+            RuleAttribute::FwMark(bits) => value = *bits,
             RuleAttribute::FwMask(bits) => mask = Some(*bits),
             RuleAttribute::Table(table) => parts.table = *table,
             RuleAttribute::Priority(priority) => parts.priority = *priority,
@@ -72,38 +72,19 @@ pub(super) fn parts(message: &RuleMessage) -> Parts {
         }
     }
     // The kernel tells a mask exactly where marks are compared.
-    parts.mark = mask.filter(|mask| *mask != 0).map(|mask| Mark {
-        value: value & mask,
-        mask,
-    });
+    parts.mark = mask.filter(|mask| *mask != 0).map(|mask| Mark { value: value & mask, mask });
     parts
 }
 
 /// A rule of our form, whoever made it.
 pub(super) fn rule(message: &RuleMessage) -> Option<Rule> {
-    let Parts {
-        iif,
-        mark,
-        table,
-        priority,
-        ..
-    } = parts(message);
-    Some(Rule {
-        v6: message.header.family == family(true),
-        iif: iif?,
-        mark: mark?,
-        table,
-        priority,
-    })
+    let Parts { iif, mark, table, priority, .. } = parts(message);
+    Some(Rule { v6: message.header.family == family(true), iif: iif?, mark: mark?, table, priority })
 }
 
 /// A rule that we made.
 pub(super) fn ours_of(message: &RuleMessage) -> Option<Rule> {
-    if parts(message).ours {
-        rule(message)
-    } else {
-        None
-    }
+    if parts(message).ours { rule(message) } else { None }
 }
 
 /// The message that adds a local route.
@@ -113,28 +94,17 @@ pub(super) fn route_message(route: LocalRoute) -> RouteMessage {
     message.header.table = table_byte(route.table);
     message.header.protocol = route_protocol();
     message.header.kind = RouteType::Local;
-    message.header.scope = if route.v6 {
-        RouteScope::Universe
-    } else {
-        RouteScope::Host
-    };
-    message.attributes = vec![
-        RouteAttribute::Table(route.table),
-        RouteAttribute::Oif(LOOPBACK_INDEX),
-    ];
+    message.header.scope = if route.v6 { RouteScope::Universe } else { RouteScope::Host };
+    message.attributes = vec![RouteAttribute::Table(route.table), RouteAttribute::Oif(LOOPBACK_INDEX)];
     message
 }
 
 /// `local default dev lo`, if that is what a message says.
 pub(super) fn local_route(message: &RouteMessage) -> Option<LocalRoute> {
-    let over_lo = message
-        .attributes
-        .contains(&RouteAttribute::Oif(LOOPBACK_INDEX));
+    let over_lo = message.attributes.contains(&RouteAttribute::Oif(LOOPBACK_INDEX));
     let is_default = message.header.destination_prefix_length == 0;
-    (message.header.kind == RouteType::Local && is_default && over_lo).then(|| LocalRoute {
-        v6: message.header.address_family == family(true),
-        table: table_of(message),
-    })
+    (message.header.kind == RouteType::Local && is_default && over_lo)
+        .then(|| LocalRoute { v6: message.header.address_family == family(true), table: table_of(message) })
 }
 
 fn table_name(table: u32) -> String {
@@ -148,21 +118,13 @@ fn table_name(table: u32) -> String {
 
 /// A rule as `ip rule` prints it.
 pub(super) fn describe_rule(message: &RuleMessage) -> String {
-    let Parts {
-        mark,
-        table,
-        priority,
-        inverted,
-        ..
-    } = parts(message);
+    let Parts { mark, table, priority, inverted, .. } = parts(message);
     let (mut source, mut target) = ("all".to_owned(), String::new());
     for attribute in &message.attributes {
         match attribute {
-            RuleAttribute::Source(address) => {
-                source = format!("{address}/{}", message.header.src_len)
-            }
+            RuleAttribute::Source(address) => source = format!("{address}/{}", message.header.src_len),
             RuleAttribute::Destination(address) => {
-                target = format!(" to {address}/{}", message.header.dst_len)
+                target = format!(" to {address}/{}", message.header.dst_len);
             }
             _ => {}
         }
@@ -171,13 +133,7 @@ pub(super) fn describe_rule(message: &RuleMessage) -> String {
     let mut text = format!("{priority}: {not}from {source}{target}");
     if let Some(mark) = mark {
         let full = mark.mask == u32::MAX;
-        text = text
-            + " fwmark "
-            + &if full {
-                format!("{:#x}", mark.value)
-            } else {
-                mark.to_string()
-            };
+        text = text + " fwmark " + &if full { format!("{:#x}", mark.value) } else { mark.to_string() };
     }
     for attribute in &message.attributes {
         // Writing to a string cannot fail.
@@ -209,14 +165,8 @@ pub(super) fn describe_route(message: &RouteMessage) -> String {
             RouteAttribute::Gateway(RouteAddress::Inet(gateway)) => write!(text, " via {gateway}"),
             RouteAttribute::Gateway(RouteAddress::Inet6(gateway)) => write!(text, " via {gateway}"),
             RouteAttribute::Oif(index) => {
-                let name = if_indextoname(*index)
-                    .ok()
-                    .and_then(|name| name.into_string().ok());
-                write!(
-                    text,
-                    " dev {}",
-                    name.unwrap_or_else(|| format!("if{index}"))
-                )
+                let name = if_indextoname(*index).ok().and_then(|name| name.into_string().ok());
+                write!(text, " dev {}", name.unwrap_or_else(|| format!("if{index}")))
             }
             _ => Ok(()),
         };
@@ -229,13 +179,7 @@ mod tests {
     use super::*;
 
     fn example(v6: bool) -> Rule {
-        Rule {
-            v6,
-            iif: "eth0".to_owned(),
-            mark: Mark { value: 1, mask: 3 },
-            table: 1000,
-            priority: 7,
-        }
+        Rule { v6, iif: "eth0".to_owned(), mark: Mark { value: 1, mask: 3 }, table: 1000, priority: 7 }
     }
 
     #[test]
@@ -244,14 +188,9 @@ mod tests {
             assert_eq!(ours_of(&rule_message(&example(v6))), Some(example(v6)));
         }
         let mut foreign = rule_message(&example(false));
-        foreign
-            .attributes
-            .retain(|attribute| !matches!(attribute, RuleAttribute::Protocol(_)));
+        foreign.attributes.retain(|attribute| !matches!(attribute, RuleAttribute::Protocol(_)));
         assert_eq!(ours_of(&foreign), None);
-        assert_eq!(
-            describe_rule(&foreign),
-            "7: from all fwmark 0x1/0x3 iif eth0 lookup 1000"
-        );
+        assert_eq!(describe_rule(&foreign), "7: from all fwmark 0x1/0x3 iif eth0 lookup 1000");
     }
 
     #[test]
@@ -260,10 +199,7 @@ mod tests {
             let route = LocalRoute { v6, table };
             assert_eq!(local_route(&route_message(route)), Some(route));
         }
-        let mut other = route_message(LocalRoute {
-            v6: false,
-            table: 100,
-        });
+        let mut other = route_message(LocalRoute { v6: false, table: 100 });
         other.header.kind = RouteType::Unicast;
         assert_eq!(local_route(&other), None);
         assert_eq!(describe_route(&other), "default dev lo");
