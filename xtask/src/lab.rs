@@ -13,6 +13,7 @@
 //! its process is told to end ([`reclaim::on_signals`]), and, where neither could
 //! run, by the next process that makes one.
 
+use std::fmt::Write as _;
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -242,8 +243,6 @@ impl Lab {
                 ("net/ipv6/conf/default/accept_dad", "0"),
                 ("net/ipv6/conf/default/accept_ra", "0"),
                 ("net/ipv6/conf/default/router_solicitations", "0"),
-                // The IPv6 routing table's garbage collection must not end a burst of connections.
-                ("net/ipv4/ping_group_range", "0 2147483647"),
             ])?;
         }
         self.router.set_sysctls(&[
@@ -264,7 +263,7 @@ impl Lab {
         ))?;
         // The host's default congestion control may be bbr, which hides what a
         // proxy costs; a namespace cannot change its default, its routes can.
-        let edge = |router: Family6, own: Family6| {
+        let edge = |router: (IpAddr, IpAddr), own: (IpAddr, IpAddr)| {
             format!(
                 "link set lo up\n\
                  link set eth0 up\n\
@@ -275,7 +274,6 @@ impl Lab {
                 own.0, own.1, router.0, router.1
             )
         };
-        type Family6 = (IpAddr, IpAddr);
         let both = |address: fn(Family) -> IpAddr| (address(Family::V4), address(Family::V6));
         self.client
             .ip_batch(&edge(both(Family::router), both(Family::client)))?;
@@ -310,12 +308,13 @@ impl Lab {
                 "2001:db8:2::/64",
             ),
         ] {
-            router.push_str(&format!(
+            write!(
+                router,
                 "addr add {four}/24 dev {device} noprefixroute\n\
                  addr add {six}/64 dev {device} nodad noprefixroute\n\
                  route add {net4} dev {device} src {four} congctl cubic\n\
                  route add {net6} dev {device} congctl cubic\n"
-            ));
+            )?;
         }
         router.push_str(
             "route add 198.18.0.0/15 via 198.51.100.2 congctl cubic\n\

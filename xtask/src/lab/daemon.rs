@@ -33,7 +33,7 @@ impl Daemon {
     /// # Errors
     /// Where it cannot be started.
     pub fn start(lab: &Lab, name: &str, command: &Cmd) -> Result<Self> {
-        let log = (1..)
+        let log = (1_u32..1000)
             .map(|n| lab.dir().join(format!("{name}.{n}.log")))
             .find(|path| !path.exists())
             .context("no free name for a log file")?;

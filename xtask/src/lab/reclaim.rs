@@ -108,7 +108,7 @@ pub(crate) fn remove(name: &str) {
     for path in leftovers {
         match fs::remove_dir_all(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                eprintln!("cannot remove {}: {error}", path.display())
+                eprintln!("cannot remove {}: {error}", path.display());
             }
             _ => {}
         }

@@ -23,17 +23,17 @@ pub fn web(lab: &Lab, namespace: &Namespace, ports: &[u16]) -> Result<Daemon> {
     let dir = lab.dir().join(format!("nginx-{}", namespace.role()));
     fs::create_dir_all(&dir)?;
     fs::create_dir_all(lab.dir().join("www"))?;
-    let listen: String = ports
+    let listen: Vec<String> = ports
         .iter()
         .map(|port| {
             format!("listen {port} backlog=4096; listen [::]:{port} backlog=4096 ipv6only=on;")
         })
         .collect();
+    let listen = listen.concat();
     let (here, www) = (dir.display(), lab.dir().display());
-    let temporary: String = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
-        .iter()
-        .map(|kind| format!("{kind}_temp_path {here}/{kind};\n"))
-        .collect();
+    let temporary = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
+        .map(|kind| format!("{kind}_temp_path {here}/{kind};\n"));
+    let temporary = temporary.concat();
     let config = format!(
         "user root; worker_processes 1; error_log stderr; pid {here}/pid;\n\
          events {{ worker_connections 1024; }}\n\

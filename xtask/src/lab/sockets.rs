@@ -26,7 +26,7 @@ impl Protocol {
     }
 
     /// The state of a socket that waits for peers, as `/proc/net` writes it
-    /// (`TCP_LISTEN`, `TCP_CLOSE`; include/net/tcp_states.h).
+    /// (`TCP_LISTEN`, `TCP_CLOSE`; `include/net/tcp_states.h`).
     const fn waiting(self) -> &'static str {
         match self {
             Self::Tcp => "0A",

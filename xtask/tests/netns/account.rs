@@ -156,5 +156,5 @@ fn many(lab: &Lab, family: Family) -> Result<()> {
     };
     load.run(&lab.client, &AtomicBool::new(false))?
         .expect_all(CONNECTIONS)?;
-    expect_equal(&proxy, &capture, CONNECTIONS as usize)
+    expect_equal(&proxy, &capture, usize::try_from(CONNECTIONS)?)
 }

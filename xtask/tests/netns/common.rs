@@ -76,6 +76,14 @@ impl Running {
         Ok(())
     }
 
+    /// Ends the proxy, where there is one.
+    pub(crate) fn terminate(self) -> Result<()> {
+        match self.0 {
+            Some(proxy) => proxy.terminate(Duration::from_secs(15)).map(drop),
+            None => Ok(()),
+        }
+    }
+
     /// The proxy, where there is one.
     pub(crate) fn proxy(&self) -> Option<&Proxy> {
         self.0.as_ref()

@@ -20,6 +20,7 @@ mod packet_socket;
 mod pass;
 mod report;
 mod snapshot;
+mod sockopt;
 mod tcp;
 mod tcp_end;
 mod udp;
@@ -100,7 +101,7 @@ fn logs(lab: &Lab) -> String {
         let log = String::from_utf8_lossy(&log);
         let lines: Vec<&str> = log.lines().collect();
         let end = lines[lines.len().saturating_sub(20)..].join("\n    ");
-        text.push_str(&format!("  {name}, its last lines:\n    {end}\n"));
+        text.extend(["  ", &name, ", its last lines:\n    ", &end, "\n"]);
     }
     text
 }

@@ -81,7 +81,7 @@ pub(crate) fn udp_fragments(
         (IpAddr::V6(source), IpAddr::V6(target)) => UdpHeader::with_ipv6_checksum(
             from.port(),
             to.port(),
-            &ipv6(source.octets(), target.octets(), IpNumber::UDP, 0)?,
+            &ipv6(source.octets(), target.octets(), IpNumber::UDP, 0),
             data,
         )?,
         _ => anyhow::bail!("{from} and {to} are of different families"),
@@ -115,7 +115,7 @@ pub(crate) fn udp_fragments(
                     target.octets(),
                     IpNumber::IPV6_FRAGMENTATION_HEADER,
                     length,
-                )?
+                )
                 .write(&mut packet)?;
                 Ipv6FragmentHeader::new(IpNumber::UDP, offset, more, u32::from(id))
                     .write(&mut packet)?;
@@ -143,7 +143,7 @@ pub(crate) fn other(from: IpAddr, to: IpAddr, protocol: u8, data: &[u8]) -> Resu
             header.write(&mut packet)?;
         }
         (IpAddr::V6(from), IpAddr::V6(to)) => {
-            ipv6(from.octets(), to.octets(), IpNumber(protocol), length)?.write(&mut packet)?
+            ipv6(from.octets(), to.octets(), IpNumber(protocol), length).write(&mut packet)?;
         }
         _ => anyhow::bail!("{from} and {to} are of different families"),
     }
@@ -158,8 +158,8 @@ fn ipv4(source: [u8; 4], target: [u8; 4], payload: u16) -> Result<Ipv4Header> {
     })
 }
 
-fn ipv6(source: [u8; 16], target: [u8; 16], next: IpNumber, payload: u16) -> Result<Ipv6Header> {
-    Ok(Ipv6Header {
+fn ipv6(source: [u8; 16], target: [u8; 16], next: IpNumber, payload: u16) -> Ipv6Header {
+    Ipv6Header {
         flow_label: Ipv6FlowLabel::ZERO,
         payload_length: payload,
         next_header: next,
@@ -167,7 +167,7 @@ fn ipv6(source: [u8; 16], target: [u8; 16], next: IpNumber, payload: u16) -> Res
         source,
         destination: target,
         ..Ipv6Header::default()
-    })
+    }
 }
 
 /// Sends finished IP packets, in this order, from a namespace.

@@ -8,10 +8,24 @@ use anyhow::{Context, Result};
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 use socket2::{Domain, SockAddr, Socket, Type};
 
-/// Length of `struct virtio_net_hdr` (include/uapi/linux/virtio_net.h).
+use crate::sockopt;
+
+/// Length of `struct virtio_net_hdr` (`include/uapi/linux/virtio_net.h`).
 const VNET: usize = 10;
 /// Enough for a capture that nobody reads for a while; the kernel takes the memory only as it fills.
 const BUFFER: libc::c_int = 512 << 20;
+
+/// `AF_PACKET` and `ETH_P_ALL`, in the width of the fields that hold them.
+const FAMILY: u16 = 17;
+const EVERYTHING: u16 = 3;
+const LINK_SIZE: libc::socklen_t = 20;
+const STATS_SIZE: libc::socklen_t = 8;
+const _: () = {
+    assert!(FAMILY as libc::c_int == libc::AF_PACKET);
+    assert!(EVERYTHING as libc::c_int == libc::ETH_P_ALL);
+    assert!(LINK_SIZE as usize == size_of::<libc::sockaddr_ll>());
+    assert!(STATS_SIZE as usize == size_of::<[u32; 2]>());
+};
 
 /// A socket that gets a copy of every packet of an interface.
 #[derive(Debug)]
@@ -21,25 +35,10 @@ impl PacketSocket {
     pub(crate) fn open(interface: &str) -> Result<Self> {
         // Protocol 0 until bound: else it would get packets of all interfaces.
         let socket = Socket::new(Domain::PACKET, Type::RAW, None).context("no packet socket")?;
-        let set = |level, option, value: libc::c_int| {
-            // SAFETY: the option's value is an int that outlives the call, and its size is given.
-            let result = unsafe {
-                libc::setsockopt(
-                    socket.as_raw_fd(),
-                    level,
-                    option,
-                    (&raw const value).cast(),
-                    size_of_val(&value) as libc::socklen_t,
-                )
-            };
-            if result == 0 {
-                Ok(())
-            } else {
-                Err(io::Error::last_os_error())
-            }
-        };
-        set(libc::SOL_PACKET, libc::PACKET_VNET_HDR, 1).context("PACKET_VNET_HDR")?;
-        set(libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, BUFFER).context("SO_RCVBUFFORCE")?;
+        let fd = socket.as_fd();
+        sockopt::set(fd, libc::SOL_PACKET, libc::PACKET_VNET_HDR, 1).context("PACKET_VNET_HDR")?;
+        sockopt::set(fd, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, BUFFER)
+            .context("SO_RCVBUFFORCE")?;
         socket.set_nonblocking(true)?;
         let index = nix::net::if_::if_nametoindex(interface)
             .with_context(|| format!("no interface {interface}"))?;
@@ -47,11 +46,11 @@ impl PacketSocket {
         let ((), address) = unsafe {
             SockAddr::try_init(|storage, length| {
                 let mut link: libc::sockaddr_ll = MaybeUninit::zeroed().assume_init();
-                link.sll_family = libc::AF_PACKET as u16;
-                link.sll_protocol = (libc::ETH_P_ALL as u16).to_be();
-                link.sll_ifindex = index as i32;
+                link.sll_family = FAMILY;
+                link.sll_protocol = EVERYTHING.to_be();
+                link.sll_ifindex = index.cast_signed();
                 storage.cast::<libc::sockaddr_ll>().write(link);
-                *length = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
+                *length = LINK_SIZE;
                 Ok(())
             })
         }?;
@@ -85,7 +84,7 @@ impl PacketSocket {
     /// Packets that the kernel could not keep for this socket since the last call.
     pub(crate) fn lost(&self) -> io::Result<u32> {
         let mut stats = [0_u32; 2]; // struct tpacket_stats: packets, drops
-        let mut length = size_of_val(&stats) as libc::socklen_t;
+        let mut length = STATS_SIZE;
         // SAFETY: the kernel writes at most `length` bytes, the size of `stats`.
         let result = unsafe {
             libc::getsockopt(

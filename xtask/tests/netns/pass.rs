@@ -205,10 +205,14 @@ fn link_wide(lab: &Lab, family: Family) -> Result<()> {
             expect_datagram(&sender, at(Ipv4Addr::BROADCAST.into(), port), &receiver)?;
         }
         Family::V6 => {
-            let output = lab.router.sh("ip -json -6 addr show dev lan scope link")?;
-            let addresses: serde_json::Value = serde_json::from_str(&output.stdout)?;
-            let router = addresses[0]["addr_info"][0]["local"]
-                .as_str()
+            let output = lab
+                .router
+                .sh("ip -oneline -6 addr show dev lan scope link")?;
+            let mut words = output.stdout.split_whitespace();
+            words.find(|word| *word == "inet6");
+            let router = words
+                .next()
+                .and_then(|prefix| prefix.split('/').next())
                 .context("the router has no link-local address")?;
             ping(&lab.client, &["-6"], &format!("{router}%eth0"))?;
             let nc = lab.client.cmd("nc").args([
@@ -265,21 +269,17 @@ fn this_host(lab: &Lab, family: Family) -> Result<()> {
     let _nginx = server::web(lab, &lab.router, &[80])?;
     let _echo = UdpServer::echo(&lab.router, at(family.router(), 5300))?;
     let running = start(lab, "--iface lan")?;
-    for to in [family.router(), family.uplink()] {
-        let curl = lab.client.cmd("curl").args([
-            "--silent",
-            "--show-error",
-            "--max-time",
-            "5",
-            "--local-port",
-            "20001",
-            &url(to, 80, "/"),
-        ]);
-        let output = curl.check()?;
+    for (to, port) in [(family.router(), 20_001), (family.uplink(), 20_002)] {
+        let output = lab
+            .client
+            .cmd("curl")
+            .args(["--silent", "--show-error", "--max-time", "5"])
+            .args(["--local-port", &port.to_string(), &url(to, 80, "/")])
+            .check()?;
         ensure!(
             output
                 .stdout
-                .starts_with(&format!("{} 20001 ", family.client())),
+                .starts_with(&format!("{} {port} ", family.client())),
             "the router's own web server does not see the client's address and port, {}",
             output.describe()
         );

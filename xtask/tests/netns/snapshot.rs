@@ -142,9 +142,16 @@ fn namespace_links(namespace: &Namespace) -> Result<String> {
         .into_iter()
         .flatten()
         .filter(|link| link["netns_ino"] == inode);
-    Ok(own
-        .map(|link| format!("{} {}\n", link["type"], link["attach_type"]))
-        .collect())
+    let shown: Vec<_> = own
+        .map(|link| {
+            format!(
+                "{} {}
+",
+                link["type"], link["attach_type"]
+            )
+        })
+        .collect();
+    Ok(shown.concat())
 }
 
 /// Names of a directory's entries that belong to a lab.

@@ -94,7 +94,7 @@ fn seen(lab: &Lab, family: Family, flags: &str, expected: IpAddr) -> Result<()> 
 fn source_client_port(lab: &Lab, family: Family) -> Result<()> {
     let _nginx = server::web(lab, &lab.server, &[80])?;
     let running = start(lab, "--iface lan --source client-port")?;
-    for (port, n) in [(40_123, 1), (40_123, 2), (1025, 1)] {
+    for (port, n) in [(40_123, 1), (40_124, 2), (1025, 1)] {
         let seen = curl(
             lab,
             family,
