@@ -1,1 +1,88 @@
-//! Classify.
+//! Pure classification: what is to be done with a new flow.
+//!
+//! The kernel program implements [`Policy`] over maps, tests and `check` over
+//! plain values; the decision itself exists once, here.
+
+use crate::abi::{Addr, Family, TCP};
+
+/// The questions that a decision asks; each is one lookup.
+pub trait Policy {
+    /// Whether packets of this protocol are captured.
+    fn protocol(&self, protocol: u8) -> bool;
+    /// Whether packets of this family are captured.
+    fn family(&self, family: Family) -> bool;
+    /// Whether this destination port is captured.
+    fn port(&self, port: u16) -> bool;
+    /// Whether all ports are captured.
+    fn any_port(&self) -> bool;
+    /// Whether this source is captured.
+    fn source(&self, addr: &Addr) -> bool;
+    /// Whether this destination is captured.
+    fn destination(&self, addr: &Addr) -> bool;
+}
+
+/// Whether the policy captures a flow. `port` is `None` for a fragment whose
+/// first fragment has not been seen: then it is asked whether any port could match.
+#[inline(always)]
+pub fn captures(
+    policy: &impl Policy,
+    family: Family,
+    protocol: u8,
+    source: &Addr,
+    destination: &Addr,
+    port: Option<u16>,
+) -> bool {
+    policy.protocol(protocol)
+        && policy.family(family)
+        && port.is_none_or(|port| policy.any_port() || policy.port(port))
+        && policy.source(source)
+        && policy.destination(destination)
+}
+
+/// Whether an address can never be proxied, as source or destination:
+/// unspecified, loopback, link-local, multicast and limited broadcast
+/// (RFC 6890). IPv4 addresses are mapped.
+#[inline(always)]
+#[must_use]
+pub const fn is_special(addr: &Addr, family: Family) -> bool {
+    match family {
+        Family::V4 => match (addr[12], addr[13]) {
+            (0 | 127 | 224..=239, _) | (169, 254) => true,
+            (255, 255) => addr[14] == 255 && addr[15] == 255,
+            _ => false,
+        },
+        Family::V6 => {
+            let high =
+                u64::from_be_bytes([addr[0], addr[1], addr[2], addr[3], addr[4], addr[5], addr[6], addr[7]]);
+            let low = u64::from_be_bytes([
+                addr[8], addr[9], addr[10], addr[11], addr[12], addr[13], addr[14], addr[15],
+            ]);
+            // ff00::/8, fe80::/10, and ::/127 (unspecified and loopback).
+            addr[0] == 0xff || (addr[0] == 0xfe && addr[1] & 0xc0 == 0x80) || (high == 0 && low <= 1)
+        }
+    }
+}
+
+/// Packets and IP-layer bytes on the wire of what may be a GRO or GSO packet.
+///
+/// `ip_len` and `header_len` as in [`Packet`](crate::wire::Packet); `segments`
+/// is the kernel's count, 0 or 1 for a plain packet.
+#[inline(always)]
+#[must_use]
+pub const fn on_the_wire(ip_len: u32, header_len: u32, segments: u32) -> (u64, u64) {
+    if segments <= 1 {
+        return (1, ip_len as u64);
+    }
+    (segments as u64, ip_len as u64 + (segments as u64 - 1) * header_len as u64)
+}
+
+/// Whether a TCP flow table entry of the same key belongs to an earlier
+/// connection, so that a new opening starts its counters again.
+#[inline(always)]
+#[must_use]
+pub const fn is_reopened(flow: &crate::abi::Flow, protocol: u8) -> bool {
+    protocol == TCP && flow.is_over()
+}
+
+#[cfg(test)]
+mod tests;

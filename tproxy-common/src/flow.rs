@@ -47,14 +47,33 @@ impl FlowKey {
     /// The key of a packet that goes from the client to its destination.
     #[inline(always)]
     #[must_use]
-    pub const fn up(protocol: u8, source: Addr, destination: Addr, source_port: u16, destination_port: u16) -> Self {
-        Self { client: source, destination, client_port: source_port, destination_port, protocol, pad: [0; 3] }
+    pub const fn up(
+        protocol: u8,
+        source: Addr,
+        destination: Addr,
+        source_port: u16,
+        destination_port: u16,
+    ) -> Self {
+        Self {
+            client: source,
+            destination,
+            client_port: source_port,
+            destination_port,
+            protocol,
+            pad: [0; 3],
+        }
     }
 
     /// The key of a packet that goes from the destination back to the client.
     #[inline(always)]
     #[must_use]
-    pub const fn down(protocol: u8, source: Addr, destination: Addr, source_port: u16, destination_port: u16) -> Self {
+    pub const fn down(
+        protocol: u8,
+        source: Addr,
+        destination: Addr,
+        source_port: u16,
+        destination_port: u16,
+    ) -> Self {
         Self::up(protocol, destination, source, destination_port, source_port)
     }
 }

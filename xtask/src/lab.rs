@@ -105,38 +105,25 @@ impl Family {
     #[must_use]
     pub const fn anywhere(self, n: u16) -> IpAddr {
         let [high, low] = n.to_be_bytes();
-        self.pick(
-            v4(198, 18, high, low),
-            IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0xf000, 0, 0, 0, 0, n)),
-        )
+        self.pick(v4(198, 18, high, low), IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0xf000, 0, 0, 0, 0, n)))
     }
 
     /// The `n`th network "anywhere" of 256 addresses (a /24; a /120 in IPv6).
     #[must_use]
     pub fn anywhere_net(self, n: u8) -> String {
-        format!(
-            "{}/{}",
-            self.anywhere(u16::from(n) << 8),
-            self.pick(24, 120)
-        )
+        format!("{}/{}", self.anywhere(u16::from(n) << 8), self.pick(24, 120))
     }
 
     /// The wildcard address.
     #[must_use]
     pub const fn unspecified(self) -> IpAddr {
-        self.pick(
-            IpAddr::V4(Ipv4Addr::UNSPECIFIED),
-            IpAddr::V6(Ipv6Addr::UNSPECIFIED),
-        )
+        self.pick(IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED))
     }
 
     /// The loopback address.
     #[must_use]
     pub const fn loopback(self) -> IpAddr {
-        self.pick(
-            IpAddr::V4(Ipv4Addr::LOCALHOST),
-            IpAddr::V6(Ipv6Addr::LOCALHOST),
-        )
+        self.pick(IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST))
     }
 
     /// Bytes of an IP header without options and of a UDP header.
@@ -184,13 +171,8 @@ impl Lab {
     /// Without root, or where `ip` (iproute2) is missing or fails.
     pub fn new() -> Result<Self> {
         static NUMBER: AtomicU32 = AtomicU32::new(1);
-        let name = format!(
-            "tp{}n{}",
-            std::process::id(),
-            NUMBER.fetch_add(1, Ordering::Relaxed)
-        );
-        let (dir, claim) =
-            reclaim::claim(&name).context("cannot claim the lab's state directory")?;
+        let name = format!("tp{}n{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
+        let (dir, claim) = reclaim::claim(&name).context("cannot claim the lab's state directory")?;
         let namespace = |role| Namespace::new(&name, role);
         let lab = Self {
             client: namespace("client"),
@@ -231,9 +213,7 @@ impl Lab {
 
     fn lay_out(&self) -> Result<()> {
         for namespace in self.namespaces() {
-            Cmd::host("ip")
-                .args(["netns", "add", namespace.name()])
-                .check()?;
+            Cmd::host("ip").args(["netns", "add", namespace.name()]).check()?;
         }
         // Before any address is set: with forwarding off, a namespace takes
         // its own view of routes from router advertisements.
@@ -245,12 +225,8 @@ impl Lab {
                 ("net/ipv6/conf/default/router_solicitations", "0"),
             ])?;
         }
-        self.router.set_sysctls(&[
-            ("net/ipv4/ip_forward", "1"),
-            ("net/ipv6/conf/all/forwarding", "1"),
-        ])?;
-        self.server
-            .set_sysctls(&[("net/ipv6/ip_nonlocal_bind", "1")])?;
+        self.router.set_sysctls(&[("net/ipv4/ip_forward", "1"), ("net/ipv6/conf/all/forwarding", "1")])?;
+        self.server.set_sysctls(&[("net/ipv6/ip_nonlocal_bind", "1")])?;
         let (client, server, guest) = (self.client.name(), self.server.name(), self.guest.name());
         self.router.ip_batch(&format!(
             "link set lo up\n\
@@ -275,10 +251,8 @@ impl Lab {
             )
         };
         let both = |address: fn(Family) -> IpAddr| (address(Family::V4), address(Family::V6));
-        self.client
-            .ip_batch(&edge(both(Family::router), both(Family::client)))?;
-        self.guest
-            .ip_batch(&edge((v4(203, 0, 113, 1), v6(3, 1)), both(Family::guest)))?;
+        self.client.ip_batch(&edge(both(Family::router), both(Family::client)))?;
+        self.guest.ip_batch(&edge((v4(203, 0, 113, 1), v6(3, 1)), both(Family::guest)))?;
         self.server.ip_batch(&format!(
             "{}route add local 198.18.0.0/15 dev lo\n\
              route add local 2001:db8:f000::/36 dev lo\n",
@@ -286,27 +260,9 @@ impl Lab {
         ))?;
         let mut router = String::new();
         for (device, four, net4, six, net6) in [
-            (
-                "lan",
-                "192.0.2.1",
-                "192.0.2.0/24",
-                "2001:db8:1::1",
-                "2001:db8:1::/64",
-            ),
-            (
-                "lan2",
-                "203.0.113.1",
-                "203.0.113.0/24",
-                "2001:db8:3::1",
-                "2001:db8:3::/64",
-            ),
-            (
-                "wan",
-                "198.51.100.1",
-                "198.51.100.0/24",
-                "2001:db8:2::1",
-                "2001:db8:2::/64",
-            ),
+            ("lan", "192.0.2.1", "192.0.2.0/24", "2001:db8:1::1", "2001:db8:1::/64"),
+            ("lan2", "203.0.113.1", "203.0.113.0/24", "2001:db8:3::1", "2001:db8:3::/64"),
+            ("wan", "198.51.100.1", "198.51.100.0/24", "2001:db8:2::1", "2001:db8:2::/64"),
         ] {
             write!(
                 router,

@@ -48,9 +48,7 @@ impl Output {
     /// The exit code; 128 + signal where a signal ended it.
     #[must_use]
     pub fn code(&self) -> i32 {
-        self.status
-            .code()
-            .unwrap_or_else(|| 128 + self.status.signal().unwrap_or(0))
+        self.status.code().unwrap_or_else(|| 128 + self.status.signal().unwrap_or(0))
     }
 
     /// Everything that is known of the run, for a message about its failure.
@@ -87,11 +85,8 @@ fn indent(text: &str) -> String {
         [one] => (*one).into(),
         many => {
             let skipped = many.len().saturating_sub(KEPT);
-            let note = if skipped > 0 {
-                format!("\n    … {skipped} lines left out …")
-            } else {
-                String::new()
-            };
+            let note =
+                if skipped > 0 { format!("\n    … {skipped} lines left out …") } else { String::new() };
             format!("{note}\n    {}", many[skipped..].join("\n    "))
         }
     }
@@ -113,10 +108,7 @@ impl Cmd {
     /// A command in a network namespace.
     #[must_use]
     pub fn inside(namespace: &Namespace, program: impl AsRef<OsStr>) -> Self {
-        Self {
-            place: Some(namespace.clone()),
-            ..Self::host(program)
-        }
+        Self { place: Some(namespace.clone()), ..Self::host(program) }
     }
 
     /// Adds one argument.
@@ -129,8 +121,7 @@ impl Cmd {
     /// Adds arguments.
     #[must_use]
     pub fn args<I: IntoIterator<Item: AsRef<OsStr>>>(mut self, args: I) -> Self {
-        self.args
-            .extend(args.into_iter().map(|arg| arg.as_ref().into()));
+        self.args.extend(args.into_iter().map(|arg| arg.as_ref().into()));
         self
     }
 
@@ -151,31 +142,21 @@ impl Cmd {
     /// `on the router: tc qdisc show`.
     #[must_use]
     pub fn describe(&self) -> String {
-        let place = self
-            .place
-            .as_ref()
-            .map_or("on this host", |ns| match ns.role() {
-                "client" => "on the client",
-                "router" => "on the router",
-                "server" => "on the server",
-                _ => "on the guest",
-            });
-        let words: Vec<_> = std::iter::once(&self.program)
-            .chain(&self.args)
-            .map(|word| word.to_string_lossy())
-            .collect();
+        let place = self.place.as_ref().map_or("on this host", |ns| match ns.role() {
+            "client" => "on the client",
+            "router" => "on the router",
+            "server" => "on the server",
+            _ => "on the guest",
+        });
+        let words: Vec<_> =
+            std::iter::once(&self.program).chain(&self.args).map(|word| word.to_string_lossy()).collect();
         format!("{place}: {}", words.join(" "))
     }
 
     /// Starts it, in a process group of its own.
     pub(crate) fn start(&self, stdin: Stdio, stdout: File, stderr: File) -> Result<Child> {
         let mut command = Command::new(&self.program);
-        command
-            .args(&self.args)
-            .stdin(stdin)
-            .stdout(stdout)
-            .stderr(stderr)
-            .process_group(0);
+        command.args(&self.args).stdin(stdin).stdout(stdout).stderr(stderr).process_group(0);
         // What programs print must not depend on the developer's language.
         command.env("LC_ALL", "C");
         let child = match &self.place {
@@ -228,11 +209,7 @@ impl Cmd {
     /// As [`run`](Self::run), and where the exit code is not 0.
     pub fn check(&self) -> Result<Output> {
         let output = self.run()?;
-        if output.status.success() {
-            Ok(output)
-        } else {
-            bail!("failed, {}", output.describe())
-        }
+        if output.status.success() { Ok(output) } else { bail!("failed, {}", output.describe()) }
     }
 }
 

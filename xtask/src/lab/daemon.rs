@@ -39,11 +39,7 @@ impl Daemon {
             .context("no free name for a log file")?;
         let out = File::options().create_new(true).append(true).open(&log)?;
         let child = command.start(Stdio::null(), out.try_clone()?, out)?;
-        Ok(Self {
-            child,
-            described: command.describe(),
-            log,
-        })
+        Ok(Self { child, described: command.describe(), log })
     }
 
     /// The process number.
@@ -55,10 +51,8 @@ impl Daemon {
     /// Everything that it has printed.
     #[must_use]
     pub fn log(&self) -> String {
-        fs::read(&self.log).map_or_else(
-            |_| String::new(),
-            |bytes| String::from_utf8_lossy(&bytes).into_owned(),
-        )
+        fs::read(&self.log)
+            .map_or_else(|_| String::new(), |bytes| String::from_utf8_lossy(&bytes).into_owned())
     }
 
     /// The exit status, once it has ended.
@@ -73,11 +67,7 @@ impl Daemon {
     ///
     /// # Errors
     /// Where it ends, or is not ready within [`READY`].
-    pub fn wait_ready(
-        &mut self,
-        what: &str,
-        mut ready: impl FnMut(&Self) -> Result<bool>,
-    ) -> Result<()> {
+    pub fn wait_ready(&mut self, what: &str, mut ready: impl FnMut(&Self) -> Result<bool>) -> Result<()> {
         let deadline = Instant::now() + READY;
         loop {
             if let Some(status) = self.ended()? {
@@ -105,10 +95,9 @@ impl Daemon {
         protocol: sockets::Protocol,
         port: u16,
     ) -> Result<()> {
-        self.wait_ready(
-            &format!("it listened on {} port {port}", protocol.name()),
-            |_| sockets::is_bound(namespace, protocol, port),
-        )
+        self.wait_ready(&format!("it listened on {} port {port}", protocol.name()), |_| {
+            sockets::is_bound(namespace, protocol, port)
+        })
     }
 
     /// Sends a signal.
@@ -117,10 +106,7 @@ impl Daemon {
     /// Where the program has ended.
     pub fn signal(&mut self, signal: Signal) -> Result<()> {
         if let Some(status) = self.ended()? {
-            bail!(
-                "cannot send {signal}: it ended with {status}, {}",
-                self.describe()
-            );
+            bail!("cannot send {signal}: it ended with {status}, {}", self.describe());
         }
         kill(Pid::from_raw(i32::try_from(self.pid())?), signal)
             .with_context(|| format!("cannot send {signal}, {}", self.described))
@@ -134,18 +120,9 @@ impl Daemon {
         let started = Instant::now();
         self.signal(signal)?;
         let status = wait(&mut self.child, timeout)?;
-        let status = status.with_context(|| {
-            format!(
-                "still there {timeout:?} after {signal}, {}",
-                self.describe()
-            )
-        })?;
-        Ok((
-            status
-                .code()
-                .unwrap_or_else(|| 128 + status.signal().unwrap_or(0)),
-            started.elapsed(),
-        ))
+        let status =
+            status.with_context(|| format!("still there {timeout:?} after {signal}, {}", self.describe()))?;
+        Ok((status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0)), started.elapsed()))
     }
 
     /// Processor time that it has used so far.
@@ -153,21 +130,11 @@ impl Daemon {
     /// # Errors
     /// Where the program has ended.
     pub fn cpu_time(&self) -> Result<Duration> {
-        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid()))
-            .context("the program has ended")?;
+        let stat =
+            fs::read_to_string(format!("/proc/{}/stat", self.pid())).context("the program has ended")?;
         // proc(5): fields 14 and 15, in ticks of 1/100 s; field 2 is in parentheses and may hold blanks.
-        let fields: Vec<&str> = stat
-            .rsplit(')')
-            .next()
-            .unwrap_or_default()
-            .split_whitespace()
-            .collect();
-        let ticks: u64 = fields
-            .iter()
-            .skip(11)
-            .take(2)
-            .filter_map(|field| field.parse::<u64>().ok())
-            .sum();
+        let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
+        let ticks: u64 = fields.iter().skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum();
         Ok(Duration::from_millis(ticks * 10))
     }
 
@@ -176,9 +143,7 @@ impl Daemon {
     /// # Errors
     /// Where the program has ended.
     pub fn open_files(&self) -> Result<usize> {
-        Ok(fs::read_dir(format!("/proc/{}/fd", self.pid()))
-            .context("the program has ended")?
-            .count())
+        Ok(fs::read_dir(format!("/proc/{}/fd", self.pid())).context("the program has ended")?.count())
     }
 
     /// What it is and the end of its log, for a message about a failure.
@@ -201,17 +166,10 @@ impl Drop for Daemon {
 ///
 /// # Errors
 /// Where that takes longer than `timeout`, or `done` fails.
-pub fn wait_for(
-    what: &str,
-    timeout: Duration,
-    mut done: impl FnMut() -> Result<bool>,
-) -> Result<()> {
+pub fn wait_for(what: &str, timeout: Duration, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
     let deadline = Instant::now() + timeout;
     while !done()? {
-        ensure!(
-            Instant::now() < deadline,
-            "waited {timeout:?} in vain for {what}"
-        );
+        ensure!(Instant::now() < deadline, "waited {timeout:?} in vain for {what}");
         thread::sleep(Duration::from_millis(10));
     }
     Ok(())

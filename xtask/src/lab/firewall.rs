@@ -11,11 +11,7 @@ use super::namespace::Namespace;
 /// Where a command fails.
 pub fn rules(namespace: &Namespace) -> Result<String> {
     let mut rules = String::new();
-    for command in [
-        "nft list ruleset",
-        "iptables-legacy-save",
-        "ip6tables-legacy-save",
-    ] {
+    for command in ["nft list ruleset", "iptables-legacy-save", "ip6tables-legacy-save"] {
         let output = namespace.cmd("sh").args(["-c", command]).run()?;
         // sh(1): 127 is a command that was not found.
         if output.code() == 127 {
@@ -23,11 +19,7 @@ pub fn rules(namespace: &Namespace) -> Result<String> {
         }
         let output = output.expect_code(0)?;
         rules.extend(
-            output
-                .stdout
-                .lines()
-                .filter(|line| !line.starts_with('#'))
-                .map(|line| format!("{line}\n")),
+            output.stdout.lines().filter(|line| !line.starts_with('#')).map(|line| format!("{line}\n")),
         );
     }
     Ok(rules)

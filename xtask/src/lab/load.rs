@@ -24,9 +24,7 @@ const RESPONSE: [u8; 64] = [b'a'; 64];
 const PATIENCE: Duration = Duration::from_secs(10);
 
 fn runtime() -> io::Result<tokio::runtime::Runtime> {
-    tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
+    tokio::runtime::Builder::new_current_thread().enable_all().build()
 }
 
 /// Answers every request; runs until dropped.
@@ -44,10 +42,7 @@ impl LoadServer {
     /// # Errors
     /// Where the port is taken.
     pub fn start(namespace: &Namespace, address: SocketAddr, expected: IpAddr) -> Result<Self> {
-        let (stop, foreign) = (
-            Arc::new(AtomicBool::new(false)),
-            Arc::new(AtomicU64::new(0)),
-        );
+        let (stop, foreign) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let (stopped, strangers) = (stop.clone(), foreign.clone());
         let (tell, listening) = std::sync::mpsc::sync_channel(1);
         let thread = namespace.spawn(move || {
@@ -79,11 +74,7 @@ impl LoadServer {
             .recv()
             .context("the load server ended")?
             .with_context(|| format!("cannot listen on {address}"))?;
-        Ok(Self {
-            stop,
-            foreign,
-            thread: Some(thread),
-        })
+        Ok(Self { stop, foreign, thread: Some(thread) })
     }
 
     /// Connections that came from an unexpected address.
@@ -103,11 +94,7 @@ impl Drop for LoadServer {
 }
 
 fn listen(address: SocketAddr) -> io::Result<TcpListener> {
-    let socket = if address.is_ipv4() {
-        TcpSocket::new_v4()?
-    } else {
-        TcpSocket::new_v6()?
-    };
+    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
     socket.set_reuseaddr(true)?;
     socket.bind(address)?;
     socket.listen(16_384)
@@ -228,10 +215,7 @@ async fn one(target: SocketAddr, reset: bool) -> (io::Result<()>, Duration) {
     let started = Instant::now();
     let result = match timeout(PATIENCE, exchange(target, reset)).await {
         Ok(result) => result,
-        Err(_) => Err(io::Error::new(
-            io::ErrorKind::TimedOut,
-            format!("not done within {PATIENCE:?}"),
-        )),
+        Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, format!("not done within {PATIENCE:?}"))),
     };
     (result, started.elapsed())
 }

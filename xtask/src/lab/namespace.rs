@@ -27,10 +27,7 @@ pub struct Namespace {
 impl Namespace {
     /// A handle; the namespace itself need not exist yet.
     pub(crate) fn new(lab: &str, role: &'static str) -> Self {
-        Self {
-            name: format!("{lab}-{}", &role[..1]),
-            role,
-        }
+        Self { name: format!("{lab}-{}", &role[..1]), role }
     }
 
     /// The name, as `ip netns list` prints it.
@@ -70,9 +67,7 @@ impl Namespace {
     pub fn enter<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
         thread::scope(|scope| {
             let thread = scope.spawn(|| self.join().map(|()| work()));
-            thread
-                .join()
-                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         })
     }
 
@@ -81,8 +76,7 @@ impl Namespace {
     /// # Errors
     /// The error of `work`, with the namespace's name.
     pub fn try_enter<T: Send>(&self, work: impl FnOnce() -> io::Result<T> + Send) -> Result<T> {
-        self.enter(work)?
-            .with_context(|| format!("on the {}", self.role))
+        self.enter(work)?.with_context(|| format!("on the {}", self.role))
     }
 
     /// Starts `work` inside the namespace, on a thread that outlives this call.
@@ -92,18 +86,14 @@ impl Namespace {
     pub fn spawn(&self, work: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
         let namespace = self.clone();
         let (tell, entered) = mpsc::sync_channel(1);
-        let thread = thread::Builder::new()
-            .name(self.name.clone())
-            .spawn(move || {
-                let joined = namespace.join();
-                let go = joined.is_ok();
-                if tell.send(joined).is_ok() && go {
-                    work();
-                }
-            })?;
-        entered
-            .recv()
-            .context("the thread ended before it entered the namespace")??;
+        let thread = thread::Builder::new().name(self.name.clone()).spawn(move || {
+            let joined = namespace.join();
+            let go = joined.is_ok();
+            if tell.send(joined).is_ok() && go {
+                work();
+            }
+        })?;
+        entered.recv().context("the thread ended before it entered the namespace")??;
         Ok(thread)
     }
 
@@ -119,9 +109,7 @@ impl Namespace {
     /// Where it cannot be started, takes too long or fails.
     pub fn sh(&self, line: &str) -> Result<Output> {
         let mut words = line.split_whitespace();
-        self.cmd(words.next().context("empty command line")?)
-            .args(words)
-            .check()
+        self.cmd(words.next().context("empty command line")?).args(words).check()
     }
 
     /// Runs lines of `ip -batch`; the first that fails ends it.
@@ -129,11 +117,7 @@ impl Namespace {
     /// # Errors
     /// Where one of them fails.
     pub fn ip_batch(&self, lines: &str) -> Result<()> {
-        self.cmd("ip")
-            .args(["-batch", "-"])
-            .stdin(lines)
-            .check()
-            .map(drop)
+        self.cmd("ip").args(["-batch", "-"]).stdin(lines).check().map(drop)
     }
 
     /// Reads a sysctl; `key` is a path under `/proc/sys`.
@@ -142,9 +126,8 @@ impl Namespace {
     /// Where there is no such sysctl.
     pub fn sysctl(&self, key: &str) -> Result<String> {
         let path = Path::new("/proc/sys").join(key);
-        let value = self
-            .enter(|| fs::read_to_string(&path))?
-            .with_context(|| format!("cannot read sysctl {key}"))?;
+        let value =
+            self.enter(|| fs::read_to_string(&path))?.with_context(|| format!("cannot read sysctl {key}"))?;
         Ok(value.trim().replace('\t', " "))
     }
 
@@ -156,9 +139,8 @@ impl Namespace {
         self.enter(|| {
             for (key, value) in settings {
                 let path = Path::new("/proc/sys").join(key);
-                fs::write(&path, value).with_context(|| {
-                    format!("cannot set sysctl {key} to {value} on the {}", self.role)
-                })?;
+                fs::write(&path, value)
+                    .with_context(|| format!("cannot set sysctl {key} to {value} on the {}", self.role))?;
             }
             Ok(())
         })?
@@ -167,15 +149,11 @@ impl Namespace {
     /// Waits until every interface that is up has its carrier, and every IPv6
     /// address may be used.
     pub(crate) fn wait_until_up(&self) -> Result<()> {
-        wait_for(
-            &format!("links of the {} to come up", self.role),
-            Duration::from_secs(5),
-            || {
-                let links = self.sh("ip -o link show up")?.stdout;
-                let addresses = self.sh("ip -o -6 addr show tentative")?.stdout;
-                Ok(!links.contains("NO-CARRIER") && addresses.trim().is_empty())
-            },
-        )
+        wait_for(&format!("links of the {} to come up", self.role), Duration::from_secs(5), || {
+            let links = self.sh("ip -o link show up")?.stdout;
+            let addresses = self.sh("ip -o -6 addr show tentative")?.stdout;
+            Ok(!links.contains("NO-CARRIER") && addresses.trim().is_empty())
+        })
     }
 
     /// Inode of the namespace: what `/proc/PID/ns/net` of its processes shows.

@@ -59,10 +59,7 @@ impl TcpServer {
                 });
             }
         });
-        Ok(Self {
-            stop,
-            thread: Some(thread),
-        })
+        Ok(Self { stop, thread: Some(thread) })
     }
 
     /// A server that gives back what it gets, and closes when its client does.
@@ -124,10 +121,7 @@ impl UdpServer {
                 }
             }
         });
-        Ok(Self {
-            stop,
-            thread: Some(thread),
-        })
+        Ok(Self { stop, thread: Some(thread) })
     }
 
     /// A server that gives back what it gets.
@@ -143,9 +137,7 @@ impl UdpServer {
     /// # Errors
     /// Where the address is taken.
     pub fn reflector(namespace: &Namespace, address: SocketAddr) -> Result<Self> {
-        Self::start(namespace, address, |_, client| {
-            Some(client.to_string().into_bytes())
-        })
+        Self::start(namespace, address, |_, client| Some(client.to_string().into_bytes()))
     }
 }
 
@@ -164,11 +156,7 @@ fn readable(socket: &impl AsFd) -> bool {
 }
 
 fn listen(address: SocketAddr) -> io::Result<TcpListener> {
-    let socket = Socket::new(
-        Domain::for_address(address),
-        Type::STREAM,
-        Some(Protocol::TCP),
-    )?;
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
     socket.set_reuse_address(true)?;
     if address.is_ipv6() {
         socket.set_only_v6(true)?;
@@ -179,11 +167,7 @@ fn listen(address: SocketAddr) -> io::Result<TcpListener> {
 }
 
 fn bind_udp(address: SocketAddr) -> io::Result<UdpSocket> {
-    let socket = Socket::new(
-        Domain::for_address(address),
-        Type::DGRAM,
-        Some(Protocol::UDP),
-    )?;
+    let socket = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))?;
     if address.is_ipv6() {
         socket.set_only_v6(true)?;
     }
@@ -213,14 +197,8 @@ pub fn udp(namespace: &Namespace, address: SocketAddr) -> Result<UdpSocket> {
 ///
 /// # Errors
 /// Where none comes within the socket's time-out.
-pub fn exchange(
-    socket: &UdpSocket,
-    to: SocketAddr,
-    datagram: &[u8],
-) -> Result<(Vec<u8>, SocketAddr)> {
-    socket
-        .send_to(datagram, to)
-        .with_context(|| format!("cannot send {} bytes to {to}", datagram.len()))?;
+pub fn exchange(socket: &UdpSocket, to: SocketAddr, datagram: &[u8]) -> Result<(Vec<u8>, SocketAddr)> {
+    socket.send_to(datagram, to).with_context(|| format!("cannot send {} bytes to {to}", datagram.len()))?;
     let mut buffer = vec![0; 65_536];
     let (length, from) = socket
         .recv_from(&mut buffer)
@@ -249,11 +227,7 @@ pub fn connect(
 ///
 /// # Errors
 /// Where the connection is not there within `timeout`.
-pub fn try_connect(
-    from: Option<SocketAddr>,
-    to: SocketAddr,
-    timeout: Duration,
-) -> io::Result<TcpStream> {
+pub fn try_connect(from: Option<SocketAddr>, to: SocketAddr, timeout: Duration) -> io::Result<TcpStream> {
     let socket = Socket::new(Domain::for_address(to), Type::STREAM, Some(Protocol::TCP))?;
     if let Some(from) = from {
         socket.set_reuse_address(true)?;

@@ -29,14 +29,10 @@ pub fn binary() -> Result<PathBuf> {
         return Ok(path.into());
     }
     let this = std::env::current_exe()?;
-    let mut candidates = this
-        .ancestors()
-        .skip(1)
-        .take(2)
-        .map(|dir| dir.join("tproxy-user"));
-    candidates.find(|path| path.is_file()).context(
-        "tproxy-user is not built: run `cargo xtask test netns`, or set TPROXY_USER to its path",
-    )
+    let mut candidates = this.ancestors().skip(1).take(2).map(|dir| dir.join("tproxy-user"));
+    candidates
+        .find(|path| path.is_file())
+        .context("tproxy-user is not built: run `cargo xtask test netns`, or set TPROXY_USER to its path")
 }
 
 /// Whether scenarios are to run without a proxy.
@@ -59,12 +55,7 @@ impl<'lab> Launch<'lab> {
     #[must_use]
     pub fn new(lab: &'lab Lab, flags: &str) -> Self {
         let args = flags.split_whitespace().map(Into::into).collect();
-        Self {
-            lab,
-            pin: lab.pin(),
-            args,
-            open_files: None,
-        }
+        Self { lab, pin: lab.pin(), args, open_files: None }
     }
 
     /// Another instance beside the usual one.
@@ -111,22 +102,14 @@ impl<'lab> Launch<'lab> {
     /// Where it ends or does not say so in time.
     pub fn start(self) -> Result<Proxy> {
         let daemon = Daemon::start(self.lab, "tproxy-user", &self.command()?)?;
-        let mut proxy = Proxy {
-            daemon,
-            router: self.lab.router.clone(),
-            pin: self.pin,
-        };
+        let mut proxy = Proxy { daemon, router: self.lab.router.clone(), pin: self.pin };
         let query = proxy.cmd("status --json")?;
-        proxy
-            .daemon
-            .wait_ready("`tproxy-user status` said that it runs", |daemon| {
-                let output = query.run()?;
-                let status: Option<Value> = serde_json::from_str(&output.stdout).ok();
-                Ok(output.code() == 0
-                    && status.is_some_and(|status| {
-                        status["running"] == true && status["pid"] == daemon.pid()
-                    }))
-            })?;
+        proxy.daemon.wait_ready("`tproxy-user status` said that it runs", |daemon| {
+            let output = query.run()?;
+            let status: Option<Value> = serde_json::from_str(&output.stdout).ok();
+            Ok(output.code() == 0
+                && status.is_some_and(|status| status["running"] == true && status["pid"] == daemon.pid()))
+        })?;
         Ok(proxy)
     }
 }
@@ -179,12 +162,7 @@ impl Proxy {
     /// # Errors
     /// Where `tproxy-user` is not built.
     pub fn cmd(&self, words: &str) -> Result<Cmd> {
-        Ok(self
-            .router
-            .cmd(binary()?)
-            .args(words.split_whitespace())
-            .arg("--pin")
-            .arg(&self.pin))
+        Ok(self.router.cmd(binary()?).args(words.split_whitespace()).arg("--pin").arg(&self.pin))
     }
 
     /// The flows.
@@ -206,9 +184,9 @@ impl Proxy {
         let found = flows.iter().find(|flow| {
             flow.protocol == protocol && flow.client == client && flow.destination == destination
         });
-        found.cloned().with_context(|| {
-            format!("no flow {protocol} {client} → {destination} among {flows:#?}")
-        })
+        found
+            .cloned()
+            .with_context(|| format!("no flow {protocol} {client} → {destination} among {flows:#?}"))
     }
 
     /// What `status --json` prints.
@@ -217,8 +195,7 @@ impl Proxy {
     /// Where the command fails.
     pub fn status(&self) -> Result<Value> {
         let output = self.cmd("status --json")?.check()?;
-        serde_json::from_str(&output.stdout)
-            .with_context(|| format!("not JSON: {}", output.describe()))
+        serde_json::from_str(&output.stdout).with_context(|| format!("not JSON: {}", output.describe()))
     }
 
     /// One counter of `status`.
@@ -228,9 +205,7 @@ impl Proxy {
     pub fn counter(&self, name: &str) -> Result<u64> {
         let status = self.status()?;
         let counters = &status["counters"];
-        counters[name]
-            .as_u64()
-            .with_context(|| format!("no counter {name} among {counters:#}"))
+        counters[name].as_u64().with_context(|| format!("no counter {name} among {counters:#}"))
     }
 
     /// Ends it with SIGTERM; it must drain, clean up and exit 0.
@@ -239,11 +214,7 @@ impl Proxy {
     /// Where it does not within `timeout`.
     pub fn terminate(mut self, timeout: Duration) -> Result<Duration> {
         let (code, elapsed) = self.daemon.stop(Signal::SIGTERM, timeout)?;
-        ensure!(
-            code == 0,
-            "exit code {code} after SIGTERM, {}",
-            self.daemon.describe()
-        );
+        ensure!(code == 0, "exit code {code} after SIGTERM, {}", self.daemon.describe());
         Ok(elapsed)
     }
 
@@ -252,9 +223,7 @@ impl Proxy {
     /// # Errors
     /// Where it has ended by itself.
     pub fn kill(mut self) -> Result<()> {
-        self.daemon
-            .stop(Signal::SIGKILL, Duration::from_secs(5))
-            .map(drop)
+        self.daemon.stop(Signal::SIGKILL, Duration::from_secs(5)).map(drop)
     }
 }
 

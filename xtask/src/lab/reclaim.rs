@@ -76,10 +76,7 @@ pub(crate) fn remove(name: &str) {
         .collect();
     kill_inside(&namespaces);
     for namespace in namespaces.iter().filter_map(|path| path.file_name()) {
-        let deleted = Command::new("ip")
-            .args(["netns", "delete"])
-            .arg(namespace)
-            .output();
+        let deleted = Command::new("ip").args(["netns", "delete"]).arg(namespace).output();
         match deleted {
             Ok(output) if output.status.success() => {}
             Ok(output) => eprintln!(
@@ -93,16 +90,10 @@ pub(crate) fn remove(name: &str) {
     let mut leftovers = vec![Path::new(ROOT).join(name)];
     for place in [BPFFS, INSTANCES] {
         // A lab may run several instances of the proxy: NAME, NAME-b, …
-        let entries = fs::read_dir(place)
-            .into_iter()
-            .flatten()
-            .filter_map(Result::ok);
+        let entries = fs::read_dir(place).into_iter().flatten().filter_map(Result::ok);
         leftovers.extend(entries.map(|entry| entry.path()).filter(|path| {
             let file = path.file_name().unwrap_or_default().to_string_lossy();
-            file == name
-                || file
-                    .strip_prefix(name)
-                    .is_some_and(|rest| rest.starts_with('-'))
+            file == name || file.strip_prefix(name).is_some_and(|rest| rest.starts_with('-'))
         }));
     }
     for path in leftovers {
@@ -118,19 +109,15 @@ pub(crate) fn remove(name: &str) {
 
 /// Kills every process whose network namespace is one of these.
 fn kill_inside(namespaces: &[PathBuf]) {
-    let inodes: Vec<u64> = namespaces
-        .iter()
-        .filter_map(|path| fs::metadata(path).ok())
-        .map(|file| file.ino())
-        .collect();
+    let inodes: Vec<u64> =
+        namespaces.iter().filter_map(|path| fs::metadata(path).ok()).map(|file| file.ino()).collect();
     for _ in 0..100 {
         let inside: Vec<i32> = fs::read_dir("/proc")
             .into_iter()
             .flatten()
             .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
             .filter(|pid| {
-                fs::metadata(format!("/proc/{pid}/ns/net"))
-                    .is_ok_and(|file| inodes.contains(&file.ino()))
+                fs::metadata(format!("/proc/{pid}/ns/net")).is_ok_and(|file| inodes.contains(&file.ino()))
             })
             .collect();
         if inside.is_empty() {
@@ -156,37 +143,31 @@ pub fn on_signals() -> Result<()> {
     if ONCE.set(()).is_err() {
         return Ok(());
     }
-    let signals: SigSet = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP]
-        .into_iter()
-        .collect();
+    let signals: SigSet = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP].into_iter().collect();
     // Children are not affected: `std::process` resets their mask.
     pthread_sigmask(SigmaskHow::SIG_BLOCK, Some(&signals), None)?;
-    thread::Builder::new()
-        .name("signals".into())
-        .spawn(move || {
-            let Ok(signal) = signals.wait() else { return };
-            let children: Vec<u32> = held(&CHILDREN).iter().copied().collect();
-            for pid in children.iter().filter_map(|pid| i32::try_from(*pid).ok()) {
-                let _ = kill(Pid::from_raw(pid), signal);
+    thread::Builder::new().name("signals".into()).spawn(move || {
+        let Ok(signal) = signals.wait() else { return };
+        let children: Vec<u32> = held(&CHILDREN).iter().copied().collect();
+        for pid in children.iter().filter_map(|pid| i32::try_from(*pid).ok()) {
+            let _ = kill(Pid::from_raw(pid), signal);
+        }
+        let labs: Vec<String> = held(&LABS).iter().cloned().collect();
+        eprintln!("{signal}: removing {} network lab(s)", labs.len());
+        for lab in &labs {
+            remove(lab);
+        }
+        // A child removes its own labs; it is given the time to.
+        for _ in 0..100 {
+            if children.iter().all(|pid| !Path::new(&format!("/proc/{pid}")).exists())
+                || held(&CHILDREN).is_empty()
+            {
+                break;
             }
-            let labs: Vec<String> = held(&LABS).iter().cloned().collect();
-            eprintln!("{signal}: removing {} network lab(s)", labs.len());
-            for lab in &labs {
-                remove(lab);
-            }
-            // A child removes its own labs; it is given the time to.
-            for _ in 0..100 {
-                if children
-                    .iter()
-                    .all(|pid| !Path::new(&format!("/proc/{pid}")).exists())
-                    || held(&CHILDREN).is_empty()
-                {
-                    break;
-                }
-                thread::sleep(Duration::from_millis(50));
-            }
-            std::process::exit(128 + signal as i32);
-        })?;
+            thread::sleep(Duration::from_millis(50));
+        }
+        std::process::exit(128 + signal as i32);
+    })?;
     Ok(())
 }
 

@@ -25,9 +25,7 @@ pub fn web(lab: &Lab, namespace: &Namespace, ports: &[u16]) -> Result<Daemon> {
     fs::create_dir_all(lab.dir().join("www"))?;
     let listen: Vec<String> = ports
         .iter()
-        .map(|port| {
-            format!("listen {port} backlog=4096; listen [::]:{port} backlog=4096 ipv6only=on;")
-        })
+        .map(|port| format!("listen {port} backlog=4096; listen [::]:{port} backlog=4096 ipv6only=on;"))
         .collect();
     let listen = listen.concat();
     let (here, www) = (dir.display(), lab.dir().display());
@@ -51,13 +49,12 @@ pub fn web(lab: &Lab, namespace: &Namespace, ports: &[u16]) -> Result<Daemon> {
     );
     let path = dir.join("nginx.conf");
     fs::write(&path, config)?;
-    let command = namespace
-        .cmd("nginx")
-        .arg("-p")
-        .arg(&dir)
-        .arg("-c")
-        .arg(&path)
-        .args(["-e", "stderr", "-g", "daemon off;"]);
+    let command = namespace.cmd("nginx").arg("-p").arg(&dir).arg("-c").arg(&path).args([
+        "-e",
+        "stderr",
+        "-g",
+        "daemon off;",
+    ]);
     let mut daemon = Daemon::start(lab, "nginx", &command)?;
     for port in ports {
         daemon.wait_bound(namespace, Protocol::Tcp, *port)?;
@@ -97,14 +94,7 @@ pub fn dns(lab: &Lab, namespace: &Namespace, answers: [IpAddr; 2]) -> Result<Dae
 pub fn dig(from: &Namespace, at: IpAddr, family: Family, over: Protocol) -> Result<IpAddr> {
     let output = from
         .cmd("dig")
-        .args([
-            family.flag(),
-            "+short",
-            "+tries=2",
-            "+time=2",
-            "+nocookie",
-            family.pick("A", "AAAA"),
-        ])
+        .args([family.flag(), "+short", "+tries=2", "+time=2", "+nocookie", family.pick("A", "AAAA")])
         .arg(match over {
             Protocol::Tcp => "+tcp",
             Protocol::Udp => "+notcp",
@@ -124,10 +114,7 @@ pub fn dig(from: &Namespace, at: IpAddr, family: Family, over: Protocol) -> Resu
 /// # Errors
 /// Where it does not start.
 pub fn iperf(lab: &Lab, namespace: &Namespace, port: u16) -> Result<Daemon> {
-    let command = namespace
-        .cmd("iperf3")
-        .args(["--server", "--forceflush", "--port"])
-        .arg(port.to_string());
+    let command = namespace.cmd("iperf3").args(["--server", "--forceflush", "--port"]).arg(port.to_string());
     let mut daemon = Daemon::start(lab, "iperf3", &command)?;
     daemon.wait_bound(namespace, Protocol::Tcp, port)?;
     Ok(daemon)
@@ -137,21 +124,9 @@ pub fn iperf(lab: &Lab, namespace: &Namespace, port: u16) -> Result<Daemon> {
 ///
 /// # Errors
 /// Where it does not start.
-pub fn socat_tcp(
-    lab: &Lab,
-    namespace: &Namespace,
-    family: Family,
-    port: u16,
-    shell: &str,
-) -> Result<Daemon> {
-    let listen = format!(
-        "{}:{port},fork,reuseaddr",
-        family.pick("TCP4-LISTEN", "TCP6-LISTEN")
-    );
-    let command = namespace
-        .cmd("socat")
-        .arg(listen)
-        .arg(format!("SYSTEM:{shell}"));
+pub fn socat_tcp(lab: &Lab, namespace: &Namespace, family: Family, port: u16, shell: &str) -> Result<Daemon> {
+    let listen = format!("{}:{port},fork,reuseaddr", family.pick("TCP4-LISTEN", "TCP6-LISTEN"));
+    let command = namespace.cmd("socat").arg(listen).arg(format!("SYSTEM:{shell}"));
     let mut daemon = Daemon::start(lab, "socat", &command)?;
     daemon.wait_bound(namespace, Protocol::Tcp, port)?;
     Ok(daemon)
@@ -172,10 +147,7 @@ pub fn socat_udp(
         IpAddr::V4(address) => format!("UDP4-RECVFROM:{port},bind={address},fork"),
         IpAddr::V6(address) => format!("UDP6-RECVFROM:{port},bind=[{address}],fork"),
     };
-    let command = namespace
-        .cmd("socat")
-        .arg(listen)
-        .arg(format!("SYSTEM:{shell}"));
+    let command = namespace.cmd("socat").arg(listen).arg(format!("SYSTEM:{shell}"));
     let mut daemon = Daemon::start(lab, "socat", &command)?;
     daemon.wait_bound(namespace, Protocol::Udp, port)?;
     Ok(daemon)

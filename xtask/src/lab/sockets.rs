@@ -45,10 +45,7 @@ pub fn is_bound(namespace: &Namespace, protocol: Protocol, port: u16) -> Result<
         let fields: Vec<&str> = line.split_whitespace().take(4).collect();
         matches!(fields[..], [_, local, _, state] if local.ends_with(&suffix) && state == protocol.waiting())
     };
-    Ok(lists(namespace, protocol)?
-        .iter()
-        .flat_map(|list| list.lines())
-        .any(waiting))
+    Ok(lists(namespace, protocol)?.iter().flat_map(|list| list.lines()).any(waiting))
 }
 
 /// How many sockets of either family there are, `TIME_WAIT` among them.
@@ -56,10 +53,7 @@ pub fn is_bound(namespace: &Namespace, protocol: Protocol, port: u16) -> Result<
 /// # Errors
 /// Where the kernel's list cannot be read.
 pub fn count(namespace: &Namespace, protocol: Protocol) -> Result<usize> {
-    Ok(lists(namespace, protocol)?
-        .iter()
-        .map(|list| list.lines().count().saturating_sub(1))
-        .sum())
+    Ok(lists(namespace, protocol)?.iter().map(|list| list.lines().count().saturating_sub(1)).sum())
 }
 
 fn lists(namespace: &Namespace, protocol: Protocol) -> Result<[String; 2]> {

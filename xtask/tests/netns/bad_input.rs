@@ -28,26 +28,12 @@ pub(crate) const SCENARIOS: Scenarios = &[
 fn expect_refusal(lab: &Lab, command: &Cmd, code: i32, words: &[&str]) -> Result<()> {
     let before = Snapshot::take(lab)?;
     let output = command.run()?.expect_code(code)?;
-    let lines: Vec<&str> = output
-        .stderr
-        .lines()
-        .filter(|line| !line.trim().is_empty())
-        .collect();
-    ensure!(
-        lines.len() == 1,
-        "expected one line that says why, {}",
-        output.describe()
-    );
+    let lines: Vec<&str> = output.stderr.lines().filter(|line| !line.trim().is_empty()).collect();
+    ensure!(lines.len() == 1, "expected one line that says why, {}", output.describe());
     for word in words {
-        ensure!(
-            lines[0].contains(word),
-            "the message does not name {word:?}, {}",
-            output.describe()
-        );
+        ensure!(lines[0].contains(word), "the message does not name {word:?}, {}", output.describe());
     }
-    Snapshot::take(lab)?
-        .expect_same(&before)
-        .with_context(|| format!("after {}", output.describe()))
+    Snapshot::take(lab)?.expect_same(&before).with_context(|| format!("after {}", output.describe()))
 }
 
 fn refused(lab: &Lab, flags: &str, code: i32, words: &[&str]) -> Result<()> {
@@ -76,10 +62,8 @@ fn bad_flags(lab: &Lab, family: Family) -> Result<()> {
     ] {
         // A usage error may be followed by the hint to --help.
         let before = Snapshot::take(lab)?;
-        let output = Launch::new(lab, &format!("--iface lan {flag} {value}"))
-            .command()?
-            .run()?
-            .expect_code(2)?;
+        let output =
+            Launch::new(lab, &format!("--iface lan {flag} {value}")).command()?.run()?.expect_code(2)?;
         ensure!(
             output.stderr.contains(value) && output.stderr.contains(flag),
             "the message names not both {flag} and {value}, {}",
@@ -87,10 +71,7 @@ fn bad_flags(lab: &Lab, family: Family) -> Result<()> {
         );
         Snapshot::take(lab)?.expect_same(&before)?;
     }
-    Launch::new(lab, "--iface lan --no-such-flag")
-        .command()?
-        .run()?
-        .expect_code(2)?;
+    Launch::new(lab, "--iface lan --no-such-flag").command()?.run()?.expect_code(2)?;
     Ok(())
 }
 
@@ -122,17 +103,9 @@ fn no_root(lab: &Lab, family: Family) -> Result<()> {
     needs_proxy()?;
     let _ = family;
     let binary = readable_binary(lab)?;
-    let nobody = lab
-        .router
-        .cmd("setpriv")
-        .args(["--reuid=65534", "--regid=65534", "--clear-groups"])
-        .arg(&binary.0);
-    expect_refusal(
-        lab,
-        &nobody.args(["--iface", "lan", "--pin"]).arg(lab.pin()),
-        4,
-        &["root"],
-    )
+    let nobody =
+        lab.router.cmd("setpriv").args(["--reuid=65534", "--regid=65534", "--clear-groups"]).arg(&binary.0);
+    expect_refusal(lab, &nobody.args(["--iface", "lan", "--pin"]).arg(lab.pin()), 4, &["root"])
 }
 
 fn old_kernel(lab: &Lab, family: Family) -> Result<()> {
@@ -161,10 +134,7 @@ fn port_taken(lab: &Lab, family: Family) -> Result<()> {
 
 fn mark_taken(lab: &Lab, family: Family) -> Result<()> {
     needs_proxy()?;
-    lab.router.sh(&format!(
-        "ip {} rule add pref 900 fwmark 0x1/0x1 lookup 900",
-        family.flag()
-    ))?;
+    lab.router.sh(&format!("ip {} rule add pref 900 fwmark 0x1/0x1 lookup 900", family.flag()))?;
     refused(lab, "--iface lan", 5, &["0x1"])?;
     // Another mark is free.
     let proxy = start_proxy(lab, "--iface lan --tproxy-mark 0x8/0x8")?;
@@ -174,8 +144,7 @@ fn mark_taken(lab: &Lab, family: Family) -> Result<()> {
 fn table_taken(lab: &Lab, family: Family) -> Result<()> {
     needs_proxy()?;
     let net = family.pick("100.64.0.0/10", "2001:db8:6400::/48");
-    lab.router
-        .sh(&format!("ip route add {net} dev wan table 100"))?;
+    lab.router.sh(&format!("ip route add {net} dev wan table 100"))?;
     refused(lab, "--iface lan", 5, &["100"])?;
     let proxy = start_proxy(lab, "--iface lan --table 101")?;
     proxy.terminate(Duration::from_secs(10)).map(drop)
@@ -188,9 +157,6 @@ fn second_run(lab: &Lab, family: Family) -> Result<()> {
     let pid = proxy.daemon.pid().to_string();
     refused(lab, "--iface lan", 5, &[&pid])?;
     expect_service(lab, family)?;
-    ensure!(
-        proxy.counter("steered_tcp_new")? == 1,
-        "the second run broke the first"
-    );
+    ensure!(proxy.counter("steered_tcp_new")? == 1, "the second run broke the first");
     Ok(())
 }

@@ -81,12 +81,7 @@ impl Capture {
                 }
             }
         });
-        Ok(Self {
-            traffic,
-            socket,
-            stop,
-            thread: Some(thread),
-        })
+        Ok(Self { traffic, socket, stop, thread: Some(thread) })
     }
 
     /// What was seen so far in one direction.
@@ -100,11 +95,7 @@ impl Capture {
     pub(crate) fn sum(&self, wanted: impl Fn(&Direction) -> bool) -> Count {
         let traffic = self.traffic.lock().unwrap_or_else(PoisonError::into_inner);
         let mut sum = Count::default();
-        for (_, count) in traffic
-            .flows
-            .iter()
-            .filter(|(direction, _)| wanted(direction))
-        {
+        for (_, count) in traffic.flows.iter().filter(|(direction, _)| wanted(direction)) {
             sum.add(*count);
         }
         sum
@@ -113,13 +104,7 @@ impl Capture {
     /// All directions that were seen.
     #[must_use]
     pub(crate) fn directions(&self) -> Vec<Direction> {
-        self.traffic
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .flows
-            .keys()
-            .copied()
-            .collect()
+        self.traffic.lock().unwrap_or_else(PoisonError::into_inner).flows.keys().copied().collect()
     }
 
     /// Refuses to vouch for counts of a capture that lost packets.
@@ -128,10 +113,7 @@ impl Capture {
     /// Where the kernel dropped some since the capture started or was last asked.
     pub(crate) fn expect_complete(&self) -> Result<()> {
         let lost = self.socket.lost()?;
-        ensure!(
-            lost == 0,
-            "the capture itself lost {lost} packets: its counts prove nothing"
-        );
+        ensure!(lost == 0, "the capture itself lost {lost} packets: its counts prove nothing");
         Ok(())
     }
 }
@@ -175,15 +157,8 @@ struct Ip<'a> {
 impl Traffic {
     fn count(&mut self, gso_size: u16, frame: &[u8]) {
         let Some(ip) = parse(frame) else { return };
-        let mut count = Count {
-            packets: 1,
-            bytes: ip.total,
-            ..Count::default()
-        };
-        if ip.protocol == TCP
-            && ip.transport.len() > 13
-            && ip.fragment.is_none_or(|(_, first)| first)
-        {
+        let mut count = Count { packets: 1, bytes: ip.total, ..Count::default() };
+        if ip.protocol == TCP && ip.transport.len() > 13 && ip.fragment.is_none_or(|(_, first)| first) {
             count.syn = u64::from(ip.transport[13] >> 1 & 1);
             count.rst = u64::from(ip.transport[13] >> 2 & 1);
         }
@@ -210,19 +185,15 @@ impl Traffic {
             return;
         };
         if let Some((id, true)) = ip.fragment {
-            let known = self.fragments.insert(
-                (ip.source, ip.target, ip.protocol, id),
-                Fragments::Ports(source_port, target_port),
-            );
+            let known = self
+                .fragments
+                .insert((ip.source, ip.target, ip.protocol, id), Fragments::Ports(source_port, target_port));
             if let Some(Fragments::Pending(earlier)) = known {
                 count.add(earlier);
             }
         }
-        let direction = (
-            ip.protocol,
-            SocketAddr::new(ip.source, source_port),
-            SocketAddr::new(ip.target, target_port),
-        );
+        let direction =
+            (ip.protocol, SocketAddr::new(ip.source, source_port), SocketAddr::new(ip.target, target_port));
         self.flows.entry(direction).or_default().add(count);
     }
 
@@ -275,12 +246,9 @@ fn parse(frame: &[u8]) -> Option<Ip<'_>> {
                 let (fragment, rest) = Ipv6FragmentHeader::from_slice(rest).ok()?;
                 ip.protocol = fragment.next_header.0;
                 ip.header += Ipv6FragmentHeader::LEN as u64;
-                ip.fragment = fragment.is_fragmenting_payload().then(|| {
-                    (
-                        fragment.identification,
-                        fragment.fragment_offset.value() == 0,
-                    )
-                });
+                ip.fragment = fragment
+                    .is_fragmenting_payload()
+                    .then(|| (fragment.identification, fragment.fragment_offset.value() == 0));
                 ip.transport = rest;
             }
             Some(ip)

@@ -36,9 +36,7 @@ pub(crate) fn start(lab: &Lab, flags: &str) -> Result<Running> {
     if proxy::is_direct() {
         return Ok(Running(None));
     }
-    Launch::new(lab, flags)
-        .start()
-        .map(|proxy| Running(Some(proxy)))
+    Launch::new(lab, flags).start().map(|proxy| Running(Some(proxy)))
 }
 
 /// Starts a proxy without which the scenario has no meaning.
@@ -116,10 +114,7 @@ pub(crate) fn expect_tcp_service(lab: &Lab, family: Family) -> Result<()> {
     let to = at(family.anywhere(7), SERVICE_PORT);
     let mut stream = peer::connect(&lab.client, None, to, Duration::from_secs(5))?;
     let (echo, _) = peer::ask(&mut stream, "is anybody there?")?;
-    ensure!(
-        echo == "is anybody there?",
-        "the server's echo over TCP was {echo:?}"
-    );
+    ensure!(echo == "is anybody there?", "the server's echo over TCP was {echo:?}");
     Ok(())
 }
 
@@ -129,11 +124,7 @@ pub(crate) fn expect_udp_service(lab: &Lab, family: Family) -> Result<()> {
     for length in [10, 1200] {
         let datagram = peer::pattern(length);
         let (echo, from) = peer::exchange(&socket, to, &datagram)?;
-        ensure!(
-            echo == datagram,
-            "the echo of {length} bytes over UDP differs: {} bytes",
-            echo.len()
-        );
+        ensure!(echo == datagram, "the echo of {length} bytes over UDP differs: {} bytes", echo.len());
         ensure!(from == to, "the reply came from {from}, expected {to}");
     }
     Ok(())

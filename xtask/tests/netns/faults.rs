@@ -13,9 +13,7 @@ use xtask::lab::peer;
 use xtask::lab::proxy::{self, Launch};
 use xtask::lab::{Family, Lab};
 
-use crate::common::{
-    Scenarios, at, expect_service, expect_tcp_service, needs_proxy, service, start_proxy,
-};
+use crate::common::{Scenarios, at, expect_service, expect_tcp_service, needs_proxy, service, start_proxy};
 use crate::host::counters_named;
 use crate::snapshot::Snapshot;
 
@@ -28,36 +26,19 @@ pub(crate) const SCENARIOS: Scenarios = &[
         killed(lab, family, "--iface lan --fail closed", Fail::Closed)
     }),
     ("F2_kill_9_with_own_traffic", |lab, family| {
-        killed(
-            lab,
-            family,
-            "--iface lan --own-traffic --fail open",
-            Fail::Open,
-        )
+        killed(lab, family, "--iface lan --own-traffic --fail open", Fail::Open)
     }),
-    ("F10_sigterm_under_load", |lab, family| {
-        terminated(lab, family, "--iface lan", Signal::SIGTERM)
-    }),
+    ("F10_sigterm_under_load", |lab, family| terminated(lab, family, "--iface lan", Signal::SIGTERM)),
     ("F10_sigint_under_load", |lab, family| {
         terminated(lab, family, "--iface lan --own-traffic", Signal::SIGINT)
     }),
     ("F10_open_connections_are_drained", drained),
     ("F10_a_second_signal_ends_at_once", second_signal),
     ("clsact_F2_kill_9_under_load_fail_open", |lab, family| {
-        killed(
-            lab,
-            family,
-            "--iface lan --attach clsact --fail open",
-            Fail::Open,
-        )
+        killed(lab, family, "--iface lan --attach clsact --fail open", Fail::Open)
     }),
     ("clsact_F2_kill_9_under_load_fail_closed", |lab, family| {
-        killed(
-            lab,
-            family,
-            "--iface lan --attach clsact --fail closed",
-            Fail::Closed,
-        )
+        killed(lab, family, "--iface lan --attach clsact --fail closed", Fail::Closed)
     }),
     ("clsact_F10_sigterm_under_load", |lab, family| {
         terminated(lab, family, "--iface lan --attach clsact", Signal::SIGTERM)
@@ -70,16 +51,11 @@ fn open_file_limit(lab: &Lab, family: Family) -> Result<()> {
     needs_proxy()?;
     let _service = service(lab, family)?;
     let to = at(family.anywhere(7), crate::common::SERVICE_PORT);
-    let proxy = Launch::new(lab, "--iface lan --workers 1")
-        .open_files(64)
-        .start()?;
+    let proxy = Launch::new(lab, "--iface lan --workers 1").open_files(64).start()?;
     expect_service(lab, family)?;
     let lines_before = proxy.daemon.log().lines().count();
     let limits = std::fs::read_to_string(format!("/proc/{}/limits", proxy.daemon.pid()))?;
-    let limit = limits
-        .lines()
-        .find(|line| line.starts_with("Max open files"))
-        .unwrap_or_default();
+    let limit = limits.lines().find(|line| line.starts_with("Max open files")).unwrap_or_default();
     ensure!(
         limit.split_whitespace().any(|word| word == "64"),
         "the proxy runs with another limit than the 64 it was given: {limit}"
@@ -105,9 +81,7 @@ fn open_file_limit(lab: &Lab, family: Family) -> Result<()> {
         lines.last()
     );
     ensure!(
-        lines
-            .iter()
-            .any(|line| line.contains("64") && line.to_lowercase().contains("open file")),
+        lines.iter().any(|line| line.contains("64") && line.to_lowercase().contains("open file")),
         "no log line names the limit of 64 open files: {lines:#?}"
     );
     let counted = ["accept", "limit", "emfile"]
@@ -122,21 +96,14 @@ fn open_file_limit(lab: &Lab, family: Family) -> Result<()> {
 
     drop(crowd);
     let started = Instant::now();
-    wait_for(
-        "service after the crowd had gone",
-        Duration::from_secs(10),
-        || Ok(expect_tcp_service(lab, family).is_ok()),
-    )?;
-    expect_service(lab, family)
-        .with_context(|| format!("{:?} after the crowd had gone", started.elapsed()))
+    wait_for("service after the crowd had gone", Duration::from_secs(10), || {
+        Ok(expect_tcp_service(lab, family).is_ok())
+    })?;
+    expect_service(lab, family).with_context(|| format!("{:?} after the crowd had gone", started.elapsed()))
 }
 
 /// Runs `during` while connections come and go.
-fn under_load<T>(
-    lab: &Lab,
-    family: Family,
-    during: impl FnOnce() -> Result<T>,
-) -> Result<(T, Report)> {
+fn under_load<T>(lab: &Lab, family: Family, during: impl FnOnce() -> Result<T>) -> Result<(T, Report)> {
     let load = Load {
         targets: vec![at(family.anywhere(1), PORT), at(family.anywhere(2), PORT)],
         concurrency: 16,
@@ -150,9 +117,7 @@ fn under_load<T>(
         std::thread::sleep(Duration::from_millis(500));
         let done = during();
         stop.store(true, Ordering::Relaxed);
-        let report = running
-            .join()
-            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        let report = running.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
         Ok((done?, report))
     })
 }
@@ -180,34 +145,22 @@ fn killed(lab: &Lab, family: Family, flags: &str, fail: Fail) -> Result<()> {
     // A plain restart needs no help.
     let proxy = start_proxy(lab, flags).context("a plain restart after kill -9")?;
     expect_service(lab, family).context("after a plain restart")?;
-    ensure!(
-        proxy.counter("steered_tcp_new")? > 0,
-        "after a plain restart the traffic goes past the proxy"
-    );
+    ensure!(proxy.counter("steered_tcp_new")? > 0, "after a plain restart the traffic goes past the proxy");
     under_load(lab, family, || proxy.kill())?;
 
     // Neither does cleaning up, and once more is no error.
     proxy::cleanup(lab)?;
-    Snapshot::take(lab)?
-        .expect_same(&before)
-        .context("after kill -9 and `tproxy-user cleanup`")?;
+    Snapshot::take(lab)?.expect_same(&before).context("after kill -9 and `tproxy-user cleanup`")?;
     proxy::cleanup(lab).context("a second `tproxy-user cleanup`")?;
     expect_service(lab, family).context("after kill -9 and cleanup, traffic must be forwarded")?;
-    ensure!(
-        server.foreign() == 0,
-        "{} connections did not come from the client's address",
-        server.foreign()
-    );
+    ensure!(server.foreign() == 0, "{} connections did not come from the client's address", server.foreign());
     Ok(())
 }
 
 fn expect_nothing_passes(lab: &Lab, family: Family) -> Result<()> {
     let to = at(family.anywhere(7), crate::common::SERVICE_PORT);
     let connected = peer::connect(&lab.client, None, to, Duration::from_secs(2));
-    ensure!(
-        connected.is_err(),
-        "with `fail = closed` and no proxy, a connection reached the server"
-    );
+    ensure!(connected.is_err(), "with `fail = closed` and no proxy, a connection reached the server");
     let socket = peer::udp(&lab.client, at(family.client(), 0))?;
     socket.set_read_timeout(Some(Duration::from_secs(1)))?;
     ensure!(
@@ -215,10 +168,7 @@ fn expect_nothing_passes(lab: &Lab, family: Family) -> Result<()> {
         "with `fail = closed` and no proxy, a datagram reached the server"
     );
     // What is not captured is none of its business.
-    lab.client
-        .cmd("ping")
-        .args(["-n", "-c", "1", "-W", "2", &to.ip().to_string()])
-        .check()?;
+    lab.client.cmd("ping").args(["-n", "-c", "1", "-W", "2", &to.ip().to_string()]).check()?;
     Ok(())
 }
 
@@ -237,13 +187,9 @@ fn strangers(lab: &Lab) -> Result<()> {
          -6 rule add pref 500 fwmark 0x500 lookup 500\n",
         )
         .or_else(|_| {
-            lab.router
-                .sh("ip rule add pref 500 fwmark 0x500 lookup 500")?;
-            lab.router
-                .sh("ip -6 rule add pref 500 fwmark 0x500 lookup 500")?;
-            lab.router
-                .sh("ip route add 100.64.0.0/10 dev wan table 500")
-                .map(drop)
+            lab.router.sh("ip rule add pref 500 fwmark 0x500 lookup 500")?;
+            lab.router.sh("ip -6 rule add pref 500 fwmark 0x500 lookup 500")?;
+            lab.router.sh("ip route add 100.64.0.0/10 dev wan table 500").map(drop)
         })
 }
 
@@ -259,15 +205,8 @@ fn terminated(lab: &Lab, family: Family, flags: &str, signal: Signal) -> Result<
         std::thread::sleep(Duration::from_millis(500));
         Ok(ended)
     })?;
-    ensure!(
-        code.0 == 0,
-        "exit code {} after {signal}, {}",
-        code.0,
-        proxy.daemon.describe()
-    );
-    Snapshot::take(lab)?
-        .expect_same(&before)
-        .with_context(|| format!("after {signal}"))?;
+    ensure!(code.0 == 0, "exit code {} after {signal}, {}", code.0, proxy.daemon.describe());
+    Snapshot::take(lab)?.expect_same(&before).with_context(|| format!("after {signal}"))?;
     ensure!(
         report.completed > 50,
         "only {} connections completed before and after {signal}",
@@ -305,17 +244,11 @@ fn drained(lab: &Lab, family: Family) -> Result<()> {
     expect_service(lab, family).context("new connections while the proxy drains")?;
     drop(stream);
     let started = Instant::now();
-    wait_for(
-        "the end of the proxy after its last connection",
-        Duration::from_secs(3),
-        || Ok(proxy.daemon.ended()?.is_some()),
-    )?;
+    wait_for("the end of the proxy after its last connection", Duration::from_secs(3), || {
+        Ok(proxy.daemon.ended()?.is_some())
+    })?;
     let status = proxy.daemon.ended()?.context("the proxy is still there")?;
-    ensure!(
-        status.code() == Some(0),
-        "the drained proxy ended with {status} after {:?}",
-        started.elapsed()
-    );
+    ensure!(status.code() == Some(0), "the drained proxy ended with {status} after {:?}", started.elapsed());
     Snapshot::take(lab)?.expect_same(&before)
 }
 
@@ -334,19 +267,9 @@ fn second_signal(lab: &Lab, family: Family) -> Result<()> {
         proxy.daemon.describe()
     );
     let (_, took) = proxy.daemon.stop(Signal::SIGTERM, Duration::from_secs(5))?;
-    ensure!(
-        took < Duration::from_secs(2),
-        "the second signal took {took:?}"
-    );
+    ensure!(took < Duration::from_secs(2), "the second signal took {took:?}");
     let mut rest = Vec::new();
-    let end = stream
-        .write_all(b"still there?\n")
-        .and_then(|()| stream.read_to_end(&mut rest));
-    ensure!(
-        rest.is_empty(),
-        "the connection outlived its proxy: {end:?}"
-    );
-    Snapshot::take(lab)?
-        .expect_same(&before)
-        .context("after a second SIGTERM")
+    let end = stream.write_all(b"still there?\n").and_then(|()| stream.read_to_end(&mut rest));
+    ensure!(rest.is_empty(), "the connection outlived its proxy: {end:?}");
+    Snapshot::take(lab)?.expect_same(&before).context("after a second SIGTERM")
 }

@@ -19,23 +19,14 @@ use crate::sockopt;
 pub(crate) const SCENARIOS: Scenarios = &[
     ("H1_dnsmasq_on_the_router", dnsmasq_on_router),
     ("H1_port_53_held_without_reuseaddr", port_53_held),
-    ("H2_src_valid_mark_1", |lab, family| {
-        sysctls(lab, family, &[("src_valid_mark", "1")])
-    }),
-    ("H2_rp_filter_1", |lab, family| {
-        sysctls(lab, family, &[("rp_filter", "1")])
-    }),
-    ("H2_rp_filter_2", |lab, family| {
-        sysctls(lab, family, &[("rp_filter", "2")])
-    }),
+    ("H2_src_valid_mark_1", |lab, family| sysctls(lab, family, &[("src_valid_mark", "1")])),
+    ("H2_rp_filter_1", |lab, family| sysctls(lab, family, &[("rp_filter", "1")])),
+    ("H2_rp_filter_2", |lab, family| sysctls(lab, family, &[("rp_filter", "2")])),
     ("H2_rp_filter_1_and_src_valid_mark_1", |lab, family| {
         sysctls(lab, family, &[("rp_filter", "1"), ("src_valid_mark", "1")])
     }),
     ("H2_ip_forward_0", no_forwarding),
-    (
-        "T8_client_and_destination_on_the_proxy_host",
-        local_to_local,
-    ),
+    ("T8_client_and_destination_on_the_proxy_host", local_to_local),
     ("T8_client_port_that_is_taken", client_port_taken),
     ("H10_own_tcp", own_tcp),
     ("H10_own_udp", own_udp),
@@ -72,25 +63,17 @@ fn dnsmasq_on_router(lab: &Lab, family: Family) -> Result<()> {
             );
         }
         let answer = server::dig(&lab.router, family.loopback(), family, protocol)?;
-        ensure!(
-            inside.contains(&answer),
-            "the router's own question was answered by the other server"
-        );
+        ensure!(inside.contains(&answer), "the router's own question was answered by the other server");
     }
     running.expect_udp(2)
 }
 
 /// Sockets without `SO_REUSEADDR` refuse every other socket on their port.
 fn port_53_held(lab: &Lab, family: Family) -> Result<()> {
-    let _holder = UdpServer::start(&lab.router, at(family.unspecified(), 53), |_, _| {
-        Some(b"the router".to_vec())
-    })?;
+    let _holder =
+        UdpServer::start(&lab.router, at(family.unspecified(), 53), |_, _| Some(b"the router".to_vec()))?;
     let _tcp_holder = lab.router.try_enter(|| {
-        let socket = Socket::new(
-            Domain::for_address(at(family.unspecified(), 53)),
-            Type::STREAM,
-            None,
-        )?;
+        let socket = Socket::new(Domain::for_address(at(family.unspecified(), 53)), Type::STREAM, None)?;
         if family == Family::V6 {
             socket.set_only_v6(true)?;
         }
@@ -133,8 +116,7 @@ fn port_53_held(lab: &Lab, family: Family) -> Result<()> {
 fn sysctls(lab: &Lab, family: Family, settings: &[(&str, &str)]) -> Result<()> {
     for interface in ["all", "default", "lan", "wan"] {
         for (name, value) in settings {
-            lab.router
-                .set_sysctls(&[(&format!("net/ipv4/conf/{interface}/{name}"), value)])?;
+            lab.router.set_sysctls(&[(&format!("net/ipv4/conf/{interface}/{name}"), value)])?;
         }
     }
     let _service = service(lab, family)?;
@@ -146,10 +128,7 @@ fn sysctls(lab: &Lab, family: Family, settings: &[(&str, &str)]) -> Result<()> {
 
 fn no_forwarding(lab: &Lab, family: Family) -> Result<()> {
     crate::common::needs_proxy()?;
-    lab.router.set_sysctls(&[
-        ("net/ipv4/ip_forward", "0"),
-        ("net/ipv6/conf/all/forwarding", "0"),
-    ])?;
+    lab.router.set_sysctls(&[("net/ipv4/ip_forward", "0"), ("net/ipv6/conf/all/forwarding", "0")])?;
     let _service = service(lab, family)?;
     let running = start(lab, "--iface lan")?;
     expect_service(lab, family)?;
@@ -164,17 +143,10 @@ fn local_to_local(lab: &Lab, family: Family) -> Result<()> {
         let running = start(lab, flags)?;
         for address in [family.router(), family.uplink(), family.loopback()] {
             let _udp = UdpServer::echo(&lab.router, at(address, 8080))?;
-            let mut stream = peer::connect(
-                &lab.router,
-                Some(at(address, 0)),
-                at(address, 8080),
-                Duration::from_secs(5),
-            )?;
+            let mut stream =
+                peer::connect(&lab.router, Some(at(address, 0)), at(address, 8080), Duration::from_secs(5))?;
             let (echo, _) = peer::ask(&mut stream, "myself")?;
-            ensure!(
-                echo == "myself",
-                "{flags}: the echo from {address} to itself over TCP was {echo:?}"
-            );
+            ensure!(echo == "myself", "{flags}: the echo from {address} to itself over TCP was {echo:?}");
             let socket = peer::udp(&lab.router, at(address, 0))?;
             let (echo, from) = peer::exchange(&socket, at(address, 8080), b"myself")?;
             ensure!(
@@ -224,41 +196,26 @@ fn client_port_taken(lab: &Lab, family: Family) -> Result<()> {
         udp.ip()
     );
     let fallbacks = counters_named(&proxy, "fallback")?;
-    ensure!(
-        fallbacks.1 >= 2,
-        "two fallbacks to a free port, but status counts {fallbacks:?}"
-    );
+    ensure!(fallbacks.1 >= 2, "two fallbacks to a free port, but status counts {fallbacks:?}");
     Ok(())
 }
 
 /// A server that tells each client its address and port, then gives back lines.
 fn reflector(namespace: &Namespace, family: Family) -> Result<TcpServer> {
-    TcpServer::start(
-        namespace,
-        at(family.unspecified(), 9200),
-        |mut stream, client| {
-            // A failure shows at the client.
-            let _ = stream.write_all(format!("{client}\n").as_bytes());
-            let _ = stream.read(&mut [0; 16]);
-        },
-    )
+    TcpServer::start(namespace, at(family.unspecified(), 9200), |mut stream, client| {
+        // A failure shows at the client.
+        let _ = stream.write_all(format!("{client}\n").as_bytes());
+        let _ = stream.read(&mut [0; 16]);
+    })
 }
 
 /// Names and sum of the counters whose name has `part` in it.
 pub(crate) fn counters_named(proxy: &xtask::lab::Proxy, part: &str) -> Result<(Vec<String>, u64)> {
     let status = proxy.status()?;
-    let counters = status["counters"]
-        .as_object()
-        .context("no counters in `status --json`")?;
-    let named: Vec<_> = counters
-        .iter()
-        .filter(|(name, _)| name.contains(part))
-        .collect();
+    let counters = status["counters"].as_object().context("no counters in `status --json`")?;
+    let named: Vec<_> = counters.iter().filter(|(name, _)| name.contains(part)).collect();
     Ok((
-        named
-            .iter()
-            .map(|(name, value)| format!("{name}={value}"))
-            .collect(),
+        named.iter().map(|(name, value)| format!("{name}={value}")).collect(),
         named.iter().filter_map(|(_, value)| value.as_u64()).sum(),
     ))
 }
@@ -268,15 +225,12 @@ const OWN: &str = "--iface lan --own-traffic";
 fn own_tcp(lab: &Lab, family: Family) -> Result<()> {
     let accepted = Arc::new(AtomicU64::new(0));
     let count = accepted.clone();
-    let _server = TcpServer::start(
-        &lab.server,
-        at(family.unspecified(), 9200),
-        move |mut stream, client| {
+    let _server =
+        TcpServer::start(&lab.server, at(family.unspecified(), 9200), move |mut stream, client| {
             count.fetch_add(1, Ordering::Relaxed);
             // A failure shows at the client.
             let _ = stream.write_all(format!("{client}\n").as_bytes());
-        },
-    )?;
+        })?;
     let running = start(lab, OWN)?;
     for (bound, expected) in [
         (None, family.uplink()),
@@ -284,12 +238,8 @@ fn own_tcp(lab: &Lab, family: Family) -> Result<()> {
         (Some(family.router()), family.router()),
     ] {
         let from = bound.map(|address| at(address, 0));
-        let mut stream = peer::connect(
-            &lab.router,
-            from,
-            at(family.anywhere(1), 9200),
-            Duration::from_secs(5),
-        )?;
+        let mut stream =
+            peer::connect(&lab.router, from, at(family.anywhere(1), 9200), Duration::from_secs(5))?;
         let seen: SocketAddr = peer::read_line(&mut stream)?.parse()?;
         ensure!(
             seen.ip() == expected,
@@ -297,10 +247,7 @@ fn own_tcp(lab: &Lab, family: Family) -> Result<()> {
         );
     }
     let connections = accepted.load(Ordering::Relaxed);
-    ensure!(
-        connections == 3,
-        "3 connections of the router arrived as {connections}"
-    );
+    ensure!(connections == 3, "3 connections of the router arrived as {connections}");
     expect_own(&running, "tcp", family)
 }
 
@@ -309,52 +256,31 @@ fn expect_own(running: &crate::common::Running, protocol: &str, family: Family) 
     let Some(proxy) = running.proxy() else {
         return Ok(());
     };
-    ensure!(
-        proxy.counter("own_redirected")? > 0,
-        "the router's own traffic went past the proxy"
-    );
+    ensure!(proxy.counter("own_redirected")? > 0, "the router's own traffic went past the proxy");
     let flows = proxy.flows()?;
     let prefix = SocketAddr::new(family.uplink(), 0).to_string();
     let prefix = prefix.trim_end_matches('0');
     let own = flows
         .iter()
-        .filter(|flow| {
-            flow.protocol == protocol && flow.client.starts_with(prefix) && flow.action == "proxy"
-        })
+        .filter(|flow| flow.protocol == protocol && flow.client.starts_with(prefix) && flow.action == "proxy")
         .count();
-    ensure!(
-        own > 0,
-        "no {protocol} flow of the router itself is listed: {flows:#?}"
-    );
+    ensure!(own > 0, "no {protocol} flow of the router itself is listed: {flows:#?}");
     Ok(())
 }
 
 fn own_udp(lab: &Lab, family: Family) -> Result<()> {
     let to = at(family.anywhere(1), 9201);
     let _reflector = UdpServer::reflector(&lab.server, to)?;
-    let _dns = server::dns(
-        lab,
-        &lab.server,
-        [Family::V4.anywhere(80), Family::V6.anywhere(80)],
-    )?;
+    let _dns = server::dns(lab, &lab.server, [Family::V4.anywhere(80), Family::V6.anywhere(80)])?;
     let running = start(lab, OWN)?;
     let answer = server::dig(&lab.router, family.anywhere(2), family, Protocol::Udp)?;
-    ensure!(
-        answer == family.anywhere(80),
-        "the router's own DNS question got {answer}"
-    );
-    for (bound, expected) in [
-        (family.unspecified(), family.uplink()),
-        (family.router(), family.router()),
-    ] {
+    ensure!(answer == family.anywhere(80), "the router's own DNS question got {answer}");
+    for (bound, expected) in [(family.unspecified(), family.uplink()), (family.router(), family.router())] {
         let socket = peer::udp(&lab.router, at(bound, 0))?;
         for _ in 0..3 {
             let (seen, from) = peer::exchange(&socket, to, b"who am I?")?;
             let seen: SocketAddr = String::from_utf8_lossy(&seen).parse()?;
-            ensure!(
-                from == to,
-                "the reply to the router's own datagram for {to} came from {from}"
-            );
+            ensure!(from == to, "the reply to the router's own datagram for {to} came from {from}");
             ensure!(
                 seen.ip() == expected,
                 "a socket of the router bound to {bound} is seen as {seen}, expected {expected}"
@@ -375,10 +301,7 @@ fn own_and_captured(lab: &Lab, family: Family) -> Result<()> {
         peer::ask(&mut stream, "the router too")?;
         let socket = peer::udp(&lab.router, at(family.unspecified(), 0))?;
         let (_, from) = peer::exchange(&socket, to, b"the router too")?;
-        ensure!(
-            from == to,
-            "the reply to the router's own datagram for {to} came from {from}"
-        );
+        ensure!(from == to, "the reply to the router's own datagram for {to} came from {from}");
         // What the router answers to its clients is not its own new traffic.
         let socket = peer::udp(&lab.client, at(family.client(), 0))?;
         peer::exchange(&socket, at(family.router(), 5300), b"hello, router")?;
@@ -426,11 +349,7 @@ fn own_port_dialled(lab: &Lab, family: Family) -> Result<()> {
         idle < Duration::from_millis(200),
         "the proxy uses {idle:?} of processor time in a second after that: a loop"
     );
-    ensure!(
-        proxy.daemon.ended()?.is_none(),
-        "the proxy has ended, {}",
-        proxy.daemon.describe()
-    );
+    ensure!(proxy.daemon.ended()?.is_none(), "the proxy has ended, {}", proxy.daemon.describe());
     let loops = counters_named(&proxy, "loop")?;
     ensure!(
         loops.1 >= 1,

@@ -57,9 +57,7 @@ fn main() -> ExitCode {
     ];
     let trials = all.into_iter().flatten().flat_map(|(name, scenario)| {
         Family::ALL.map(|family| {
-            Trial::ignorable_test(format!("{name}::{}", family.name()), move || {
-                run(*scenario, family)
-            })
+            Trial::ignorable_test(format!("{name}::{}", family.name()), move || run(*scenario, family))
         })
     });
     libtest_mimic::run(&arguments, trials.collect()).exit_code()
@@ -88,11 +86,7 @@ fn run(scenario: Scenario, family: Family) -> Result<Completion, Failed> {
 /// The ends of what the proxies of a failed scenario have logged.
 fn logs(lab: &Lab) -> String {
     let mut text = String::new();
-    for entry in fs::read_dir(lab.dir())
-        .into_iter()
-        .flatten()
-        .filter_map(Result::ok)
-    {
+    for entry in fs::read_dir(lab.dir()).into_iter().flatten().filter_map(Result::ok) {
         let name = entry.file_name().to_string_lossy().into_owned();
         if !name.starts_with("tproxy-user.") {
             continue;

@@ -20,9 +20,7 @@ pub(crate) const SCENARIOS: Scenarios = &[
     ("captured_ports", ports),
     ("captured_destinations", destinations),
     ("captured_sources", sources),
-    ("clsact_captured_destinations", |lab, family| {
-        destinations_with(lab, family, "--attach clsact ")
-    }),
+    ("clsact_captured_destinations", |lab, family| destinations_with(lab, family, "--attach clsact ")),
     ("another_mark_table_and_port", other_numbers),
 ];
 
@@ -46,10 +44,7 @@ fn reflectors(lab: &Lab, family: Family, targets: &[SocketAddr]) -> Result<Vec<R
             // A failure shows at the client.
             let _ = stream.write_all(client.to_string().as_bytes());
         })?;
-        Ok(Reflectors {
-            _tcp: tcp,
-            _udp: vec![UdpServer::reflector(&lab.server, *to)?],
-        })
+        Ok(Reflectors { _tcp: tcp, _udp: vec![UdpServer::reflector(&lab.server, *to)?] })
     };
     let _ = family;
     targets.iter().map(reflect).collect()
@@ -60,15 +55,8 @@ fn reflectors(lab: &Lab, family: Family, targets: &[SocketAddr]) -> Result<Vec<R
 static PORT: AtomicU16 = AtomicU16::new(20_000);
 
 fn judge(seen: SocketAddr, from: SocketAddr) -> Result<Way> {
-    ensure!(
-        seen.ip() == from.ip(),
-        "the server sees {seen} instead of {from}"
-    );
-    Ok(if seen.port() == from.port() {
-        Forwarded
-    } else {
-        Proxied
-    })
+    ensure!(seen.ip() == from.ip(), "the server sees {seen} instead of {from}");
+    Ok(if seen.port() == from.port() { Forwarded } else { Proxied })
 }
 
 fn tcp_way(client: &Namespace, address: IpAddr, to: SocketAddr) -> Result<Way> {
@@ -82,23 +70,14 @@ fn tcp_way(client: &Namespace, address: IpAddr, to: SocketAddr) -> Result<Way> {
 fn udp_way(client: &Namespace, address: IpAddr, to: SocketAddr) -> Result<Way> {
     let from = at(address, PORT.fetch_add(1, Ordering::Relaxed));
     let (seen, replied) = peer::exchange(&peer::udp(client, from)?, to, b"who am I?")?;
-    ensure!(
-        replied == to,
-        "the reply to a datagram for {to} came from {replied}"
-    );
+    ensure!(replied == to, "the reply to a datagram for {to} came from {replied}");
     judge(String::from_utf8_lossy(&seen).parse()?, from)
 }
 
 /// Makes sure of the way of both protocols.
 fn expect(client: &Namespace, address: IpAddr, to: SocketAddr, expected: Way) -> Result<()> {
-    for (protocol, way) in [
-        ("TCP", tcp_way(client, address, to)?),
-        ("UDP", udp_way(client, address, to)?),
-    ] {
-        ensure!(
-            way == expected,
-            "{protocol} from {address} to {to} was {way:?}, expected {expected:?}"
-        );
+    for (protocol, way) in [("TCP", tcp_way(client, address, to)?), ("UDP", udp_way(client, address, to)?)] {
+        ensure!(way == expected, "{protocol} from {address} to {to} was {way:?}, expected {expected:?}");
     }
     Ok(())
 }
@@ -119,15 +98,10 @@ fn interfaces(lab: &Lab, family: Family) -> Result<()> {
     for (client, interface) in [(family.client(), "lan"), (family.guest(), "lan2")] {
         let flows = proxy.flows()?;
         let prefix = at(client, 0).to_string();
-        let of_client: Vec<_> = flows
-            .iter()
-            .filter(|flow| flow.client.starts_with(prefix.trim_end_matches('0')))
-            .collect();
+        let of_client: Vec<_> =
+            flows.iter().filter(|flow| flow.client.starts_with(prefix.trim_end_matches('0'))).collect();
         ensure!(
-            !of_client.is_empty()
-                && of_client
-                    .iter()
-                    .all(|flow| flow.iface.as_deref() == Some(interface)),
+            !of_client.is_empty() && of_client.iter().all(|flow| flow.iface.as_deref() == Some(interface)),
             "flows of {client} should be listed with interface {interface}: {of_client:#?}"
         );
     }
@@ -151,15 +125,8 @@ fn protocols(lab: &Lab, family: Family) -> Result<()> {
         ("--proto tcp,udp", Proxied, Proxied),
     ] {
         let proxy = start_proxy(lab, &format!("--iface lan {flags}"))?;
-        let ways = (
-            tcp_way(&lab.client, family.client(), to)?,
-            udp_way(&lab.client, family.client(), to)?,
-        );
-        ensure!(
-            ways == (tcp, udp),
-            "with {flags}, TCP and UDP were {ways:?}, expected {:?}",
-            (tcp, udp)
-        );
+        let ways = (tcp_way(&lab.client, family.client(), to)?, udp_way(&lab.client, family.client(), to)?);
+        ensure!(ways == (tcp, udp), "with {flags}, TCP and UDP were {ways:?}, expected {:?}", (tcp, udp));
         proxy.terminate(Duration::from_secs(10))?;
     }
     Ok(())
@@ -170,16 +137,7 @@ fn families(lab: &Lab, family: Family) -> Result<()> {
     let _servers = reflectors(lab, family, &[to])?;
     for (flag, captured) in [("-4", Family::V4), ("-6", Family::V6)] {
         let proxy = start_proxy(lab, &format!("--iface lan {flag}"))?;
-        expect(
-            &lab.client,
-            family.client(),
-            to,
-            if captured == family {
-                Proxied
-            } else {
-                Forwarded
-            },
-        )?;
+        expect(&lab.client, family.client(), to, if captured == family { Proxied } else { Forwarded })?;
         proxy.terminate(Duration::from_secs(10))?;
     }
     Ok(())
@@ -199,19 +157,11 @@ fn ports(lab: &Lab, family: Family) -> Result<()> {
         (2001, Forwarded),
         (65_535, Forwarded),
     ];
-    let targets: Vec<_> = cases
-        .iter()
-        .map(|(port, _)| at(family.anywhere(1), *port))
-        .collect();
+    let targets: Vec<_> = cases.iter().map(|(port, _)| at(family.anywhere(1), *port)).collect();
     let _servers = reflectors(lab, family, &targets)?;
     let _proxy = start_proxy(lab, "--iface lan --dport 53,80,1000-2000")?;
     for (port, way) in cases {
-        expect(
-            &lab.client,
-            family.client(),
-            at(family.anywhere(1), port),
-            way,
-        )?;
+        expect(&lab.client, family.client(), at(family.anywhere(1), port), way)?;
     }
     Ok(())
 }
@@ -233,25 +183,13 @@ fn destinations_with(lab: &Lab, family: Family, flags: &str) -> Result<()> {
     for (more, ways) in [
         (format!("--to {net}"), [Proxied, Proxied, Forwarded]),
         (format!("--not-to {net}"), [Forwarded, Forwarded, Proxied]),
-        (
-            format!("--to {net} --not-to {part}"),
-            [Proxied, Forwarded, Forwarded],
-        ),
+        (format!("--to {net} --not-to {part}"), [Proxied, Forwarded, Forwarded]),
         // The order of flags means nothing, and what is excluded stays excluded.
-        (
-            format!("--not-to {net} --to {part}"),
-            [Forwarded, Forwarded, Forwarded],
-        ),
-        (
-            format!("--to {}", inside.ip()),
-            [Proxied, Forwarded, Forwarded],
-        ),
+        (format!("--not-to {net} --to {part}"), [Forwarded, Forwarded, Forwarded]),
+        (format!("--to {}", inside.ip()), [Proxied, Forwarded, Forwarded]),
         // A prefix of the other family only: nothing of this one is meant.
         (
-            format!(
-                "--to {}",
-                family.pick(Family::V6, Family::V4).anywhere_net(1)
-            ),
+            format!("--to {}", family.pick(Family::V6, Family::V4).anywhere_net(1)),
             [Forwarded, Forwarded, Forwarded],
         ),
     ] {
@@ -273,22 +211,14 @@ fn sources(lab: &Lab, family: Family) -> Result<()> {
     for (more, ways) in [
         (format!("--from {net}"), [Proxied, Forwarded]),
         (format!("--not-from {net}"), [Forwarded, Proxied]),
-        (
-            format!("--from {net} --not-from {client}"),
-            [Forwarded, Forwarded],
-        ),
-        (
-            format!("--from {client} --from {}", family.guest()),
-            [Proxied, Proxied],
-        ),
+        (format!("--from {net} --not-from {client}"), [Forwarded, Forwarded]),
+        (format!("--from {client} --from {}", family.guest()), [Proxied, Proxied]),
     ] {
         let proxy = start_proxy(lab, &format!("--iface lan --iface lan2 {more}"))?;
-        for ((namespace, address), way) in [(&lab.client, client), (&lab.guest, family.guest())]
-            .into_iter()
-            .zip(ways)
+        for ((namespace, address), way) in
+            [(&lab.client, client), (&lab.guest, family.guest())].into_iter().zip(ways)
         {
-            expect(namespace, address, to, way)
-                .map_err(|error| error.context(format!("with {more}")))?;
+            expect(namespace, address, to, way).map_err(|error| error.context(format!("with {more}")))?;
         }
         proxy.terminate(Duration::from_secs(10))?;
     }
@@ -300,14 +230,8 @@ fn other_numbers(lab: &Lab, family: Family) -> Result<()> {
     let _servers = reflectors(lab, family, &[to])?;
     let flags = "--iface lan --tproxy-mark 0x4000/0xff00 --own-mark 0x77 --table 4242 --rule-priority 77 --on-port 16001";
     let proxy = start_proxy(lab, flags)?;
-    let rules = lab
-        .router
-        .sh(&format!("ip {} rule show", family.flag()))?
-        .stdout;
-    let rule = rules
-        .lines()
-        .find(|line| line.contains("lookup 4242"))
-        .unwrap_or_default();
+    let rules = lab.router.sh(&format!("ip {} rule show", family.flag()))?.stdout;
+    let rule = rules.lines().find(|line| line.contains("lookup 4242")).unwrap_or_default();
     ensure!(
         rule.starts_with("77:") && rule.contains("fwmark 0x4000/0xff00"),
         "no rule of priority 77 for mark 0x4000/0xff00:\n{rules}"

@@ -5,8 +5,8 @@ use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Context, Result};
 use etherparse::{
-    IpFragOffset, IpNumber, Ipv4Header, Ipv6FlowLabel, Ipv6FragmentHeader, Ipv6Header,
-    PacketBuilder, PacketBuilderStep, TcpHeader, UdpHeader,
+    IpFragOffset, IpNumber, Ipv4Header, Ipv6FlowLabel, Ipv6FragmentHeader, Ipv6Header, PacketBuilder,
+    PacketBuilderStep, TcpHeader, UdpHeader,
 };
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -41,20 +41,14 @@ pub(crate) fn tcp(from: SocketAddr, to: SocketAddr, segment: &Segment) -> Result
     header.fin = segment.fin;
     header.psh = !segment.data.is_empty();
     let mut packet = Vec::new();
-    ip(from.ip(), to.ip())?
-        .tcp_header(header)
-        .write(&mut packet, segment.data)?;
+    ip(from.ip(), to.ip())?.tcp_header(header).write(&mut packet, segment.data)?;
     Ok(packet)
 }
 
 fn ip(from: IpAddr, to: IpAddr) -> Result<PacketBuilderStep<etherparse::IpHeaders>> {
     match (from, to) {
-        (IpAddr::V4(from), IpAddr::V4(to)) => {
-            Ok(PacketBuilder::ipv4(from.octets(), to.octets(), HOPS))
-        }
-        (IpAddr::V6(from), IpAddr::V6(to)) => {
-            Ok(PacketBuilder::ipv6(from.octets(), to.octets(), HOPS))
-        }
+        (IpAddr::V4(from), IpAddr::V4(to)) => Ok(PacketBuilder::ipv4(from.octets(), to.octets(), HOPS)),
+        (IpAddr::V6(from), IpAddr::V6(to)) => Ok(PacketBuilder::ipv6(from.octets(), to.octets(), HOPS)),
         _ => anyhow::bail!("{from} and {to} are of different families"),
     }
 }
@@ -95,30 +89,16 @@ pub(crate) fn udp_fragments(
         let mut packet = Vec::new();
         match (from.ip(), to.ip()) {
             (IpAddr::V4(source), IpAddr::V4(target)) => {
-                let mut header = ipv4(
-                    source.octets(),
-                    target.octets(),
-                    u16::try_from(chunk.len())?,
-                )?;
-                (
-                    header.identification,
-                    header.more_fragments,
-                    header.fragment_offset,
-                ) = (id, more, offset);
+                let mut header = ipv4(source.octets(), target.octets(), u16::try_from(chunk.len())?)?;
+                (header.identification, header.more_fragments, header.fragment_offset) = (id, more, offset);
                 header.header_checksum = header.calc_header_checksum();
                 header.write(&mut packet)?;
             }
             (IpAddr::V6(source), IpAddr::V6(target)) => {
                 let length = u16::try_from(chunk.len() + Ipv6FragmentHeader::LEN)?;
-                ipv6(
-                    source.octets(),
-                    target.octets(),
-                    IpNumber::IPV6_FRAGMENTATION_HEADER,
-                    length,
-                )
-                .write(&mut packet)?;
-                Ipv6FragmentHeader::new(IpNumber::UDP, offset, more, u32::from(id))
+                ipv6(source.octets(), target.octets(), IpNumber::IPV6_FRAGMENTATION_HEADER, length)
                     .write(&mut packet)?;
+                Ipv6FragmentHeader::new(IpNumber::UDP, offset, more, u32::from(id)).write(&mut packet)?;
             }
             _ => anyhow::bail!("{from} and {to} are of different families"),
         }
@@ -152,10 +132,7 @@ pub(crate) fn other(from: IpAddr, to: IpAddr, protocol: u8, data: &[u8]) -> Resu
 }
 
 fn ipv4(source: [u8; 4], target: [u8; 4], payload: u16) -> Result<Ipv4Header> {
-    Ok(Ipv4Header {
-        dont_fragment: false,
-        ..Ipv4Header::new(payload, HOPS, IpNumber::UDP, source, target)?
-    })
+    Ok(Ipv4Header { dont_fragment: false, ..Ipv4Header::new(payload, HOPS, IpNumber::UDP, source, target)? })
 }
 
 fn ipv6(source: [u8; 16], target: [u8; 16], next: IpNumber, payload: u16) -> Ipv6Header {
@@ -177,11 +154,8 @@ fn ipv6(source: [u8; 16], target: [u8; 16], next: IpNumber, payload: u16) -> Ipv
 pub(crate) fn send(namespace: &Namespace, to: IpAddr, packets: &[Vec<u8>]) -> Result<()> {
     namespace.try_enter(|| {
         // IPPROTO_RAW implies IP_HDRINCL, raw(7).
-        let socket = Socket::new(
-            Domain::for_address(SocketAddr::new(to, 0)),
-            Type::RAW,
-            Some(Protocol::from(RAW)),
-        )?;
+        let socket =
+            Socket::new(Domain::for_address(SocketAddr::new(to, 0)), Type::RAW, Some(Protocol::from(RAW)))?;
         for packet in packets {
             socket.send_to(packet, &SocketAddr::new(to, 0).into())?;
         }

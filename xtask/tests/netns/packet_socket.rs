@@ -37,11 +37,10 @@ impl PacketSocket {
         let socket = Socket::new(Domain::PACKET, Type::RAW, None).context("no packet socket")?;
         let fd = socket.as_fd();
         sockopt::set(fd, libc::SOL_PACKET, libc::PACKET_VNET_HDR, 1).context("PACKET_VNET_HDR")?;
-        sockopt::set(fd, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, BUFFER)
-            .context("SO_RCVBUFFORCE")?;
+        sockopt::set(fd, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, BUFFER).context("SO_RCVBUFFORCE")?;
         socket.set_nonblocking(true)?;
-        let index = nix::net::if_::if_nametoindex(interface)
-            .with_context(|| format!("no interface {interface}"))?;
+        let index =
+            nix::net::if_::if_nametoindex(interface).with_context(|| format!("no interface {interface}"))?;
         // SAFETY: `sockaddr_ll` is written as a whole, fits the storage, and its length is given.
         let ((), address) = unsafe {
             SockAddr::try_init(|storage, length| {
@@ -71,14 +70,7 @@ impl PacketSocket {
         let (header, frame) = buffer[..length].split_at_checked(VNET)?;
         // Offsets of `gso_type` and `gso_size`, host byte order.
         let segmented = header[1] != 0;
-        Some((
-            if segmented {
-                u16::from_ne_bytes([header[4], header[5]])
-            } else {
-                0
-            },
-            frame,
-        ))
+        Some((if segmented { u16::from_ne_bytes([header[4], header[5]]) } else { 0 }, frame))
     }
 
     /// Packets that the kernel could not keep for this socket since the last call.
@@ -95,10 +87,6 @@ impl PacketSocket {
                 &raw mut length,
             )
         };
-        if result == 0 {
-            Ok(stats[1])
-        } else {
-            Err(io::Error::last_os_error())
-        }
+        if result == 0 { Ok(stats[1]) } else { Err(io::Error::last_os_error()) }
     }
 }

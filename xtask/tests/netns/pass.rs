@@ -19,9 +19,7 @@ pub(crate) const SCENARIOS: Scenarios = &[
     ("T12_broadcast_and_link_local", link_wide),
     ("T12_igmp_and_mld", group_management),
     ("this_host_is_reached_directly", this_host),
-    ("clsact_T12_icmp", |lab, family| {
-        icmp(lab, family, "--iface lan --attach clsact")
-    }),
+    ("clsact_T12_icmp", |lab, family| icmp(lab, family, "--iface lan --attach clsact")),
 ];
 
 /// Makes sure that nothing was captured.
@@ -29,12 +27,7 @@ fn expect_untouched(running: &Running) -> Result<()> {
     let Some(proxy) = running.proxy() else {
         return Ok(());
     };
-    for counter in [
-        "steered_tcp_new",
-        "steered_udp",
-        "steered_established",
-        "steered_fragment",
-    ] {
+    for counter in ["steered_tcp_new", "steered_udp", "steered_established", "steered_fragment"] {
         let count = proxy.counter(counter)?;
         ensure!(
             count == 0,
@@ -45,45 +38,25 @@ fn expect_untouched(running: &Running) -> Result<()> {
 }
 
 fn ping(from: &Namespace, more: &[&str], to: &str) -> Result<()> {
-    let output = from
-        .cmd("ping")
-        .args(["-n", "-c", "3", "-i", "0.2", "-W", "2"])
-        .args(more)
-        .arg(to)
-        .check()?;
-    ensure!(
-        output.stdout.contains("3 received"),
-        "some packets were lost, {}",
-        output.describe()
-    );
+    let output =
+        from.cmd("ping").args(["-n", "-c", "3", "-i", "0.2", "-W", "2"]).args(more).arg(to).check()?;
+    ensure!(output.stdout.contains("3 received"), "some packets were lost, {}", output.describe());
     Ok(())
 }
 
 fn icmp(lab: &Lab, family: Family, flags: &str) -> Result<()> {
     let running = start(lab, flags)?;
-    for to in [
-        family.anywhere(1),
-        family.server(),
-        family.router(),
-        family.uplink(),
-    ] {
+    for to in [family.anywhere(1), family.server(), family.router(), family.uplink()] {
         ping(&lab.client, &[family.flag()], &to.to_string())?;
     }
     // In fragments, and the other way.
-    ping(
-        &lab.client,
-        &[family.flag(), "-s", "4000"],
-        &family.anywhere(1).to_string(),
-    )?;
+    ping(&lab.client, &[family.flag(), "-s", "4000"], &family.anywhere(1).to_string())?;
     ping(&lab.server, &[family.flag()], &family.client().to_string())?;
     // Errors: a closed port on the client is reported to a server that tries it.
     let probe = peer::udp(&lab.server, at(family.server(), 0))?;
     probe.connect(at(family.client(), 9))?;
     probe.send(b"is this port open?")?;
-    let error = probe
-        .recv(&mut [0; 16])
-        .err()
-        .context("somebody answered on a closed port")?;
+    let error = probe.recv(&mut [0; 16]).err().context("somebody answered on a closed port")?;
     ensure!(
         error.kind() == std::io::ErrorKind::ConnectionRefused,
         "expected ICMP port unreachable, got {error}"
@@ -96,11 +69,7 @@ fn neighbours(lab: &Lab, family: Family) -> Result<()> {
     for namespace in [&lab.client, &lab.router] {
         namespace.sh("ip neigh flush all")?;
     }
-    ping(
-        &lab.client,
-        &[family.flag()],
-        &family.anywhere(1).to_string(),
-    )?;
+    ping(&lab.client, &[family.flag()], &family.anywhere(1).to_string())?;
     lab.router.sh("ip neigh flush all")?;
     ping(&lab.router, &[family.flag()], &family.client().to_string())?;
     expect_untouched(&running)
@@ -122,20 +91,13 @@ fn other_protocols(lab: &Lab, family: Family) -> Result<()> {
     for (protocol, name) in PROTOCOLS {
         let mut receiver = packet::receiver(&lab.server, to, protocol, Duration::from_secs(3))?;
         let data = format!("these bytes look like nothing that {name} knows");
-        packet::send(
-            &lab.client,
-            to,
-            &[packet::other(from, to, protocol, data.as_bytes())?],
-        )?;
+        packet::send(&lab.client, to, &[packet::other(from, to, protocol, data.as_bytes())?])?;
         let mut buffer = [0; 256];
         let length = receiver
             .read(&mut buffer)
             .with_context(|| format!("a packet of {name} (protocol {protocol}) did not arrive"))?;
         // raw(7): IPv4 comes with its header, IPv6 without.
-        ensure!(
-            buffer[..length].ends_with(data.as_bytes()),
-            "a packet of {name} arrived changed"
-        );
+        ensure!(buffer[..length].ends_with(data.as_bytes()), "a packet of {name} arrived changed");
     }
     expect_untouched(&running)
 }
@@ -174,13 +136,9 @@ fn expect_datagram(
 ) -> Result<()> {
     sender.send_to(b"to whom it may concern", to)?;
     let mut buffer = [0; 100];
-    let (length, from) = receiver
-        .recv_from(&mut buffer)
-        .with_context(|| format!("a datagram for {to} did not arrive"))?;
-    ensure!(
-        buffer[..length] == *b"to whom it may concern",
-        "a datagram for {to} arrived changed"
-    );
+    let (length, from) =
+        receiver.recv_from(&mut buffer).with_context(|| format!("a datagram for {to} did not arrive"))?;
+    ensure!(buffer[..length] == *b"to whom it may concern", "a datagram for {to} arrived changed");
     let sent_from = sender.local_addr()?;
     ensure!(
         from.port() == sent_from.port() && from.ip() == sent_from.ip(),
@@ -197,17 +155,11 @@ fn link_wide(lab: &Lab, family: Family) -> Result<()> {
         Family::V4 => {
             let sender = peer::udp(&lab.client, at(family.client(), 0))?;
             sender.set_broadcast(true)?;
-            expect_datagram(
-                &sender,
-                at(Ipv4Addr::new(192, 0, 2, 255).into(), port),
-                &receiver,
-            )?;
+            expect_datagram(&sender, at(Ipv4Addr::new(192, 0, 2, 255).into(), port), &receiver)?;
             expect_datagram(&sender, at(Ipv4Addr::BROADCAST.into(), port), &receiver)?;
         }
         Family::V6 => {
-            let output = lab
-                .router
-                .sh("ip -oneline -6 addr show dev lan scope link")?;
+            let output = lab.router.sh("ip -oneline -6 addr show dev lan scope link")?;
             let mut words = output.stdout.split_whitespace();
             words.find(|word| *word == "inet6");
             let router = words
@@ -245,19 +197,10 @@ fn group_management(lab: &Lab, family: Family) -> Result<()> {
             let mut receiver = packet::receiver(&lab.router, all_hosts, 2, Duration::from_secs(3))?;
             // IGMPv2 report for 239.1.2.3, RFC 2236.
             let report = [0x16, 0x00, 0xf9, 0xfa, 239, 1, 2, 3];
-            packet::send(
-                &lab.client,
-                all_hosts,
-                &[packet::other(family.client(), all_hosts, 2, &report)?],
-            )?;
+            packet::send(&lab.client, all_hosts, &[packet::other(family.client(), all_hosts, 2, &report)?])?;
             let mut buffer = [0; 100];
-            let length = receiver
-                .read(&mut buffer)
-                .context("an IGMP report did not arrive at the router")?;
-            ensure!(
-                buffer[..length].ends_with(&report),
-                "an IGMP report arrived changed"
-            );
+            let length = receiver.read(&mut buffer).context("an IGMP report did not arrive at the router")?;
+            ensure!(buffer[..length].ends_with(&report), "an IGMP report arrived changed");
         }
         // All nodes of the link, by way of multicast ICMPv6.
         Family::V6 => ping(&lab.client, &["-6"], "ff02::1%eth0")?,
@@ -277,9 +220,7 @@ fn this_host(lab: &Lab, family: Family) -> Result<()> {
             .args(["--local-port", &port.to_string(), &url(to, 80, "/")])
             .check()?;
         ensure!(
-            output
-                .stdout
-                .starts_with(&format!("{} {port} ", family.client())),
+            output.stdout.starts_with(&format!("{} {port} ", family.client())),
             "the router's own web server does not see the client's address and port, {}",
             output.describe()
         );

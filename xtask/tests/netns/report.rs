@@ -27,11 +27,8 @@ fn flows(lab: &Lab, family: Family) -> Result<()> {
     let destination = at(family.anywhere(7), crate::common::SERVICE_PORT).to_string();
     let flows = proxy.flows()?;
     for protocol in ["tcp", "udp"] {
-        let flow = flows
-            .iter()
-            .find(|flow| flow.protocol == protocol && flow.destination == destination);
-        let flow =
-            flow.with_context(|| format!("no {protocol} flow to {destination}: {flows:#?}"))?;
+        let flow = flows.iter().find(|flow| flow.protocol == protocol && flow.destination == destination);
+        let flow = flow.with_context(|| format!("no {protocol} flow to {destination}: {flows:#?}"))?;
         let port = at(family.client(), 0).to_string();
         ensure!(
             flow.client.starts_with(port.trim_end_matches('0')),
@@ -43,10 +40,7 @@ fn flows(lab: &Lab, family: Family) -> Result<()> {
             "expected interface lan and action proxy: {flow:?}"
         );
         ensure!(
-            flow.packets_up > 0
-                && flow.packets_down > 0
-                && flow.bytes_up > 0
-                && flow.bytes_down > 0,
+            flow.packets_up > 0 && flow.packets_down > 0 && flow.bytes_up > 0 && flow.bytes_down > 0,
             "a counter is 0: {flow:?}"
         );
         ensure!(
@@ -56,10 +50,7 @@ fn flows(lab: &Lab, family: Family) -> Result<()> {
     }
     // For people: the same in columns.
     let text = proxy.cmd("flows")?.check()?.stdout;
-    ensure!(
-        text.contains(&destination),
-        "`flows` does not show {destination}:\n{text}"
-    );
+    ensure!(text.contains(&destination), "`flows` does not show {destination}:\n{text}");
     Ok(())
 }
 
@@ -76,8 +67,7 @@ fn pinned_map(lab: &Lab, family: Family) -> Result<()> {
             .args(["--json", "map", "dump", "pinned"])
             .arg(lab.pin().join(map))
             .check()?;
-        serde_json::from_str(&output.stdout)
-            .with_context(|| format!("not JSON: {}", output.describe()))
+        serde_json::from_str(&output.stdout).with_context(|| format!("not JSON: {}", output.describe()))
     };
     let (flows, entries) = (proxy.flows()?, dump("FLOWS")?);
     let entries = entries.as_array().context("no entries")?;
@@ -90,11 +80,7 @@ fn pinned_map(lab: &Lab, family: Family) -> Result<()> {
     for flow in &flows {
         let same = |entry: &&Value| {
             let (key, value) = (&entry["formatted"]["key"], &entry["formatted"]["value"]);
-            let port = |text: &str| {
-                text.rsplit(':')
-                    .next()
-                    .and_then(|port| port.parse::<u64>().ok())
-            };
+            let port = |text: &str| text.rsplit(':').next().and_then(|port| port.parse::<u64>().ok());
             key["client_port"].as_u64() == port(&flow.client)
                 && key["destination_port"].as_u64() == port(&flow.destination)
                 && key["protocol"].as_u64() == Some(if flow.protocol == "tcp" { 6 } else { 17 })
@@ -109,10 +95,7 @@ fn pinned_map(lab: &Lab, family: Family) -> Result<()> {
         );
     }
     let counters = dump("COUNTERS")?.to_string();
-    ensure!(
-        counters.contains("steered_tcp_new"),
-        "COUNTERS shows no names: {counters}"
-    );
+    ensure!(counters.contains("steered_tcp_new"), "COUNTERS shows no names: {counters}");
     Ok(())
 }
 
@@ -132,10 +115,7 @@ fn status(lab: &Lab, family: Family) -> Result<()> {
         "connections",
         "counters",
     ] {
-        ensure!(
-            !status[key].is_null(),
-            "`status --json` has no {key}: {status:#}"
-        );
+        ensure!(!status[key].is_null(), "`status --json` has no {key}: {status:#}");
     }
     ensure!(
         status["pid"] == proxy.daemon.pid(),
@@ -144,9 +124,7 @@ fn status(lab: &Lab, family: Family) -> Result<()> {
         status["pid"]
     );
     for name in ["lan", "lan2"] {
-        let interfaces = status["interfaces"]
-            .as_array()
-            .context("interfaces is no array")?;
+        let interfaces = status["interfaces"].as_array().context("interfaces is no array")?;
         let interface = interfaces
             .iter()
             .find(|interface| interface["name"] == name)
@@ -161,16 +139,9 @@ fn status(lab: &Lab, family: Family) -> Result<()> {
         "connections: {}",
         status["connections"]
     );
-    ensure!(
-        status["counters"]["steered_tcp_new"].as_u64() > Some(0),
-        "counters: {}",
-        status["counters"]
-    );
+    ensure!(status["counters"]["steered_tcp_new"].as_u64() > Some(0), "counters: {}", status["counters"]);
     let text = proxy.cmd("status")?.check()?.stdout;
-    ensure!(
-        text.contains("lan"),
-        "`status` does not name the interface:\n{text}"
-    );
+    ensure!(text.contains("lan"), "`status` does not name the interface:\n{text}");
     Ok(())
 }
 
@@ -179,41 +150,24 @@ fn not_running(lab: &Lab, family: Family) -> Result<()> {
     let _ = family;
     for command in ["status", "status --json", "flows", "flows --json"] {
         let output = Launch::new(lab, command).command()?.run()?.expect_code(3)?;
-        ensure!(
-            output.stderr.trim().lines().count() <= 1,
-            "more than one line: {}",
-            output.describe()
-        );
+        ensure!(output.stderr.trim().lines().count() <= 1, "more than one line: {}", output.describe());
     }
-    Launch::new(lab, "cleanup")
-        .command()?
-        .run()?
-        .expect_code(0)
-        .map(drop)
+    Launch::new(lab, "cleanup").command()?.run()?.expect_code(0).map(drop)
 }
 
 fn check(lab: &Lab, family: Family) -> Result<()> {
     needs_proxy()?;
     let binary = crate::bad_input::readable_binary(lab)?;
     let net = family.anywhere_net(3);
-    let as_nobody = lab
-        .router
-        .cmd("setpriv")
-        .args(["--reuid=65534", "--regid=65534", "--clear-groups"])
-        .arg(&binary.0);
+    let as_nobody =
+        lab.router.cmd("setpriv").args(["--reuid=65534", "--regid=65534", "--clear-groups"]).arg(&binary.0);
     let output = as_nobody
-        .args([
-            "check", "--iface", "lan", "--not-to", &net, "--table", "123",
-        ])
+        .args(["check", "--iface", "lan", "--not-to", &net, "--table", "123"])
         .arg("--pin")
         .arg(lab.pin())
         .check()?;
     for part in ["lan", &net, "123"] {
-        ensure!(
-            output.stdout.contains(part),
-            "the plan does not show {part}, {}",
-            output.describe()
-        );
+        ensure!(output.stdout.contains(part), "the plan does not show {part}, {}", output.describe());
     }
     let json = lab
         .router
@@ -222,8 +176,8 @@ fn check(lab: &Lab, family: Family) -> Result<()> {
         .arg("--pin")
         .arg(lab.pin())
         .check()?;
-    let _: Value = serde_json::from_str(&json.stdout)
-        .with_context(|| format!("not JSON: {}", json.describe()))?;
+    let _: Value =
+        serde_json::from_str(&json.stdout).with_context(|| format!("not JSON: {}", json.describe()))?;
     Ok(())
 }
 
@@ -233,11 +187,7 @@ fn no_firewall(lab: &Lab, family: Family) -> Result<()> {
     expect_service(lab, family)?;
     for namespace in lab.namespaces() {
         let rules = firewall::rules(namespace)?;
-        ensure!(
-            rules.is_empty(),
-            "there are packet filter rules on the {}:\n{rules}",
-            namespace.role()
-        );
+        ensure!(rules.is_empty(), "there are packet filter rules on the {}:\n{rules}", namespace.role());
     }
     Ok(())
 }
@@ -269,8 +219,6 @@ fn attach(lab: &Lab, family: Family) -> Result<()> {
 /// tcx came with Linux 6.6.
 fn has_tcx() -> bool {
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let mut numbers = release
-        .split(['.', '-'])
-        .map_while(|number| number.parse::<u32>().ok());
+    let mut numbers = release.split(['.', '-']).map_while(|number| number.parse::<u32>().ok());
     (numbers.next(), numbers.next()) >= (Some(6), Some(6))
 }

@@ -48,26 +48,11 @@ impl Snapshot {
             };
             seen.insert(command, text);
         }
-        seen.insert(
-            "programs attached by tcx".into(),
-            tcx_programs(router, &interfaces)?,
-        );
-        seen.insert(
-            "sk_lookup programs of the namespace".into(),
-            namespace_links(router)?,
-        );
-        seen.insert(
-            "sysctls".into(),
-            router.sh("sysctl --all --pattern ^net\\.ipv[46]")?.stdout,
-        );
-        seen.insert(
-            "pinned under /sys/fs/bpf".into(),
-            own_entries(Path::new("/sys/fs/bpf"), lab.name())?,
-        );
-        seen.insert(
-            "state under /run/tproxy".into(),
-            own_entries(Path::new("/run/tproxy"), lab.name())?,
-        );
+        seen.insert("programs attached by tcx".into(), tcx_programs(router, &interfaces)?);
+        seen.insert("sk_lookup programs of the namespace".into(), namespace_links(router)?);
+        seen.insert("sysctls".into(), router.sh("sysctl --all --pattern ^net\\.ipv[46]")?.stdout);
+        seen.insert("pinned under /sys/fs/bpf".into(), own_entries(Path::new("/sys/fs/bpf"), lab.name())?);
+        seen.insert("state under /run/tproxy".into(), own_entries(Path::new("/run/tproxy"), lab.name())?);
         seen.insert("nft list ruleset".into(), firewall::rules(router)?);
         Ok(Self(seen))
     }
@@ -80,34 +65,20 @@ impl Snapshot {
         let mut differences = String::new();
         for (command, now) in &self.0 {
             let then = before.0.get(command).map_or("", String::as_str);
-            let gone = then
-                .lines()
-                .filter(|line| !now.contains(line))
-                .map(|line| format!("    - {line}\n"));
-            let came = now
-                .lines()
-                .filter(|line| !then.contains(line))
-                .map(|line| format!("    + {line}\n"));
+            let gone = then.lines().filter(|line| !now.contains(line)).map(|line| format!("    - {line}\n"));
+            let came = now.lines().filter(|line| !then.contains(line)).map(|line| format!("    + {line}\n"));
             let lines: String = gone.chain(came).collect();
             if !lines.is_empty() {
                 write!(differences, "  {command}\n{lines}")?;
             }
         }
-        if differences.is_empty() {
-            Ok(())
-        } else {
-            bail!("the router is not as before:\n{differences}")
-        }
+        if differences.is_empty() { Ok(()) } else { bail!("the router is not as before:\n{differences}") }
     }
 }
 
 fn interfaces(namespace: &Namespace) -> Result<Vec<String>> {
     let links: Value = serde_json::from_str(&namespace.sh("ip -json link show")?.stdout)?;
-    let names = links
-        .as_array()
-        .into_iter()
-        .flatten()
-        .filter_map(|link| link["ifname"].as_str());
+    let names = links.as_array().into_iter().flatten().filter_map(|link| link["ifname"].as_str());
     Ok(names.map(Into::into).collect())
 }
 
@@ -122,11 +93,7 @@ fn tcx_programs(namespace: &Namespace, interfaces: &[String]) -> Result<String> 
                     continue;
                 };
                 for program in programs {
-                    writeln!(
-                        text,
-                        "{interface} {direction:?} {}",
-                        program.name_as_str().unwrap_or("?")
-                    )?;
+                    writeln!(text, "{interface} {direction:?} {}", program.name_as_str().unwrap_or("?"))?;
                 }
             }
         }
@@ -137,11 +104,7 @@ fn tcx_programs(namespace: &Namespace, interfaces: &[String]) -> Result<String> 
 fn namespace_links(namespace: &Namespace) -> Result<String> {
     let inode = namespace.inode()?;
     let links: Value = serde_json::from_str(&namespace.sh("bpftool --json link show")?.stdout)?;
-    let own = links
-        .as_array()
-        .into_iter()
-        .flatten()
-        .filter(|link| link["netns_ino"] == inode);
+    let own = links.as_array().into_iter().flatten().filter(|link| link["netns_ino"] == inode);
     let shown: Vec<_> = own
         .map(|link| {
             format!(
@@ -163,11 +126,7 @@ fn own_entries(dir: &Path, name: &str) -> Result<String> {
     let mut names = Vec::new();
     for entry in entries {
         let file = entry?.file_name().to_string_lossy().into_owned();
-        if file == name
-            || file
-                .strip_prefix(name)
-                .is_some_and(|rest| rest.starts_with('-'))
-        {
+        if file == name || file.strip_prefix(name).is_some_and(|rest| rest.starts_with('-')) {
             names.push(format!("{file}\n"));
         }
     }

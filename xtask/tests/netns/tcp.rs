@@ -23,12 +23,8 @@ pub(crate) const SCENARIOS: Scenarios = &[
     ("T6_60000_connections_from_one_address", many_connections),
     ("T7_client_port_reused_at_once", port_reuse),
     ("one_client_port_six_connections", six_connections),
-    ("clsact_T1_tcp_source_client", |lab, family| {
-        seen(lab, family, "--attach clsact", family.client())
-    }),
-    ("clsact_T7_client_port_reused_at_once", |lab, family| {
-        reuse(lab, family, "--iface lan --attach clsact")
-    }),
+    ("clsact_T1_tcp_source_client", |lab, family| seen(lab, family, "--attach clsact", family.client())),
+    ("clsact_T7_client_port_reused_at_once", |lab, family| reuse(lab, family, "--iface lan --attach clsact")),
 ];
 
 /// What nginx on the server says that it sees.
@@ -69,11 +65,7 @@ fn source_proxy(lab: &Lab, family: Family) -> Result<()> {
 fn seen(lab: &Lab, family: Family, flags: &str, expected: IpAddr) -> Result<()> {
     let _nginx = server::web(lab, &lab.server, &[80, 8443, 65_535])?;
     let running = start(lab, &format!("--iface lan {flags}"))?;
-    let targets = [
-        (family.anywhere(1), 80),
-        (family.anywhere(0xfe03), 8443),
-        (family.server(), 65_535),
-    ];
+    let targets = [(family.anywhere(1), 80), (family.anywhere(0xfe03), 8443), (family.server(), 65_535)];
     for (address, port) in targets {
         let to = at(address, port);
         let seen = curl(lab, family, to, &[])?;
@@ -82,11 +74,7 @@ fn seen(lab: &Lab, family: Family, flags: &str, expected: IpAddr) -> Result<()> 
             "the server sees {}, expected {expected}, on the way to {to}",
             seen.client
         );
-        ensure!(
-            seen.server == to,
-            "the client asked for {to} and reached {}",
-            seen.server
-        );
+        ensure!(seen.server == to, "the client asked for {to} and reached {}", seen.server);
     }
     running.expect_tcp(3)
 }
@@ -95,12 +83,7 @@ fn source_client_port(lab: &Lab, family: Family) -> Result<()> {
     let _nginx = server::web(lab, &lab.server, &[80])?;
     let running = start(lab, "--iface lan --source client-port")?;
     for (port, n) in [(40_123, 1), (40_124, 2), (1025, 1)] {
-        let seen = curl(
-            lab,
-            family,
-            at(family.anywhere(n), 80),
-            &["--local-port", &port.to_string()],
-        )?;
+        let seen = curl(lab, family, at(family.anywhere(n), 80), &["--local-port", &port.to_string()])?;
         ensure!(
             seen.client == family.client(),
             "the server sees {}, expected {}",
@@ -122,37 +105,20 @@ fn bulk(lab: &Lab, family: Family) -> Result<()> {
     let _nginx = server::web(lab, &lab.server, &[80])?;
     std::fs::write(lab.dir().join("www/file"), &content)?;
     let (tell, told) = std::sync::mpsc::channel();
-    let _upload = TcpServer::start(
-        &lab.server,
-        at(family.unspecified(), 81),
-        move |mut stream, _| {
-            let mut bytes = Vec::new();
-            // Nobody listens any more where the scenario has failed already.
-            let _ = tell.send(stream.read_to_end(&mut bytes).map(|_| bytes));
-        },
-    )?;
+    let _upload = TcpServer::start(&lab.server, at(family.unspecified(), 81), move |mut stream, _| {
+        let mut bytes = Vec::new();
+        // Nobody listens any more where the scenario has failed already.
+        let _ = tell.send(stream.read_to_end(&mut bytes).map(|_| bytes));
+    })?;
     let running = start(lab, "--iface lan")?;
     let copy = lab.dir().join("copy");
-    let download = lab
-        .client
-        .cmd("curl")
-        .args(["--silent", "--show-error", "--max-time", "15", "--output"])
-        .arg(&copy);
-    download
-        .arg(url(family.anywhere(3), 80, "/files/file"))
-        .check()?;
-    ensure!(
-        std::fs::read(&copy)? == content,
-        "the downloaded file differs from the server's"
-    );
-    let upload =
-        lab.client
-            .cmd("nc")
-            .args(["-N", family.flag(), &family.anywhere(3).to_string(), "81"]);
+    let download =
+        lab.client.cmd("curl").args(["--silent", "--show-error", "--max-time", "15", "--output"]).arg(&copy);
+    download.arg(url(family.anywhere(3), 80, "/files/file")).check()?;
+    ensure!(std::fs::read(&copy)? == content, "the downloaded file differs from the server's");
+    let upload = lab.client.cmd("nc").args(["-N", family.flag(), &family.anywhere(3).to_string(), "81"]);
     upload.stdin(content.clone()).check()?;
-    let received = told
-        .recv_timeout(peer::PATIENCE)
-        .context("the server got no upload")??;
+    let received = told.recv_timeout(peer::PATIENCE).context("the server got no upload")??;
     ensure!(
         received == content,
         "the server received {} bytes that differ from the {} sent",
@@ -166,21 +132,13 @@ fn server_speaks_first(lab: &Lab, family: Family) -> Result<()> {
     let _banner = server::socat_tcp(lab, &lab.server, family, 2222, "echo SSH-2.0-test; cat")?;
     let running = start(lab, "--iface lan")?;
     let started = Instant::now();
-    let mut stream = peer::connect(
-        &lab.client,
-        None,
-        at(family.anywhere(22), 2222),
-        Duration::from_secs(5),
-    )?;
+    let mut stream = peer::connect(&lab.client, None, at(family.anywhere(22), 2222), Duration::from_secs(5))?;
     let banner = peer::read_line(&mut stream).context("no banner")?;
     let took = started.elapsed();
     ensure!(banner == "SSH-2.0-test", "the banner was {banner:?}");
     ensure!(took < Duration::from_secs(1), "the banner took {took:?}");
     let (echo, _) = peer::ask(&mut stream, "SSH-2.0-client")?;
-    ensure!(
-        echo == "SSH-2.0-client",
-        "after the banner the server's echo was {echo:?}"
-    );
+    ensure!(echo == "SSH-2.0-client", "after the banner the server's echo was {echo:?}");
     running.expect_tcp(1)
 }
 
@@ -191,10 +149,8 @@ fn many_connections(lab: &Lab, family: Family) -> Result<()> {
     let port = 9000;
     let target = at(family.unspecified(), port);
     let load_server = LoadServer::start(&lab.server, target, family.client())?;
-    lab.client
-        .set_sysctls(&[("net/ipv4/ip_local_port_range", "1024 65535")])?;
-    lab.router
-        .set_sysctls(&[("net/ipv4/ip_local_port_range", "30000 60999")])?;
+    lab.client.set_sysctls(&[("net/ipv4/ip_local_port_range", "1024 65535")])?;
+    lab.router.set_sysctls(&[("net/ipv4/ip_local_port_range", "30000 60999")])?;
     let running = start(lab, "--iface lan")?;
     let load = Load {
         targets: vec![at(family.anywhere(1), port), at(family.anywhere(2), port)],
@@ -218,16 +174,12 @@ const REUSED: u16 = 41_000;
 /// A server that closes first, so that `TIME_WAIT` stays on its side: with a
 /// proxy in between, on the proxy's.
 fn closes_first(lab: &Lab, family: Family) -> Result<TcpServer> {
-    TcpServer::start(
-        &lab.server,
-        at(family.unspecified(), 9001),
-        |mut stream, _| {
-            if peer::read_line(&mut stream).is_ok() {
-                // A failure shows at the client.
-                let _ = stream.write_all(b"bye\n");
-            }
-        },
-    )
+    TcpServer::start(&lab.server, at(family.unspecified(), 9001), |mut stream, _| {
+        if peer::read_line(&mut stream).is_ok() {
+            // A failure shows at the client.
+            let _ = stream.write_all(b"bye\n");
+        }
+    })
 }
 
 /// Connects from one port, over and over: how long each took, from connect to close.
@@ -240,13 +192,8 @@ fn rounds(lab: &Lab, family: Family, rounds: usize) -> Result<Vec<Duration>> {
                 .with_context(|| format!("connection {number} of {rounds} from port {REUSED}"))?;
             let mut reply = String::new();
             stream.write_all(b"hello\n")?;
-            stream
-                .read_to_string(&mut reply)
-                .with_context(|| format!("connection {number}: no reply"))?;
-            ensure!(
-                reply == "bye\n",
-                "connection {number}: the reply was {reply:?}"
-            );
+            stream.read_to_string(&mut reply).with_context(|| format!("connection {number}: no reply"))?;
+            ensure!(reply == "bye\n", "connection {number}: the reply was {reply:?}");
             drop(stream);
             times.push(started.elapsed());
         }
@@ -261,10 +208,8 @@ fn reconnect(from: SocketAddr, to: SocketAddr) -> io::Result<(TcpStream, Instant
         let started = Instant::now();
         match peer::try_connect(Some(from), to, Duration::from_secs(5)) {
             Err(error)
-                if matches!(
-                    error.kind(),
-                    io::ErrorKind::AddrNotAvailable | io::ErrorKind::AddrInUse
-                ) && Instant::now() < deadline =>
+                if matches!(error.kind(), io::ErrorKind::AddrNotAvailable | io::ErrorKind::AddrInUse)
+                    && Instant::now() < deadline =>
             {
                 std::thread::sleep(Duration::from_millis(2));
             }
@@ -302,10 +247,7 @@ fn six_connections(lab: &Lab, family: Family) -> Result<()> {
     let without = rounds(lab, family, 6)?;
     let proxy = start_proxy(lab, "--iface lan")?;
     let with = rounds(lab, family, 6)?;
-    ensure!(
-        proxy.counter("steered_tcp_new")? >= 6,
-        "the connections went past the proxy"
-    );
+    ensure!(proxy.counter("steered_tcp_new")? >= 6, "the connections went past the proxy");
     // A lost or refused SYN costs at least the retransmission time of 1 s, or
     // 200 ms where the other side resets; scheduling noise costs less.
     let allowed = without.iter().max().copied().unwrap_or_default() + Duration::from_millis(100);

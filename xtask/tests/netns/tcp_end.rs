@@ -29,9 +29,7 @@ pub(crate) const SCENARIOS: Scenarios = &[
     ("clsact_T4_client_closes_its_half", |lab, family| {
         half_close(lab, family, "--iface lan --attach clsact")
     }),
-    ("clsact_T13_late_packets_stay_here", |lab, family| {
-        late(lab, family, "--iface lan --attach clsact")
-    }),
+    ("clsact_T13_late_packets_stay_here", |lab, family| late(lab, family, "--iface lan --attach clsact")),
 ];
 
 const PORT: u16 = 9100;
@@ -72,24 +70,15 @@ fn reporting<T: Send + 'static>(
     serve: impl Fn(std::net::TcpStream) -> T + Clone + Send + 'static,
 ) -> Result<(TcpServer, Receiver<T>)> {
     let (tell, told) = mpsc::channel();
-    let server = TcpServer::start(
-        &lab.server,
-        at(family.unspecified(), PORT),
-        move |stream, _| {
-            // Nobody listens any more where the scenario has failed already.
-            let _ = tell.send(serve(stream));
-        },
-    )?;
+    let server = TcpServer::start(&lab.server, at(family.unspecified(), PORT), move |stream, _| {
+        // Nobody listens any more where the scenario has failed already.
+        let _ = tell.send(serve(stream));
+    })?;
     Ok((server, told))
 }
 
 fn connect(lab: &Lab, family: Family) -> Result<std::net::TcpStream> {
-    peer::connect(
-        &lab.client,
-        None,
-        at(family.anywhere(1), PORT),
-        Duration::from_secs(5),
-    )
+    peer::connect(&lab.client, None, at(family.anywhere(1), PORT), Duration::from_secs(5))
 }
 
 fn server_half_close(lab: &Lab, family: Family) -> Result<()> {
@@ -103,21 +92,12 @@ fn server_half_close(lab: &Lab, family: Family) -> Result<()> {
     let running = start(lab, "--iface lan")?;
     let mut stream = connect(lab, family)?;
     let mut text = String::new();
-    stream
-        .read_to_string(&mut text)
-        .context("the server's end did not arrive")?;
-    ensure!(
-        text == "that is all from here\n",
-        "the server's words arrived as {text:?}"
-    );
+    stream.read_to_string(&mut text).context("the server's end did not arrive")?;
+    ensure!(text == "that is all from here\n", "the server's words arrived as {text:?}");
     let sent = peer::pattern(300_000);
-    stream
-        .write_all(&sent)
-        .context("the client could not send after the server had closed its half")?;
+    stream.write_all(&sent).context("the client could not send after the server had closed its half")?;
     drop(stream);
-    let received = told
-        .recv_timeout(peer::PATIENCE)
-        .context("the server never saw the end")??;
+    let received = told.recv_timeout(peer::PATIENCE).context("the server never saw the end")??;
     ensure!(
         received == sent,
         "the server received {} bytes that differ from the {} sent",
@@ -146,18 +126,13 @@ fn client_reset(lab: &Lab, family: Family) -> Result<()> {
     let (_server, told) = reporting(lab, family, |mut stream| {
         let first = peer::read_line(&mut stream)?;
         stream.write_all(b"heard\n")?;
-        stream
-            .read(&mut [0; 16])
-            .map(|bytes| format!("{bytes} bytes after {first:?}"))
+        stream.read(&mut [0; 16]).map(|bytes| format!("{bytes} bytes after {first:?}"))
     })?;
     let running = start(lab, "--iface lan")?;
     let mut stream = connect(lab, family)?;
     peer::ask(&mut stream, "hello")?;
     peer::reset(stream)?;
-    match told
-        .recv_timeout(peer::PATIENCE)
-        .context("the server never saw the end of the connection")?
-    {
+    match told.recv_timeout(peer::PATIENCE).context("the server never saw the end of the connection")? {
         Err(error) if peer::is_reset(&error) => {}
         other => bail!("the client reset the connection; the server saw {other:?}"),
     }
@@ -194,16 +169,13 @@ fn bytes_before_close(lab: &Lab, family: Family) -> Result<()> {
             bytes.len()
         );
         drop(stream);
-        told.recv_timeout(peer::PATIENCE)
-            .context("the server did not end")??;
+        told.recv_timeout(peer::PATIENCE).context("the server did not end")??;
 
         let mut stream = connect(lab, family)?;
         stream.write_all(b"take\n")?;
         stream.write_all(&expected)?;
         drop(stream);
-        let bytes = told
-            .recv_timeout(peer::PATIENCE)
-            .context("the server never saw the end")??;
+        let bytes = told.recv_timeout(peer::PATIENCE).context("the server never saw the end")??;
         ensure!(
             bytes == expected,
             "round {round}: {} of the client's {LARGE} bytes arrived, or they differ",
@@ -231,10 +203,7 @@ fn expect_told(lab: &Lab, to: SocketAddr, allowed: Duration) -> Result<()> {
             "a connection to {to}, which cannot be made, ended after {took:?} with {other:?}; expected a refusal or a reset"
         ),
     }
-    ensure!(
-        took < allowed,
-        "the client was told after {took:?}, allowed {allowed:?}"
-    );
+    ensure!(took < allowed, "the client was told after {took:?}, allowed {allowed:?}");
     Ok(())
 }
 
@@ -244,38 +213,22 @@ fn refused(lab: &Lab, family: Family) -> Result<()> {
     let curl = lab
         .client
         .cmd("curl")
-        .args([
-            "--silent",
-            "--show-error",
-            "--max-time",
-            "5",
-            &url(family.anywhere(1), 4, "/"),
-        ])
+        .args(["--silent", "--show-error", "--max-time", "5", &url(family.anywhere(1), 4, "/")])
         .run()?;
     // curl(1): 7 is a refused connection, 56 a reset one.
-    ensure!(
-        matches!(curl.code(), 7 | 56),
-        "expected a refused or a reset connection: {}",
-        curl.describe()
-    );
+    ensure!(matches!(curl.code(), 7 | 56), "expected a refused or a reset connection: {}", curl.describe());
     running.expect_tcp(2)
 }
 
 fn unreachable(lab: &Lab, family: Family) -> Result<()> {
-    lab.router.ip_batch(&format!(
-        "route add unreachable {}\n",
-        family.anywhere_net(9)
-    ))?;
+    lab.router.ip_batch(&format!("route add unreachable {}\n", family.anywhere_net(9)))?;
     let running = start(lab, "--iface lan")?;
     expect_told(lab, at(family.anywhere(0x0901), 80), Duration::from_secs(2))?;
     running.expect_tcp(1)
 }
 
 fn silent(lab: &Lab, family: Family) -> Result<()> {
-    lab.server.ip_batch(&format!(
-        "route add blackhole {} table local\n",
-        family.anywhere_net(9)
-    ))?;
+    lab.server.ip_batch(&format!("route add blackhole {} table local\n", family.anywhere_net(9)))?;
     let proxy = start_proxy(lab, "--iface lan --connect-timeout 2s")?;
     let started = Instant::now();
     expect_told(lab, at(family.anywhere(0x0901), 80), Duration::from_secs(4))?;
@@ -284,10 +237,7 @@ fn silent(lab: &Lab, family: Family) -> Result<()> {
         took > Duration::from_millis(1500),
         "the proxy gave up after {took:?}; its connect time-out is 2 s"
     );
-    ensure!(
-        proxy.counter("steered_tcp_new")? > 0,
-        "the connection went past the proxy"
-    );
+    ensure!(proxy.counter("steered_tcp_new")? > 0, "the connection went past the proxy");
     Ok(())
 }
 
@@ -312,11 +262,7 @@ fn late(lab: &Lab, family: Family, flags: &str) -> Result<()> {
     })?;
     let proxy = start_proxy(lab, flags)?;
     let uplink = Capture::start(&lab.router, "wan")?;
-    for (end, port) in [
-        (End::ClientFirst, 43_001),
-        (End::ServerFirst, 43_002),
-        (End::Reset, 43_003),
-    ] {
+    for (end, port) in [(End::ClientFirst, 43_001), (End::ServerFirst, 43_002), (End::Reset, 43_003)] {
         let (from, to) = (at(family.client(), port), at(family.anywhere(1), PORT));
         let mut stream = peer::connect(&lab.client, Some(from), to, Duration::from_secs(5))?;
         peer::ask(&mut stream, "hello")?;
@@ -330,34 +276,21 @@ fn late(lab: &Lab, family: Family, flags: &str) -> Result<()> {
             End::Reset => peer::reset(stream)?,
         }
         // The server's handler ends with the connection, in error or not.
-        let _ = told
-            .recv_timeout(peer::PATIENCE)
-            .context("the server never saw the end")?;
+        let _ = told.recv_timeout(peer::PATIENCE).context("the server never saw the end")?;
         std::thread::sleep(Duration::from_millis(300));
         let before = uplink.count(6, from, to);
         let segments = [
-            Segment {
-                sequence: 1_000_000,
-                acknowledgment: Some(2_000_000),
-                ..Segment::default()
-            },
+            Segment { sequence: 1_000_000, acknowledgment: Some(2_000_000), ..Segment::default() },
             Segment {
                 sequence: 1_000_000,
                 acknowledgment: Some(2_000_000),
                 data: b"hello\n",
                 ..Segment::default()
             },
-            Segment {
-                sequence: 1_000_006,
-                acknowledgment: Some(2_000_000),
-                fin: true,
-                ..Segment::default()
-            },
+            Segment { sequence: 1_000_006, acknowledgment: Some(2_000_000), fin: true, ..Segment::default() },
         ];
-        let packets = segments
-            .iter()
-            .map(|segment| packet::tcp(from, to, segment))
-            .collect::<Result<Vec<_>>>()?;
+        let packets =
+            segments.iter().map(|segment| packet::tcp(from, to, segment)).collect::<Result<Vec<_>>>()?;
         for _ in 0..3 {
             packet::send(&lab.client, to.ip(), &packets)?;
             std::thread::sleep(Duration::from_millis(50));
@@ -369,10 +302,7 @@ fn late(lab: &Lab, family: Family, flags: &str) -> Result<()> {
             "{leaked} of 9 late packets leaked past the proxy to the server; the connection had ended by {end:?}"
         );
     }
-    ensure!(
-        proxy.counter("steered_tcp_new")? >= 3,
-        "the connections went past the proxy"
-    );
+    ensure!(proxy.counter("steered_tcp_new")? >= 3, "the connections went past the proxy");
     Ok(())
 }
 
@@ -391,15 +321,11 @@ fn no_leak_under_load(lab: &Lab, family: Family) -> Result<()> {
             duration: Duration::from_secs(30),
             reset,
         };
-        load.run(&lab.client, &AtomicBool::new(false))?
-            .expect_all(CONNECTIONS / 2)?;
+        load.run(&lab.client, &AtomicBool::new(false))?.expect_all(CONNECTIONS / 2)?;
     }
     std::thread::sleep(Duration::from_millis(500));
     uplink.expect_complete()?;
-    ensure!(
-        proxy.counter("steered_tcp_new")? >= CONNECTIONS,
-        "the connections went past the proxy"
-    );
+    ensure!(proxy.counter("steered_tcp_new")? >= CONNECTIONS, "the connections went past the proxy");
     let leaked: Vec<_> = uplink
         .directions()
         .into_iter()

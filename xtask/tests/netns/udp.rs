@@ -14,18 +14,14 @@ use crate::sockopt;
 pub(crate) const SCENARIOS: Scenarios = &[
     ("T2_dns_answers_come_from_the_server_asked", dns),
     ("T2_udp_reply_source", reply_source),
-    ("T2_udp_source_client", |lab, family| {
-        source(lab, family, "", family.client())
-    }),
+    ("T2_udp_source_client", |lab, family| source(lab, family, "", family.client())),
     ("T2_udp_source_proxy", source_proxy),
     ("T2_udp_source_client_port", source_client_port),
     ("T10_datagrams_of_0_to_65000_bytes", sizes),
     ("T10_do_not_fragment", do_not_fragment),
     ("T10_fragments_in_reverse_order", reverse_fragments),
     ("T14_many_servers_from_one_port", endpoint_independent),
-    ("clsact_T2_udp_reply_source", |lab, family| {
-        replies(lab, family, "--iface lan --attach clsact")
-    }),
+    ("clsact_T2_udp_reply_source", |lab, family| replies(lab, family, "--iface lan --attach clsact")),
     ("clsact_T10_datagrams_of_0_to_65000_bytes", |lab, family| {
         all_sizes(lab, family, "--iface lan --attach clsact")
     }),
@@ -36,21 +32,14 @@ const PORT: u16 = 5300;
 /// `dig` refuses answers from any other address or port than it asked.
 fn dns(lab: &Lab, family: Family) -> Result<()> {
     let answer = family.anywhere(80);
-    let dnsmasq = server::dns(
-        lab,
-        &lab.server,
-        [Family::V4.anywhere(80), Family::V6.anywhere(80)],
-    )?;
+    let dnsmasq = server::dns(lab, &lab.server, [Family::V4.anywhere(80), Family::V6.anywhere(80)])?;
     let running = start(lab, "--iface lan")?;
     for resolver in [family.anywhere(1), family.anywhere(0x0808), family.server()] {
         // Over TCP, dnsmasq answers on addresses of its interfaces only.
         let over_tcp = (resolver == family.server()).then_some(Protocol::Tcp);
         for protocol in [Protocol::Udp].into_iter().chain(over_tcp) {
             let got = server::dig(&lab.client, resolver, family, protocol)?;
-            ensure!(
-                got == answer,
-                "{resolver} answered {got}, expected {answer}"
-            );
+            ensure!(got == answer, "{resolver} answered {got}, expected {answer}");
         }
     }
     ensure!(
@@ -73,10 +62,7 @@ fn replies(lab: &Lab, family: Family, flags: &str) -> Result<()> {
         at(family.anywhere(1), 1),
         at(family.server(), 65_535),
     ];
-    let _servers = targets
-        .iter()
-        .map(|to| UdpServer::echo(&lab.server, *to))
-        .collect::<Result<Vec<_>>>()?;
+    let _servers = targets.iter().map(|to| UdpServer::echo(&lab.server, *to)).collect::<Result<Vec<_>>>()?;
     let running = start(lab, flags)?;
     let one = peer::udp(&lab.client, at(family.client(), 0))?;
     for round in 0..3 {
@@ -85,10 +71,7 @@ fn replies(lab: &Lab, family: Family, flags: &str) -> Result<()> {
             for socket in [&one, &other] {
                 let datagram = format!("round {round} to {to}");
                 let (echo, from) = peer::exchange(socket, to, datagram.as_bytes())?;
-                ensure!(
-                    from == to,
-                    "the reply to a datagram for {to} came from {from}"
-                );
+                ensure!(from == to, "the reply to a datagram for {to} came from {from}");
                 ensure!(
                     echo == datagram.as_bytes(),
                     "the reply was {:?}, expected {datagram:?}",
@@ -110,14 +93,7 @@ fn source(lab: &Lab, family: Family, flags: &str, expected: std::net::IpAddr) ->
     let to = family.anywhere(5);
     let _socat = server::socat_udp(lab, &lab.server, to, PORT, "echo \"$SOCAT_PEERADDR\"")?;
     let running = start(lab, &format!("--iface lan {flags}"))?;
-    let nc = lab.client.cmd("nc").args([
-        "-u",
-        "-w",
-        "2",
-        family.flag(),
-        &to.to_string(),
-        &PORT.to_string(),
-    ]);
+    let nc = lab.client.cmd("nc").args(["-u", "-w", "2", family.flag(), &to.to_string(), &PORT.to_string()]);
     let output = nc.stdin("who am I?\n").check()?;
     let seen: std::net::IpAddr = output
         .stdout
@@ -125,10 +101,7 @@ fn source(lab: &Lab, family: Family, flags: &str, expected: std::net::IpAddr) ->
         .trim_matches(['[', ']'])
         .parse()
         .with_context(|| format!("socat said no address, {}", output.describe()))?;
-    ensure!(
-        seen == expected,
-        "the server sees {seen}, expected {expected}"
-    );
+    ensure!(seen == expected, "the server sees {seen}, expected {expected}");
     running.expect_udp(1)
 }
 
@@ -140,10 +113,7 @@ fn source_client_port(lab: &Lab, family: Family) -> Result<()> {
         let from = at(family.client(), port);
         let (seen, _) = peer::exchange(&peer::udp(&lab.client, from)?, to, b"who am I?")?;
         let seen = String::from_utf8_lossy(&seen).into_owned();
-        ensure!(
-            seen == from.to_string(),
-            "the server sees {seen}, expected the client's own {from}"
-        );
+        ensure!(seen == from.to_string(), "the server sees {seen}, expected the client's own {from}");
     }
     running.expect_udp(2)
 }
@@ -159,21 +129,12 @@ fn all_sizes(lab: &Lab, family: Family, flags: &str) -> Result<()> {
     let socket = peer::udp(&lab.client, at(family.client(), 0))?;
     sockopt::set_dont_fragment(socket.as_fd(), family, false)?;
     // Around the largest that fits a packet of either family, and around one, two and more fragments.
-    for length in [
-        0, 1, 512, 1451, 1452, 1453, 1472, 1473, 2952, 2953, 4000, 30_000, 65_000, 0, 1472,
-    ] {
+    for length in [0, 1, 512, 1451, 1452, 1453, 1472, 1473, 2952, 2953, 4000, 30_000, 65_000, 0, 1472] {
         let datagram = peer::pattern(length);
         let (echo, from) = peer::exchange(&socket, to, &datagram)
             .with_context(|| format!("a datagram of {length} bytes"))?;
-        ensure!(
-            from == to,
-            "the reply of {length} bytes came from {from}, expected {to}"
-        );
-        ensure!(
-            echo == datagram,
-            "{length} bytes came back as {} bytes, or they differ",
-            echo.len()
-        );
+        ensure!(from == to, "the reply of {length} bytes came from {from}, expected {to}");
+        ensure!(echo == datagram, "{length} bytes came back as {} bytes, or they differ", echo.len());
     }
     running.expect_udp(5)
 }
@@ -189,11 +150,7 @@ fn do_not_fragment(lab: &Lab, family: Family) -> Result<()> {
         let datagram = peer::pattern(length);
         let (echo, _) = peer::exchange(&socket, to, &datagram)
             .with_context(|| format!("a datagram of {length} bytes that must not be fragmented"))?;
-        ensure!(
-            echo == datagram,
-            "{length} bytes came back as {} bytes, or they differ",
-            echo.len()
-        );
+        ensure!(echo == datagram, "{length} bytes came back as {} bytes, or they differ", echo.len());
     }
     ensure!(
         socket.send_to(&peer::pattern(largest + 1), to).is_err(),
@@ -221,10 +178,7 @@ fn reverse_fragments(lab: &Lab, family: Family) -> Result<()> {
         packet::send(&lab.client, to.ip(), &packets)?;
         let mut buffer = vec![0; 65_536];
         let (count, sender) = socket.recv_from(&mut buffer).with_context(|| {
-            format!(
-                "no reply to {} fragments out of order, {length} bytes",
-                packets.len()
-            )
+            format!("no reply to {} fragments out of order, {length} bytes", packets.len())
         })?;
         ensure!(sender == to, "the reply came from {sender}, expected {to}");
         ensure!(
@@ -239,13 +193,9 @@ fn reverse_fragments(lab: &Lab, family: Family) -> Result<()> {
 /// mapping does not depend on the destination), and each answer comes from its
 /// true sender.
 fn endpoint_independent(lab: &Lab, family: Family) -> Result<()> {
-    let targets: Vec<_> = (1..=20)
-        .map(|n| at(family.anywhere(n * 256), 3478 + n % 3))
-        .collect();
-    let _servers = targets
-        .iter()
-        .map(|to| UdpServer::reflector(&lab.server, *to))
-        .collect::<Result<Vec<_>>>()?;
+    let targets: Vec<_> = (1..=20).map(|n| at(family.anywhere(n * 256), 3478 + n % 3)).collect();
+    let _servers =
+        targets.iter().map(|to| UdpServer::reflector(&lab.server, *to)).collect::<Result<Vec<_>>>()?;
     let running = start(lab, "--iface lan --workers 2")?;
     for port in [0, 50_001, 50_002] {
         let socket = peer::udp(&lab.client, at(family.client(), port))?;
@@ -266,9 +216,8 @@ fn endpoint_independent(lab: &Lab, family: Family) -> Result<()> {
         let mut waiting: std::collections::BTreeSet<_> = targets.iter().copied().collect();
         let mut buffer = [0; 100];
         while !waiting.is_empty() {
-            let (_, from) = socket
-                .recv_from(&mut buffer)
-                .with_context(|| format!("no answer from {waiting:?}"))?;
+            let (_, from) =
+                socket.recv_from(&mut buffer).with_context(|| format!("no answer from {waiting:?}"))?;
             ensure!(waiting.remove(&from), "an answer too many from {from}");
         }
     }

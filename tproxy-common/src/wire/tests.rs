@@ -1,0 +1,169 @@
+//! The parser against packets built by hand and against a naive parser.
+
+use super::*;
+use proptest::prelude::*;
+
+extern crate std;
+use std::vec::Vec;
+
+fn v4(ihl: u8, total: u16, frag: u16, protocol: u8, payload: &[u8]) -> Vec<u8> {
+    let mut p = std::vec![0u8; usize::from(ihl) * 4];
+    p[0] = 0x40 | ihl;
+    p[2..4].copy_from_slice(&total.to_be_bytes());
+    p[4..6].copy_from_slice(&0x1234u16.to_be_bytes());
+    p[6..8].copy_from_slice(&frag.to_be_bytes());
+    p[9] = protocol;
+    p[12..16].copy_from_slice(&[10, 0, 0, 1]);
+    p[16..20].copy_from_slice(&[192, 0, 2, 1]);
+    p.extend_from_slice(payload);
+    p
+}
+
+fn tcp(flags: u8, words: u8) -> Vec<u8> {
+    let mut h = std::vec![0u8; usize::from(words) * 4];
+    h[0..2].copy_from_slice(&40000u16.to_be_bytes());
+    h[2..4].copy_from_slice(&443u16.to_be_bytes());
+    h[12] = words << 4;
+    h[13] = flags;
+    h
+}
+
+const UDP_53: [u8; 8] = [0x9c, 0x40, 0, 53, 0, 8, 0, 0];
+
+fn v6(next: u8, payload: &[u8]) -> Vec<u8> {
+    let mut p = std::vec![0u8; 40];
+    p[0] = 0x60;
+    p[4..6].copy_from_slice(&u16::try_from(payload.len()).expect("short").to_be_bytes());
+    p[6] = next;
+    p[8] = 0x20;
+    p[24] = 0x20;
+    p.extend_from_slice(payload);
+    p
+}
+
+#[test]
+fn ipv4_options_move_the_ports() {
+    let packet = v4(7, 28 + 20, 0x4000, TCP, &tcp(tcp_flag::SYN, 5));
+    let parsed = parse_v4(&packet.as_slice()).expect("valid");
+    assert_eq!((parsed.source_port, parsed.destination_port), (40000, 443));
+    assert_eq!(parsed.header_len, 48);
+    assert!(parsed.is_syn());
+}
+
+#[test]
+fn later_fragment_has_no_ports() {
+    let parsed = parse_v4(&v4(5, 28, 0x00b9, UDP, &UDP_53).as_slice()).expect("valid");
+    assert_eq!(parsed.fragment, Fragment::Later { id: 0x1234 });
+    assert_eq!((parsed.source_port, parsed.destination_port), (0, 0));
+    let parsed = parse_v4(&v4(5, 28, 0x2000, UDP, &UDP_53).as_slice()).expect("valid");
+    assert_eq!(parsed.fragment, Fragment::First { id: 0x1234 });
+    assert_eq!(parsed.destination_port, 53);
+}
+
+#[test]
+fn contradictions_are_malformed_and_short_ones_truncated() {
+    assert_eq!(parse_v4(&&v4(5, 28, 0, UDP, &UDP_53)[..19]), Err(Skip::Truncated));
+    let mut short_ihl = v4(5, 28, 0, UDP, &UDP_53);
+    short_ihl[0] = 0x44;
+    assert_eq!(parse_v4(&short_ihl.as_slice()), Err(Skip::Malformed));
+    assert_eq!(parse_v4(&v4(5, 19, 0, UDP, &UDP_53).as_slice()), Err(Skip::Malformed));
+    assert_eq!(parse_v4(&v4(5, 24, 0, UDP, &UDP_53).as_slice()), Err(Skip::Malformed));
+    assert_eq!(parse_v4(&v4(5, 40, 0, TCP, &tcp(2, 5)[..10]).as_slice()), Err(Skip::Truncated));
+    assert_eq!(parse_v4(&v4(5, 40, 0, 132, &tcp(2, 5)).as_slice()), Err(Skip::Protocol));
+}
+
+#[test]
+fn ipv6_extension_headers_are_followed() {
+    // Hop-by-hop (8 bytes), destination options (16 bytes), then UDP.
+    let mut payload = std::vec![60, 0, 0, 0, 0, 0, 0, 0];
+    payload.extend_from_slice(&[UDP, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+    payload.extend_from_slice(&UDP_53);
+    let parsed = parse_v6(&v6(0, &payload).as_slice()).expect("valid");
+    assert_eq!((parsed.destination_port, parsed.header_len), (53, 72));
+}
+
+#[test]
+fn ipv6_fragments() {
+    let fragment = |field: u16| {
+        let mut payload = std::vec![UDP, 0, 0, 0, 0, 0, 0, 7];
+        payload[2..4].copy_from_slice(&field.to_be_bytes());
+        payload.extend_from_slice(&UDP_53);
+        parse_v6(&v6(44, &payload).as_slice()).expect("valid")
+    };
+    assert_eq!(fragment(0).fragment, Fragment::Whole);
+    assert_eq!(fragment(1).fragment, Fragment::First { id: 7 });
+    assert_eq!(fragment(1).destination_port, 53);
+    assert_eq!(fragment(8).fragment, Fragment::Later { id: 7 });
+    assert_eq!(fragment(9).destination_port, 0);
+}
+
+#[test]
+fn routing_header_with_segments_left_is_not_ours() {
+    let mut payload = std::vec![UDP, 0, 4, 1, 0, 0, 0, 0];
+    payload.extend_from_slice(&UDP_53);
+    assert_eq!(parse_v6(&v6(43, &payload).as_slice()), Err(Skip::Protocol));
+    payload[3] = 0;
+    assert!(parse_v6(&v6(43, &payload).as_slice()).is_ok());
+}
+
+#[test]
+fn endless_extension_headers_end() {
+    let mut payload = Vec::new();
+    for _ in 0..64 {
+        payload.extend_from_slice(&[60, 0, 0, 0, 0, 0, 0, 0]);
+    }
+    assert_eq!(parse_v6(&v6(60, &payload).as_slice()), Err(Skip::Protocol));
+}
+
+/// The same in the plainest way: slices, recursion, no bounds on the chain.
+fn naive_v6_transport(bytes: &[u8], next: u8, offset: usize, hops: u32) -> Option<(u8, u16)> {
+    let rest = bytes.get(offset..)?;
+    match next {
+        TCP | UDP => Some((next, u16::from_be_bytes([*rest.get(2)?, *rest.get(3)?]))),
+        _ if hops == 0 => None,
+        0 | 60 => {
+            naive_v6_transport(bytes, *rest.first()?, offset + (usize::from(*rest.get(1)?) + 1) * 8, hops - 1)
+        }
+        _ => None,
+    }
+}
+
+proptest! {
+    /// No bytes make it panic, and ports are never read from beyond the packet.
+    #[test]
+    fn any_bytes(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+        let _ = parse_v4(&bytes.as_slice());
+        let _ = parse_v6(&bytes.as_slice());
+    }
+
+    #[test]
+    fn v4_agrees_with_offsets(ihl in 5u8..=15, udp in any::<bool>(), sport: u16, dport: u16, options in any::<[u8; 40]>()) {
+        let (protocol, mut l4) = if udp { (UDP, UDP_53.to_vec()) } else { (TCP, tcp(0x10, 5)) };
+        l4[0..2].copy_from_slice(&sport.to_be_bytes());
+        l4[2..4].copy_from_slice(&dport.to_be_bytes());
+        let total = u16::from(ihl) * 4 + u16::try_from(l4.len()).expect("short");
+        let mut packet = v4(ihl, total, 0, protocol, &l4);
+        let end = usize::from(ihl) * 4;
+        packet[20..end].copy_from_slice(&options[..end - 20]);
+        let parsed = parse_v4(&packet.as_slice()).expect("valid");
+        prop_assert_eq!((parsed.source_port, parsed.destination_port, parsed.protocol), (sport, dport, protocol));
+        prop_assert_eq!(parsed.ip_len, u32::from(total));
+    }
+
+    #[test]
+    fn v6_options_agree_with_naive(chain in proptest::collection::vec((prop_oneof![Just(0u8), Just(60u8)], 0u8..3), 0..6), dport: u16) {
+        let mut payload = Vec::new();
+        for (i, (_, len)) in chain.iter().enumerate() {
+            let next = chain.get(i + 1).map_or(UDP, |(kind, _)| *kind);
+            payload.extend_from_slice(&[next, *len]);
+            payload.extend(std::iter::repeat_n(0, usize::from(*len) * 8 + 6));
+        }
+        let mut udp = UDP_53;
+        udp[2..4].copy_from_slice(&dport.to_be_bytes());
+        payload.extend_from_slice(&udp);
+        let first = chain.first().map_or(UDP, |(kind, _)| *kind);
+        let packet = v6(first, &payload);
+        let parsed = parse_v6(&packet.as_slice()).ok().map(|p| (p.protocol, p.destination_port));
+        prop_assert_eq!(parsed, naive_v6_transport(&packet, first, 40, MAX_EXTENSION_HEADERS));
+    }
+}

@@ -1,0 +1,221 @@
+//! UDP flows: what one client address and port sends, to however many servers.
+//!
+//! A flow has one socket towards upstream, so every server sees the same source, and
+//! a reply from any of them finds its way (endpoint-independent mapping, RFC 4787).
+
+use std::cell::{Cell, RefCell};
+use std::io;
+use std::os::fd::AsFd;
+use std::pin::pin;
+use std::rc::Rc;
+use std::time::Duration;
+
+use lru::LruCache;
+use tokio::net::UdpSocket;
+use tokio::sync::Notify;
+use tokio::task::{spawn_local, yield_now};
+use tokio::time::{Instant, sleep_until};
+
+use super::Worker;
+use super::raw::ReplySender;
+use super::receive::Received;
+use super::record::{End, Protocol, Record};
+use super::udp::BATCH;
+use crate::addr::{ClientAddr, OrigDst};
+use crate::limits::ClientSlot;
+use crate::sockopt;
+use crate::upstream::Reason;
+
+/// At the end of a run a flow is over when it was quiet for this long: time for an
+/// answer that is under way.
+const DRAIN_QUIET: Duration = Duration::from_secs(1);
+
+/// All flows of one worker.
+pub(crate) struct Flows {
+    worker: Rc<Worker>,
+    replies: ReplySender,
+    /// The least recently used goes first where room is needed.
+    table: RefCell<LruCache<ClientAddr, Rc<Flow>>>,
+}
+
+/// One flow.
+struct Flow {
+    client: ClientAddr,
+    socket: UdpSocket,
+    /// When the latest datagram went either way.
+    last: Cell<Instant>,
+    replied: Cell<bool>,
+    evicted: Cell<bool>,
+    /// The flow's task has to look at the fields above.
+    changed: Notify,
+    record: Record,
+    _slot: ClientSlot,
+}
+
+impl Flows {
+    pub(crate) fn new(worker: &Rc<Worker>, replies: ReplySender) -> Rc<Self> {
+        Rc::new(Self { worker: Rc::clone(worker), replies, table: RefCell::new(LruCache::unbounded()) })
+    }
+
+    /// Sends a client's datagram to where the client wanted it, in its flow or a new one.
+    pub(crate) fn forward(self: &Rc<Self>, datagram: &Received, payload: &[u8]) {
+        let stats = self.worker.stats();
+        let Some(destination) = datagram.destination else {
+            return stats.udp_no_destination.inc();
+        };
+        if self.worker.shared.own.contains(destination) {
+            return stats.loops_prevented.inc();
+        }
+        let known = self.table.borrow_mut().get(&datagram.client).map(Rc::clone);
+        let Some(flow) = known.or_else(|| self.open(datagram.client, destination)) else { return };
+        flow.last.set(Instant::now());
+        match sockopt::send_to(flow.socket.as_fd(), payload, destination.get()) {
+            Ok(sent) => {
+                stats.udp_datagrams_up.inc();
+                stats.udp_bytes_up.add(sent as u64);
+                flow.record.traffic.up.set(flow.record.traffic.up.get() + sent as u64);
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => stats.udp_send_full.inc(),
+            Err(error) => {
+                stats.udp_send_errors.inc();
+                tracing::debug!("{} to {destination}: cannot send: {error}", datagram.client);
+            }
+        }
+    }
+
+    /// Lets flows end that are quiet, however long their time-outs are.
+    pub(crate) fn drain(&self) {
+        for (_, flow) in self.table.borrow().iter() {
+            flow.changed.notify_one();
+        }
+    }
+
+    /// A new flow, unless a limit forbids it.
+    fn open(self: &Rc<Self>, client: ClientAddr, destination: OrigDst) -> Option<Rc<Flow>> {
+        let (shared, stats) = (&self.worker.shared, self.worker.stats());
+        if self.worker.draining.get() {
+            stats.udp_refused_draining.inc();
+            return None;
+        }
+        let Some(slot) = shared.clients.admit(client.ip()) else {
+            stats.client_limit_udp.inc();
+            return None;
+        };
+        if self.table.borrow().len() >= shared.flows_per_worker.max(1) {
+            self.evict();
+        }
+        let socket = match shared.direct.udp(client, stats) {
+            Ok(socket) => socket,
+            Err(error) => {
+                stats.udp_no_socket.inc();
+                if error.reason == Reason::Exhausted {
+                    shared.report_exhaustion("cannot open a UDP flow", &error.source.source);
+                    // The client will repeat its datagram; by then there is a descriptor.
+                    self.evict();
+                }
+                tracing::debug!("{client} to {destination}: {error}");
+                return None;
+            }
+        };
+        shared.report_recovery();
+        let flow = Rc::new(Flow {
+            client,
+            socket,
+            last: Cell::new(Instant::now()),
+            replied: Cell::new(false),
+            evicted: Cell::new(false),
+            changed: Notify::new(),
+            record: Record::new(&self.worker, Protocol::Udp, client, destination),
+            _slot: slot,
+        });
+        self.table.borrow_mut().put(client, Rc::clone(&flow));
+        spawn_local(Rc::clone(self).run(Rc::clone(&flow)));
+        Some(flow)
+    }
+
+    /// Ends the least recently used flow.
+    fn evict(&self) {
+        if let Some((_, flow)) = self.table.borrow_mut().pop_lru() {
+            flow.evicted.set(true);
+            flow.changed.notify_one();
+        }
+    }
+
+    /// Brings the replies of one flow to its client, until the flow is over.
+    ///
+    /// The timer sleeps until the flow would be over if nothing came, and looks
+    /// then whether something did: a datagram costs no timer.
+    async fn run(self: Rc<Self>, flow: Rc<Flow>) {
+        let mut timer = pin!(sleep_until(self.deadline(&flow)));
+        let end = loop {
+            tokio::select! {
+                result = flow.socket.readable() => match result {
+                    Ok(()) => if self.bring_replies(&flow) { yield_now().await },
+                    Err(_) => break End::Cut,
+                },
+                () = &mut timer => {}
+                () = flow.changed.notified() => {}
+            }
+            if flow.evicted.get() {
+                break End::Evicted;
+            }
+            let deadline = self.deadline(&flow);
+            if Instant::now() >= deadline {
+                break End::Timeout;
+            }
+            if timer.is_elapsed() || deadline < timer.deadline() {
+                timer.as_mut().reset(deadline);
+            }
+        };
+        flow.record.ends(end);
+        self.remove(&flow);
+    }
+
+    /// Sends what has come on to the client; true where there may be more.
+    fn bring_replies(&self, flow: &Flow) -> bool {
+        let stats = self.worker.stats();
+        let mut buffer = self.worker.datagram.borrow_mut();
+        self.table.borrow_mut().promote(&flow.client);
+        for _ in 0..BATCH {
+            match flow.socket.try_recv_from(&mut buffer) {
+                Ok((length, server)) => {
+                    flow.last.set(Instant::now());
+                    flow.replied.set(true);
+                    match self.replies.send(server, flow.client, &buffer[..length]) {
+                        Ok(()) => {
+                            stats.udp_datagrams_down.inc();
+                            stats.udp_bytes_down.add(length as u64);
+                            flow.record.traffic.down.set(flow.record.traffic.down.get() + length as u64);
+                        }
+                        Err(error) if error.kind() == io::ErrorKind::WouldBlock => stats.udp_send_full.inc(),
+                        Err(error) => {
+                            stats.udp_reply_errors.inc();
+                            tracing::debug!("reply of {server} to {}: cannot send: {error}", flow.client);
+                        }
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
+                Err(error) => {
+                    stats.udp_receive_errors.inc();
+                    tracing::debug!("flow of {}: cannot receive: {error}", flow.client);
+                }
+            }
+        }
+        true
+    }
+
+    fn deadline(&self, flow: &Flow) -> Instant {
+        let timeouts = &self.worker.shared.timeouts;
+        let timeout = if flow.replied.get() { timeouts.udp } else { timeouts.udp_unreplied };
+        let timeout = if self.worker.draining.get() { timeout.min(DRAIN_QUIET) } else { timeout };
+        flow.last.get() + timeout
+    }
+
+    fn remove(&self, flow: &Rc<Flow>) {
+        let mut table = self.table.borrow_mut();
+        // After an eviction the place may be a newer flow's.
+        if table.peek(&flow.client).is_some_and(|other| Rc::ptr_eq(other, flow)) {
+            table.pop(&flow.client);
+        }
+    }
+}

@@ -1,0 +1,209 @@
+//! The relay: what the client sends goes to its destination, and back.
+
+mod checksum;
+mod copy;
+mod flow;
+mod pool;
+pub mod raw;
+mod receive;
+mod record;
+pub(crate) mod tcp;
+pub(crate) mod udp;
+
+pub(crate) use flow::Flows;
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashSet;
+use std::io;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use tokio::sync::{Notify, Semaphore};
+
+use crate::addr::OrigDst;
+use crate::config::{Config, Limits, Timeouts};
+use crate::limits::{self, Alarm, ClientLimits};
+use crate::listener::WorkerListeners;
+use crate::sockopt::{self, OwnMark};
+use crate::stats::{Stats, WorkerStats};
+use crate::upstream::direct::Direct;
+use pool::Pool;
+
+/// What all workers of one run share. Nothing in it is locked for data.
+#[derive(Debug)]
+pub struct Shared {
+    direct: Direct,
+    timeouts: Timeouts,
+    limits: Limits,
+    flows_per_worker: usize,
+    stats: Arc<Stats>,
+    clients: Arc<ClientLimits>,
+    connections: Arc<Semaphore>,
+    own: OwnAddresses,
+    exhausted: Alarm,
+    full: Alarm,
+}
+
+impl Shared {
+    /// Takes what the relay needs of the configuration. `stats` must have been made for
+    /// as many workers as there are `listeners`.
+    ///
+    /// UDP flows are divided among the workers, whose clients the kernel spreads
+    /// evenly: each can then make room by its own least recently used flow.
+    #[must_use]
+    pub fn new(config: &Config, listeners: &[WorkerListeners], stats: Arc<Stats>) -> Arc<Self> {
+        let workers = listeners.len().max(1);
+        Arc::new(Self {
+            direct: Direct {
+                source: config.source,
+                mark: OwnMark(config.steering.own_mark),
+                timeout: config.timeouts.connect,
+            },
+            timeouts: config.timeouts,
+            limits: config.limits,
+            flows_per_worker: (config.limits.udp_flows as usize).div_ceil(workers),
+            stats,
+            clients: ClientLimits::new(config.limits.per_client),
+            connections: Arc::new(Semaphore::new(config.limits.connections as usize)),
+            own: OwnAddresses::new(listeners),
+            exhausted: Alarm::default(),
+            full: Alarm::default(),
+        })
+    }
+
+    /// The mark of the proxy's sockets.
+    pub(crate) fn mark(&self) -> OwnMark {
+        self.direct.mark
+    }
+
+    /// Logs once that descriptors or memory are used up.
+    fn report_exhaustion(&self, what: &str, error: &io::Error) {
+        if self.exhausted.raise() {
+            tracing::warn!("{what}: {error}: {}", limits::describe_exhaustion(error));
+        }
+    }
+
+    /// Logs once that things go well again.
+    fn report_recovery(&self) {
+        if self.exhausted.clear() {
+            tracing::info!("descriptors and memory suffice again");
+        }
+    }
+}
+
+/// What the tasks of one worker share.
+#[derive(Debug)]
+pub(crate) struct Worker {
+    pub(crate) shared: Arc<Shared>,
+    index: usize,
+    pool: Pool,
+    /// For one datagram at a time; never borrowed while a task waits.
+    datagram: RefCell<Box<[u8]>>,
+    draining: Cell<bool>,
+    /// While draining: a connection or flow has ended.
+    ended: Notify,
+}
+
+impl Worker {
+    pub(crate) fn new(shared: Arc<Shared>, index: usize) -> Rc<Self> {
+        Rc::new(Self {
+            shared,
+            index,
+            pool: Pool::default(),
+            datagram: RefCell::new(vec![0; receive::BUFFER].into()),
+            draining: Cell::new(false),
+            ended: Notify::new(),
+        })
+    }
+
+    pub(crate) fn stats(&self) -> &WorkerStats {
+        self.shared.stats.worker(self.index)
+    }
+
+    /// From now on nothing new is taken.
+    pub(crate) fn drain(&self) {
+        self.draining.set(true);
+    }
+
+    /// Waits until no connection and no flow is left.
+    pub(crate) async fn finished(&self) {
+        while self.stats().tcp_active.get() + self.stats().udp_active.get() > 0 {
+            self.ended.notified().await;
+        }
+    }
+}
+
+/// The listeners' own addresses. A client that asks for one of them asks the
+/// proxy to connect to itself, which would go on until no descriptor is left.
+#[derive(Debug)]
+struct OwnAddresses {
+    /// Sorted. Almost every question ends with it.
+    ports: Vec<u16>,
+    exact: HashSet<SocketAddr>,
+    /// Listeners on all addresses of this host.
+    wildcard: HashSet<SocketAddr>,
+}
+
+impl OwnAddresses {
+    fn new(listeners: &[WorkerListeners]) -> Self {
+        let addresses = listeners.iter().flat_map(WorkerListeners::iter).map(|listener| listener.addr);
+        Self::of(addresses)
+    }
+
+    fn of(addresses: impl Iterator<Item = SocketAddr>) -> Self {
+        let (wildcard, exact): (HashSet<_>, HashSet<_>) =
+            addresses.partition(|addr| addr.ip().is_unspecified());
+        let mut ports: Vec<u16> = exact.iter().chain(&wildcard).map(SocketAddr::port).collect();
+        ports.sort_unstable();
+        ports.dedup();
+        Self { ports, exact, wildcard }
+    }
+
+    fn contains(&self, destination: OrigDst) -> bool {
+        let addr = destination.get();
+        if self.ports.binary_search(&addr.port()).is_err() {
+            return false;
+        }
+        let mut any = addr;
+        match &mut any {
+            SocketAddr::V4(v4) => v4.set_ip(std::net::Ipv4Addr::UNSPECIFIED),
+            SocketAddr::V6(v6) => {
+                v6.set_ip(std::net::Ipv6Addr::UNSPECIFIED);
+                v6.set_scope_id(0);
+            }
+        }
+        self.exact.contains(&addr) || self.wildcard.contains(&any) && sockopt::is_local(addr)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn own(addresses: &[&str]) -> OwnAddresses {
+        OwnAddresses::of(addresses.iter().map(|addr| addr.parse().expect("an address")))
+    }
+
+    fn asks(own: &OwnAddresses, destination: &str) -> bool {
+        own.contains(OrigDst::from(destination.parse::<SocketAddr>().expect("an address")))
+    }
+
+    #[test]
+    fn listeners_are_no_destination() {
+        let own = own(&["127.0.0.1:15001", "[::1]:40000"]);
+        assert!(asks(&own, "127.0.0.1:15001"));
+        assert!(asks(&own, "[::1]:40000"));
+        assert!(!asks(&own, "127.0.0.1:40000"));
+        assert!(!asks(&own, "192.0.2.1:15001"), "the port elsewhere is fair game");
+    }
+
+    #[test]
+    fn wildcard_listeners_cover_this_host_only() {
+        let own = own(&["0.0.0.0:15001", "[::]:15001"]);
+        assert!(asks(&own, "127.0.0.7:15001"));
+        assert!(asks(&own, "[::1]:15001"));
+        assert!(!asks(&own, "192.0.2.1:15001"));
+        assert!(!asks(&own, "127.0.0.7:15002"));
+    }
+}

@@ -1,0 +1,172 @@
+//! A worker: one thread with its own runtime, listeners, flows and buffers.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use tokio::io::unix::AsyncFd;
+use tokio::runtime::{Builder, Runtime};
+use tokio::sync::oneshot;
+use tokio::task::{LocalSet, spawn_local};
+
+use crate::failure::Failure;
+use crate::listener::{Bound, WorkerListeners};
+use crate::relay::raw::ReplySender;
+use crate::relay::{self, Flows, Shared};
+use crate::shutdown::{Phase, Shutdown};
+use crate::sockopt::{self, SocketError};
+
+/// A worker that could not be started, or that died.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkerError {
+    /// The thread or its runtime.
+    #[error("cannot start worker {index}")]
+    Start {
+        /// The worker.
+        index: usize,
+        /// What failed.
+        source: io::Error,
+    },
+    /// The sockets that send UDP replies.
+    #[error("cannot make the UDP reply sockets of worker {index}")]
+    ReplySockets {
+        /// The worker.
+        index: usize,
+        /// What failed.
+        source: SocketError,
+    },
+    /// The same, for want of `CAP_NET_RAW`.
+    #[error("cannot make the UDP reply sockets of worker {index}")]
+    Privilege {
+        /// The worker.
+        index: usize,
+        /// [`Failure::Unsupported`].
+        source: Failure,
+    },
+    /// The thread panicked. That is a fault of this program.
+    #[error("worker {index} panicked; please report it with the lines above")]
+    Panicked {
+        /// The worker.
+        index: usize,
+    },
+}
+
+/// A running worker.
+#[derive(Debug)]
+pub struct WorkerHandle {
+    index: usize,
+    thread: JoinHandle<()>,
+    over: oneshot::Receiver<()>,
+}
+
+impl WorkerHandle {
+    /// Waits until the worker is done: everything it had has ended.
+    ///
+    /// # Errors
+    /// [`WorkerError::Panicked`].
+    pub async fn finished(self) -> Result<(), WorkerError> {
+        // The sender is dropped, never used, when the thread ends in whatever way.
+        if self.over.await.is_ok() {
+            tracing::trace!("worker {} said good-bye", self.index);
+        }
+        self.thread.join().map_err(|_| WorkerError::Panicked { index: self.index })
+    }
+}
+
+/// Everything a worker's thread starts with. Made before the thread, so that what
+/// can fail fails where somebody hears of it.
+struct Parts {
+    runtime: Runtime,
+    tcp: Vec<AsyncFd<OwnedFd>>,
+    udp: Vec<AsyncFd<OwnedFd>>,
+    replies: ReplySender,
+}
+
+/// Starts the worker `index` (below the number of workers that `shared` knows).
+///
+/// It relays until `shutdown` drains and then stops it. The thread stays in the
+/// network namespace of the caller.
+///
+/// # Errors
+/// [`WorkerError`].
+pub fn spawn(
+    index: usize,
+    listeners: WorkerListeners,
+    shared: &Arc<Shared>,
+    shutdown: Shutdown,
+) -> Result<WorkerHandle, WorkerError> {
+    let parts = prepare(index, listeners, shared)?;
+    let shared = Arc::clone(shared);
+    let (alive, over) = oneshot::channel();
+    let thread = std::thread::Builder::new()
+        .name(format!("tproxy-{index}"))
+        .spawn(move || {
+            let _alive = alive;
+            run(index, parts, shared, shutdown);
+        })
+        .map_err(|source| WorkerError::Start { index, source })?;
+    Ok(WorkerHandle { index, thread, over })
+}
+
+fn prepare(index: usize, listeners: WorkerListeners, shared: &Shared) -> Result<Parts, WorkerError> {
+    let start = |source| WorkerError::Start { index, source };
+    let replies = ReplySender::new(listeners.udp4.is_some(), listeners.udp6.is_some(), shared.mark())
+        .map_err(|source| match source.errno() {
+            Some(libc::EPERM | libc::EACCES) => {
+                let source =
+                    Failure::unsupported(format_args!("{source}: CAP_NET_RAW is needed; run as root"));
+                WorkerError::Privilege { index, source }
+            }
+            _ => WorkerError::ReplySockets { index, source },
+        })?;
+    let runtime = Builder::new_current_thread().enable_all().build().map_err(start)?;
+    let context = runtime.enter();
+    let tcp = watched([listeners.tcp4, listeners.tcp6]).map_err(start)?;
+    let udp = watched([listeners.udp4, listeners.udp6]).map_err(start)?;
+    drop(context);
+    Ok(Parts { runtime, tcp, udp, replies })
+}
+
+fn watched<T: Into<OwnedFd>>(listeners: [Option<Bound<T>>; 2]) -> io::Result<Vec<AsyncFd<OwnedFd>>> {
+    listeners.into_iter().flatten().map(|bound| sockopt::watch(bound.socket.into())).collect()
+}
+
+fn run(index: usize, parts: Parts, shared: Arc<Shared>, mut shutdown: Shutdown) {
+    let Parts { runtime, tcp, udp, replies } = parts;
+    let tasks = LocalSet::new();
+    tasks.block_on(&runtime, async {
+        let worker = relay::Worker::new(shared, index);
+        let flows = Flows::new(&worker, replies);
+        let accepting: Vec<_> = tcp
+            .into_iter()
+            .map(|listener| {
+                let mut shutdown = shutdown.clone();
+                let end = async move { shutdown.reached(Phase::Draining).await };
+                spawn_local(relay::tcp::listen(Rc::clone(&worker), listener, end))
+            })
+            .collect();
+        for listener in udp {
+            spawn_local(relay::udp::listen(Rc::clone(&worker), Rc::clone(&flows), listener));
+        }
+        shutdown.reached(Phase::Draining).await;
+        worker.drain();
+        flows.drain();
+        let finished = async {
+            // They take what is in their queues, and only then nothing more begins.
+            for listener in accepting {
+                if let Err(error) = listener.await {
+                    tracing::error!(%error, "a listener's task died");
+                }
+            }
+            worker.finished().await;
+        };
+        tokio::select! {
+            () = finished => {}
+            () = shutdown.reached(Phase::Stopped) => {}
+        }
+    });
+    // What is left ends here: its sockets are reset and its records say so.
+    drop(tasks);
+}
