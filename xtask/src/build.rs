@@ -116,17 +116,11 @@ pub(crate) fn objects(toolchain: &Toolchain) -> Result<Objects> {
     let target = bpf_target();
     let built = target.join("bpfel-unknown-none/release/tproxy");
     let directory = workspace::bpf_dir();
-<<<<<<< HEAD
-    fs::create_dir_all(&directory).with_context(|| format!("cannot create {}", directory.display()))?;
-    let make = |file: &str, label: &str, features: &[&str]| -> Result<PathBuf> {
-        let mut cargo = bpf_cargo(toolchain, &linker, "build", &target, &[])?;
-=======
     fs::create_dir_all(&directory)
         .with_context(|| format!("cannot create {}", directory.display()))?;
     let mut warned = false;
     let mut make = |file: &str, label: &str, features: &[&str]| -> Result<PathBuf> {
         let mut cargo = bpf_cargo(toolchain, &linker, "build", &target)?;
->>>>>>> build
         let log = Step::new(label, "build-ebpf").run(cargo.args(features))?;
         warned |= show_warnings(&log)?;
         let object = directory.join(file);
@@ -140,14 +134,9 @@ pub(crate) fn objects(toolchain: &Toolchain) -> Result<Objects> {
         &["--features", "log"],
     )?;
     Ok(Objects {
-<<<<<<< HEAD
-        default: make("tproxy.o", "building the eBPF object", &[])?,
-        log: make("tproxy-log.o", "building the eBPF object that logs", &["--features", "log"])?,
-=======
         default,
         log,
         warned,
->>>>>>> build
     })
 }
 
