@@ -116,8 +116,7 @@ pub(crate) fn objects(toolchain: &Toolchain) -> Result<Objects> {
     let target = bpf_target();
     let built = target.join("bpfel-unknown-none/release/tproxy");
     let directory = workspace::bpf_dir();
-    fs::create_dir_all(&directory)
-        .with_context(|| format!("cannot create {}", directory.display()))?;
+    fs::create_dir_all(&directory).with_context(|| format!("cannot create {}", directory.display()))?;
     let mut warned = false;
     let mut make = |file: &str, label: &str, features: &[&str]| -> Result<PathBuf> {
         let mut cargo = bpf_cargo(toolchain, &linker, "build", &target)?;
@@ -128,16 +127,8 @@ pub(crate) fn objects(toolchain: &Toolchain) -> Result<Objects> {
         Ok(object)
     };
     let default = make("tproxy.o", "building the eBPF object", &[])?;
-    let log = make(
-        "tproxy-log.o",
-        "building the eBPF object that logs",
-        &["--features", "log"],
-    )?;
-    Ok(Objects {
-        default,
-        log,
-        warned,
-    })
+    let log = make("tproxy-log.o", "building the eBPF object that logs", &["--features", "log"])?;
+    Ok(Objects { default, log, warned })
 }
 
 /// The toolchain's cargo, set up to compile the eBPF crate for its target.
@@ -150,9 +141,7 @@ pub(crate) fn bpf_cargo(
     subcommand: &str,
     target: &Path,
 ) -> Result<std::process::Command> {
-    let mut flags: Vec<String> = ["-C", "debuginfo=2", "-C", "link-arg=--btf"]
-        .map(str::to_owned)
-        .into();
+    let mut flags: Vec<String> = ["-C", "debuginfo=2", "-C", "link-arg=--btf"].map(str::to_owned).into();
     let library = toolchain.sysroot().join("lib/rustlib/src/rust");
     let real_library = library.canonicalize().unwrap_or_else(|_| library.clone());
     let mut moved = vec![

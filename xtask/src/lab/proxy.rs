@@ -45,6 +45,7 @@ pub fn is_direct() -> bool {
 #[derive(Debug)]
 pub struct Launch<'lab> {
     lab: &'lab Lab,
+    binary: Option<PathBuf>,
     pin: PathBuf,
     args: Vec<String>,
     open_files: Option<u32>,
@@ -55,7 +56,14 @@ impl<'lab> Launch<'lab> {
     #[must_use]
     pub fn new(lab: &'lab Lab, flags: &str) -> Self {
         let args = flags.split_whitespace().map(Into::into).collect();
-        Self { lab, pin: lab.pin(), args, open_files: None }
+        Self { lab, binary: None, pin: lab.pin(), args, open_files: None }
+    }
+
+    /// Another program than [`binary`] finds.
+    #[must_use]
+    pub fn binary(mut self, path: impl Into<PathBuf>) -> Self {
+        self.binary = Some(path.into());
+        self
     }
 
     /// Another instance beside the usual one.
@@ -79,12 +87,16 @@ impl<'lab> Launch<'lab> {
         self
     }
 
+    fn program(&self) -> Result<PathBuf> {
+        self.binary.clone().map_or_else(binary, Ok)
+    }
+
     /// The command line.
     ///
     /// # Errors
     /// Where `tproxy-user` is not built.
     pub fn command(&self) -> Result<Cmd> {
-        let binary = binary()?;
+        let binary = self.program()?;
         let command = match self.open_files {
             None => self.lab.router.cmd(binary),
             // `exec`: the process number that is known must be the proxy's.
@@ -102,7 +114,8 @@ impl<'lab> Launch<'lab> {
     /// Where it ends or does not say so in time.
     pub fn start(self) -> Result<Proxy> {
         let daemon = Daemon::start(self.lab, "tproxy-user", &self.command()?)?;
-        let mut proxy = Proxy { daemon, router: self.lab.router.clone(), pin: self.pin };
+        let binary = self.program()?;
+        let mut proxy = Proxy { daemon, binary, router: self.lab.router.clone(), pin: self.pin };
         let query = proxy.cmd("status --json")?;
         proxy.daemon.wait_ready("`tproxy-user status` said that it runs", |daemon| {
             let output = query.run()?;
@@ -119,6 +132,7 @@ impl<'lab> Launch<'lab> {
 pub struct Proxy {
     /// The process.
     pub daemon: Daemon,
+    binary: PathBuf,
     router: Namespace,
     pin: PathBuf,
 }
@@ -162,7 +176,7 @@ impl Proxy {
     /// # Errors
     /// Where `tproxy-user` is not built.
     pub fn cmd(&self, words: &str) -> Result<Cmd> {
-        Ok(self.router.cmd(binary()?).args(words.split_whitespace()).arg("--pin").arg(&self.pin))
+        Ok(self.router.cmd(&self.binary).args(words.split_whitespace()).arg("--pin").arg(&self.pin))
     }
 
     /// The flows.
