@@ -3,7 +3,7 @@
 //! All that is made here carries the protocol number [`PROTOCOL`], and one
 //! table belongs to one instance, so what a killed run left is known again.
 
-mod conflict;
+pub mod conflict;
 mod message;
 
 pub use conflict::find as find_conflict;

@@ -7,7 +7,7 @@ use nix::net::if_::if_nametoindex;
 use rtnetlink::Handle;
 
 use crate::clsact;
-use crate::datapath::attach;
+use crate::datapath::bpffs;
 use crate::instance::state::{FilterMade, Journal, QdiscMade, State, SysctlChange, netns};
 use crate::routing::Routing;
 use crate::sysctl;
@@ -63,11 +63,11 @@ pub async fn everything(state: &State, handle: &Handle) -> Report {
 
 /// Removes the pinned maps and links, which detaches the programs of the links.
 pub fn pins(pin: &Path, report: &mut Report) {
-    match attach::remove_pins(pin) {
+    match bpffs::remove(pin) {
         Ok(removed) => report
             .done
             .extend(removed.iter().map(|what| format!("removed {what}"))),
-        Err(error) => report.failed.push(error),
+        Err(error) => report.failed.push(error.into()),
     }
 }
 

@@ -88,10 +88,10 @@ pub(crate) fn install(packages: &[&str]) -> Result<()> {
     authenticate().context(by_hand.clone())?;
     let mut updated = false;
     if packages.iter().any(|package| candidate(package).is_none()) {
-        update().context(by_hand.clone())?;
+        update();
         updated = true;
         if let Some(unknown) = packages.iter().find(|package| candidate(package).is_none()) {
-            bail!("this system's package sources have no package {unknown}");
+            bail!("this system's package sources have no package {unknown}; {by_hand}");
         }
     }
     let label = format!("installing {list}");
@@ -102,7 +102,7 @@ pub(crate) fn install(packages: &[&str]) -> Result<()> {
         Ok(_) => Ok(()),
         Err(error) if updated => Err(error).context(by_hand),
         Err(_) => {
-            update().context(by_hand.clone())?;
+            update();
             Step::new(&label, "apt-install").run(&mut apt_get(&arguments)).map(drop).context(by_hand)
         }
     }
@@ -137,13 +137,14 @@ fn parse_candidate(policy: &str) -> Option<String> {
         .map(str::to_owned)
 }
 
-/// Fetches the package lists.
-///
-/// # Errors
-/// apt-get fails; a single source that cannot be reached is no error to it.
-pub(crate) fn update() -> Result<()> {
-    authenticate()?;
-    Step::new("fetching the package lists", "apt-update").run(&mut apt_get(&["update"])).map(drop)
+/// Fetches the package lists. Not an error when it fails: one source of many
+/// that cannot be reached is enough for that, and may have nothing we need.
+pub(crate) fn update() {
+    if let Err(error) =
+        Step::new("fetching the package lists", "apt-update").may_fail().run(&mut apt_get(&["update"]))
+    {
+        term::say(&format!("going on with the package lists there are: {error:#}"));
+    }
 }
 
 fn apt_get(arguments: &[&str]) -> Command {
@@ -170,7 +171,10 @@ fn privileged(program: impl AsRef<std::ffi::OsStr>) -> Command {
 }
 
 /// Lets sudo ask for its password while the terminal is still free for it.
-fn authenticate() -> Result<()> {
+///
+/// # Errors
+/// Not root, and no sudo or it refuses.
+pub(crate) fn authenticate() -> Result<()> {
     if is_root() {
         return Ok(());
     }

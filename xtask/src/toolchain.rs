@@ -315,7 +315,8 @@ fn add_rust_src(rustc: &Path) -> Result<Toolchain, String> {
 fn install_distribution() -> Result<Toolchain> {
     let mut names = distribution_packages();
     if names.is_none() && packages::find("apt-get").is_some() {
-        packages::update()?;
+        packages::authenticate()?;
+        packages::update();
         names = distribution_packages();
     }
     let Some(names) = names else {

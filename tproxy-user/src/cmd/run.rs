@@ -8,5 +8,5 @@ use crate::config::Config;
 /// # Errors
 /// Those of [`app::run`].
 pub fn run(config: Config) -> anyhow::Result<()> {
-    app::run(config)
+    app::run(&config)
 }
