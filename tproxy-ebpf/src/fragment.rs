@@ -48,11 +48,8 @@ pub(crate) fn ingress<S: Side>(skb: &Skb, packet: &Packet, id: u32) -> i32 {
     }
     let key = key(packet, id);
     let known = FRAGMENTS.get_ptr_mut(&key);
-    let proxied = if is_first {
-        first::<S>(skb, packet, &key, known)
-    } else {
-        later::<S>(skb, packet, &key, known)
-    };
+    let proxied =
+        if is_first { first::<S>(skb, packet, &key, known) } else { later::<S>(skb, packet, &key, known) };
     if proxied { to_stack(skb, Mark::Tproxy, Counter::SteeredFragment) } else { pass(Counter::PassPolicy) }
 }
 

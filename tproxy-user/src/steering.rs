@@ -174,7 +174,11 @@ impl Steering {
         Ok(())
     }
 
-    async fn ensure_clsact(&self, interface: &PlannedInterface, instance: &mut Instance) -> anyhow::Result<()> {
+    async fn ensure_clsact(
+        &self,
+        interface: &PlannedInterface,
+        instance: &mut Instance,
+    ) -> anyhow::Result<()> {
         match clsact::qdisc(&self.handle, interface.index).await? {
             clsact::Qdisc::Clsact => Ok(()),
             clsact::Qdisc::Ingress => Err(Failure::conflict(format_args!(
@@ -204,8 +208,7 @@ impl Steering {
     fn log(&mut self) -> anyhow::Result<()> {
         let logger = self.datapath.logger().context("cannot read the log of the eBPF programs")?;
         // SAFETY: the logger owns its descriptor and keeps it until it is dropped.
-        let mut logger =
-            unsafe { AsyncFd::register_with_interest(logger, tokio::io::Interest::READABLE) }?;
+        let mut logger = unsafe { AsyncFd::register_with_interest(logger, tokio::io::Interest::READABLE) }?;
         tokio::spawn(async move {
             while let Ok(mut ready) = logger.readable_mut().await {
                 ready.get_inner_mut().flush();

@@ -59,7 +59,10 @@ mod tests {
     fn features_come_with_their_versions() {
         assert!(of(5, 6).is_err());
         let oldest = of(5, 7).expect("the floor");
-        assert_eq!(oldest, Features { tcx: false, sk_lookup: false, listeners_from_tc: false, ring_buffer: false });
+        assert_eq!(
+            oldest,
+            Features { tcx: false, sk_lookup: false, listeners_from_tc: false, ring_buffer: false }
+        );
         assert!(of(5, 10).expect("newer").sk_lookup);
         assert!(!of(6, 5).expect("newer").tcx);
         assert!(of(6, 6).expect("newer").tcx);
