@@ -116,13 +116,8 @@ impl<'lab> Launch<'lab> {
         let daemon = Daemon::start(self.lab, "tproxy-user", &self.command()?)?;
         let binary = self.program()?;
         let mut proxy = Proxy { daemon, binary, router: self.lab.router.clone(), pin: self.pin };
-        let query = proxy.cmd("status --json")?;
-        proxy.daemon.wait_ready("`tproxy-user status` said that it runs", |daemon| {
-            let output = query.run()?;
-            let status: Option<Value> = serde_json::from_str(&output.stdout).ok();
-            Ok(output.code() == 0
-                && status.is_some_and(|status| status["running"] == true && status["pid"] == daemon.pid()))
-        })?;
+        // It says so last of all: from then on it captures.
+        proxy.daemon.wait_ready("it said that it is ready", |daemon| Ok(daemon.log().contains("ready: ")))?;
         Ok(proxy)
     }
 }

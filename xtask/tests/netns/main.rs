@@ -38,7 +38,7 @@ fn main() -> ExitCode {
         eprintln!("cannot run scenarios: {error:#}");
         return ExitCode::FAILURE;
     }
-    let mut arguments = Arguments::from_args();
+    let (mut arguments, filters) = arguments();
     // Each scenario has up to a dozen busy processes; more at a time would
     // measure the machine and not the proxy.
     arguments.test_threads.get_or_insert(2);
@@ -55,12 +55,38 @@ fn main() -> ExitCode {
         leftovers::SCENARIOS,
         bad_input::SCENARIOS,
     ];
-    let trials = all.into_iter().flatten().flat_map(|(name, scenario)| {
-        Family::ALL.map(|family| {
-            Trial::ignorable_test(format!("{name}::{}", family.name()), move || run(*scenario, family))
-        })
-    });
-    libtest_mimic::run(&arguments, trials.collect()).exit_code()
+    let wanted = |name: &str| {
+        let matches = |filter: &String| if arguments.exact { name == filter } else { name.contains(filter) };
+        filters.is_empty() || filters.iter().any(matches)
+    };
+    let mut trials = Vec::new();
+    for (name, scenario) in all.into_iter().flatten() {
+        for family in Family::ALL {
+            let name = format!("{name}::{}", family.name());
+            if wanted(&name) {
+                trials.push(Trial::ignorable_test(name, move || run(*scenario, family)));
+            }
+        }
+    }
+    libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+/// Flags, and names to filter by: any number of them, as libtest itself takes.
+fn arguments() -> (Arguments, Vec<String>) {
+    const WITH_VALUE: [&str; 5] = ["--skip", "--test-threads", "--logfile", "--color", "--format"];
+    let (mut flags, mut filters) = (Vec::new(), Vec::new());
+    let mut words = std::env::args();
+    flags.extend(words.next());
+    while let Some(word) = words.next() {
+        if !word.starts_with('-') {
+            filters.push(word);
+            continue;
+        }
+        let value = WITH_VALUE.contains(&word.as_str()).then(|| words.next()).flatten();
+        flags.push(word);
+        flags.extend(value);
+    }
+    (Arguments::from_iter(flags), filters)
 }
 
 fn set_up() -> anyhow::Result<()> {
