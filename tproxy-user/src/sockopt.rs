@@ -329,6 +329,6 @@ fn allow_fragments(socket: &Socket, v6: bool) -> Result<(), SocketError> {
     };
     // SAFETY: both options take one int, whose address and size are given.
     let result =
-        unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, (&raw const value).cast(), LENGTH) };
+        unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, (&raw const value).cast(), INT) };
     if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }.call("setsockopt IP_MTU_DISCOVER")
 }

@@ -6,8 +6,8 @@
 //! EOPNOTSUPP: this counter stands for "was handed to a socket".
 
 mod golden {
-    pub mod kernel;
-    pub mod packets;
+    pub(crate) mod kernel;
+    pub(crate) mod packets;
 }
 
 use golden::kernel::{DROP, Kernel, Outcome, PASS, STEERED, usual};

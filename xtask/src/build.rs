@@ -82,7 +82,11 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 pub(crate) fn ensure_all(profile: Profile) -> Result<Artifacts> {
     let (_lock, toolchain) = prepare()?;
     let objects = objects(&toolchain)?;
-    Ok(Artifacts { tproxy_user: userspace(profile)?, object: objects.default, object_log: objects.log })
+    Ok(Artifacts {
+        tproxy_user: userspace(profile)?,
+        object: objects.default,
+        object_log: objects.log,
+    })
 }
 
 /// Sets up the toolchain, alone among the tasks that run in this checkout.
@@ -116,17 +120,11 @@ pub(crate) fn objects(toolchain: &Toolchain) -> Result<Objects> {
     let target = bpf_target();
     let built = target.join("bpfel-unknown-none/release/tproxy");
     let directory = workspace::bpf_dir();
-<<<<<<< HEAD
-    fs::create_dir_all(&directory).with_context(|| format!("cannot create {}", directory.display()))?;
-    let make = |file: &str, label: &str, features: &[&str]| -> Result<PathBuf> {
-        let mut cargo = bpf_cargo(toolchain, &linker, "build", &target, &[])?;
-=======
     fs::create_dir_all(&directory)
         .with_context(|| format!("cannot create {}", directory.display()))?;
     let mut warned = false;
     let mut make = |file: &str, label: &str, features: &[&str]| -> Result<PathBuf> {
         let mut cargo = bpf_cargo(toolchain, &linker, "build", &target)?;
->>>>>>> build
         let log = Step::new(label, "build-ebpf").run(cargo.args(features))?;
         warned |= show_warnings(&log)?;
         let object = directory.join(file);
@@ -140,14 +138,9 @@ pub(crate) fn objects(toolchain: &Toolchain) -> Result<Objects> {
         &["--features", "log"],
     )?;
     Ok(Objects {
-<<<<<<< HEAD
-        default: make("tproxy.o", "building the eBPF object", &[])?,
-        log: make("tproxy-log.o", "building the eBPF object that logs", &["--features", "log"])?,
-=======
         default,
         log,
         warned,
->>>>>>> build
     })
 }
 
@@ -175,7 +168,9 @@ pub(crate) fn bpf_cargo(
         moved.push((real_library, "/rust"));
     }
     for (from, to) in moved {
-        let from = from.to_str().with_context(|| format!("{} is not UTF-8", from.display()))?;
+        let from = from
+            .to_str()
+            .with_context(|| format!("{} is not UTF-8", from.display()))?;
         flags.push(format!("--remap-path-prefix={from}={to}"));
     }
     let mut path = linker.as_os_str().to_owned();
@@ -221,7 +216,9 @@ pub(crate) fn userspace(profile: Profile) -> Result<PathBuf> {
     if let Some(parent) = messages.parent() {
         fs::create_dir_all(parent)?;
     }
-    let log = Step::new("building tproxy-user", "tproxy-user").stdout(&messages).run(&mut cargo)?;
+    let log = Step::new("building tproxy-user", "tproxy-user")
+        .stdout(&messages)
+        .run(&mut cargo)?;
     show_warnings(&log)?;
     let messages = fs::read_to_string(&messages)?;
     executable(&messages).context("cargo built no tproxy-user")
@@ -274,7 +271,11 @@ fn describe(path: &Path) -> Result<String> {
         write!(hash, "{byte:02x}")?;
     }
     let shown = path.strip_prefix(workspace::root()).unwrap_or(path);
-    Ok(format!("{} {} bytes sha256:{hash}", shown.display(), content.len()))
+    Ok(format!(
+        "{} {} bytes sha256:{hash}",
+        shown.display(),
+        content.len()
+    ))
 }
 
 #[cfg(test)]
@@ -287,7 +288,10 @@ mod tests {
 {"reason":"compiler-artifact","target":{"name":"tproxy-user"},"executable":null}
 {"reason":"compiler-artifact","target":{"name":"tproxy-user"},"executable":"/t/debug/tproxy-user"}
 {"reason":"build-finished","success":true}"#;
-        assert_eq!(executable(messages), Some(PathBuf::from("/t/debug/tproxy-user")));
+        assert_eq!(
+            executable(messages),
+            Some(PathBuf::from("/t/debug/tproxy-user"))
+        );
         assert_eq!(executable("no json"), None);
     }
 }

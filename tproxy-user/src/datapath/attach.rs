@@ -9,29 +9,21 @@ use std::path::Path;
 
 use aya::programs::links::{FdLink, LinkError};
 use aya::programs::tc::{
-    NlOptions, SchedClassifierLink, TcAttachOptions, TcAttachType, TcError, TcHandle, qdisc_add_clsact,
+    NlOptions, TcAttachOptions, TcAttachType, TcError, TcHandle, qdisc_add_clsact,
 };
 use aya::programs::{LinkOrder, ProgramError};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use tproxy_common::abi::program;
+
+use crate::clsact::Filter;
+use crate::instance::state::FilterMade;
+use crate::plan::Role;
 
 use super::bpffs;
 use super::load::{Datapath, LoadError, lookup_program, tc_program};
 
-/// What an interface is to the proxy.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Role {
-    /// Clients arrive here.
-    Capture,
-    /// Servers answer here.
-    Uplink,
-    /// The loopback device, for the host's own traffic.
-    Loopback,
-}
-
 /// The kernel hook.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Hook {
     /// A tcx link (6.6).
@@ -41,26 +33,12 @@ pub enum Hook {
 }
 
 /// Which way packets go.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Direction {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Direction {
     /// Arriving.
     Ingress,
     /// Leaving.
     Egress,
-}
-
-/// A clsact filter, as `tc filter` names it; what it takes to delete it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Filter {
-    /// Interface name.
-    pub interface: String,
-    /// Interface index, which tells a re-created interface.
-    pub ifindex: u32,
-    /// Which way.
-    pub direction: Direction,
-    /// `pref` of `tc filter`.
-    pub priority: u16,
 }
 
 /// `pref` of our clsact filters: "tp". Where another has it, the next ones.
@@ -136,14 +114,14 @@ impl Datapath {
     ///
     /// # Errors
     ///
-    /// [`AttachError`]; what was attached before stays until [`remove`].
+    /// [`AttachError`]; what was attached before stays.
     pub fn attach(
         &mut self,
         target: &Target<'_>,
         hook: Hook,
         own_traffic: bool,
         pin: &Path,
-        journal: &mut dyn FnMut(Filter) -> io::Result<()>,
+        journal: &mut dyn FnMut(FilterMade) -> io::Result<()>,
     ) -> Result<(), AttachError> {
         for (direction, name) in programs(target.role, own_traffic) {
             let Some(name) = name else { continue };
@@ -182,17 +160,21 @@ impl Datapath {
         target: &Target<'_>,
         direction: Direction,
         name: &'static str,
-        journal: &mut dyn FnMut(Filter) -> io::Result<()>,
+        journal: &mut dyn FnMut(FilterMade) -> io::Result<()>,
     ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         let program = tc_program(&mut self.ebpf, name)?;
         for priority in PRIORITY..PRIORITY + PRIORITIES {
-            let filter = Filter {
-                interface: target.interface.to_owned(),
+            journal(FilterMade {
                 ifindex: target.ifindex,
-                direction,
-                priority,
-            };
-            journal(filter)?;
+                ifname: target.interface.to_owned(),
+                filter: Filter {
+                    egress: direction == Direction::Egress,
+                    priority,
+                    handle: HANDLE.into(),
+                    kind: "bpf".to_owned(),
+                    name: Some(name.to_owned()),
+                },
+            })?;
             let options = NlOptions { priority, handle: HANDLE, classid: None };
             match program.attach_with_options(
                 target.interface,
@@ -244,30 +226,4 @@ fn errno(error: &ProgramError) -> Option<i32> {
 /// As the kernel says.
 pub fn add_clsact(interface: &str) -> Result<(), TcError> {
     qdisc_add_clsact(interface)
-}
-
-/// Deletes a filter. One that is gone, with its interface or without, is no error.
-///
-/// # Errors
-///
-/// As the kernel says.
-pub fn remove_filter(filter: &Filter) -> Result<(), ProgramError> {
-    use aya::programs::links::Link as _;
-    match SchedClassifierLink::attached(
-        &filter.interface,
-        filter.direction.into(),
-        filter.priority,
-        HANDLE,
-        None,
-    ) {
-        Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(()),
-        Err(error) => Err(TcError::IoError(error).into()),
-        Ok(link) => match link.detach() {
-            // EINVAL: the qdisc is gone, and the filter with it.
-            Err(error) if !matches!(errno(&error), Some(libc::ENOENT | libc::EINVAL | libc::ENODEV)) => {
-                Err(error)
-            }
-            _ => Ok(()),
-        },
-    }
 }

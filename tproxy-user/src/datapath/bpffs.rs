@@ -54,36 +54,60 @@ pub fn links(pin: &Path) -> PathBuf {
 }
 
 /// Removes every pin below the directory and the directory. A link of which
-/// this was the last reference detaches its program. Returns how many pins
-/// there were; a directory that does not exist has none.
+/// this was the last reference detaches its program. Returns the pins in words;
+/// a directory that does not exist has none.
 ///
 /// # Errors
 ///
 /// [`PinError::Io`] names the pin that would not go.
-pub fn remove(pin: &Path) -> Result<usize, PinError> {
+pub fn remove(pin: &Path) -> Result<Vec<String>, PinError> {
     if pin.exists() && !is_bpffs(pin) {
         return Err(PinError::NotBpf(pin.to_owned()));
     }
     // Programs first, then the maps that they use.
-    Ok(remove_dir(&links(pin))? + remove_dir(pin)?)
+    let mut removed = remove_files(&links(pin), |_| true)?;
+    remove_dir(&links(pin))?;
+    removed.extend(remove_files(pin, |_| true)?);
+    remove_dir(pin)?;
+    Ok(removed)
 }
 
-fn remove_dir(dir: &Path) -> Result<usize, PinError> {
-    let error = |path: &Path| {
-        let path = path.to_owned();
-        move |source| PinError::Io { path, source }
-    };
+/// Removes the pinned links of one interface, which is gone or has another part now.
+///
+/// # Errors
+///
+/// [`PinError::Io`] names the pin that would not go.
+pub fn remove_links(pin: &Path, ifindex: u32) -> Result<Vec<String>, PinError> {
+    let prefix = format!("{ifindex}_");
+    remove_files(&links(pin), |name| name.starts_with(&prefix))
+}
+
+fn error(path: &Path) -> impl FnOnce(io::Error) -> PinError {
+    let path = path.to_owned();
+    move |source| PinError::Io { path, source }
+}
+
+fn remove_files(dir: &Path, which: impl Fn(&str) -> bool) -> Result<Vec<String>, PinError> {
     let entries = match std::fs::read_dir(dir) {
         Ok(entries) => entries,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(0),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(e) => return Err(error(dir)(e)),
     };
-    let mut removed = 0;
+    let mut removed = Vec::new();
     for entry in entries {
-        let path = entry.map_err(error(dir))?.path();
-        std::fs::remove_file(&path).map_err(error(&path))?;
-        removed += 1;
+        let entry = entry.map_err(error(dir))?;
+        if which(&entry.file_name().to_string_lossy()) {
+            let path = entry.path();
+            std::fs::remove_file(&path).map_err(error(&path))?;
+            removed.push(format!("the pin {}", path.display()));
+        }
     }
-    std::fs::remove_dir(dir).map_err(error(dir))?;
     Ok(removed)
+}
+
+fn remove_dir(dir: &Path) -> Result<(), PinError> {
+    match std::fs::remove_dir(dir) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(error(dir)(e)),
+        _ => Ok(()),
+    }
 }

@@ -1,64 +1,16 @@
 //! What the running kernel offers.
 
-use std::fmt;
-
+use crate::config::Kernel;
 use crate::failure::Failure;
 
-/// A kernel release, as far as features go by it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Version {
-    /// The 6 of 6.18.
-    pub major: u32,
-    /// The 18 of 6.18.
-    pub minor: u32,
-}
-
-impl Version {
-    /// `bpf_sk_assign` at TC ingress; the floor.
-    pub const STEERING: Self = Self::new(5, 7);
-    /// Socket maps can be read from TC programs.
-    pub const LISTENERS_FROM_TC: Self = Self::new(5, 8);
-    /// `sk_lookup` programs, and the ring buffer (5.8) that `--bpf-log` needs.
-    pub const SK_LOOKUP: Self = Self::new(5, 9);
-    /// tcx links.
-    pub const TCX: Self = Self::new(6, 6);
-
-    /// A version by its two numbers.
-    #[must_use]
-    pub const fn new(major: u32, minor: u32) -> Self {
-        Self { major, minor }
-    }
-
-    /// Reads `5.10`, `6.1.0-13-amd64`, `6.18+`.
-    #[must_use]
-    pub fn parse(release: &str) -> Option<Self> {
-        let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);
-        match (numbers.next(), numbers.next()) {
-            (Some(Ok(major)), Some(Ok(minor))) => Some(Self::new(major, minor)),
-            _ => None,
-        }
-    }
-
-    /// The running kernel, by `uname`.
-    ///
-    /// # Errors
-    ///
-    /// [`Failure::Unsupported`] where the release cannot be read.
-    pub fn running() -> Result<Self, Failure> {
-        let release = nix::sys::utsname::uname()
-            .map(|name| name.release().to_string_lossy().into_owned())
-            .unwrap_or_default();
-        Self::parse(&release).ok_or_else(|| {
-            Failure::unsupported(format!("cannot tell the kernel version from its release {release:?}"))
-        })
-    }
-}
-
-impl fmt::Display for Version {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}.{}", self.major, self.minor)
-    }
-}
+/// `bpf_sk_assign` at TC ingress; the floor.
+pub const STEERING: Kernel = Kernel { major: 5, minor: 7 };
+/// Socket maps can be read from TC programs, and there is a ring buffer.
+const LISTENERS_FROM_TC: Kernel = Kernel { major: 5, minor: 8 };
+/// `sk_lookup` programs.
+const SK_LOOKUP: Kernel = Kernel { major: 5, minor: 9 };
+/// tcx links.
+const TCX: Kernel = Kernel { major: 6, minor: 6 };
 
 /// What the kernel can do for the data path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,6 +22,8 @@ pub struct Features {
     pub sk_lookup: bool,
     /// Socket maps can be read from TC (5.8); without it, listeners are found by port.
     pub listeners_from_tc: bool,
+    /// The ring buffer (5.8), which the debugging build logs by.
+    pub ring_buffer: bool,
 }
 
 impl Features {
@@ -78,17 +32,17 @@ impl Features {
     /// # Errors
     ///
     /// [`Failure::Unsupported`] below the floor.
-    pub fn of(version: Version) -> Result<Self, Failure> {
-        if version < Version::STEERING {
+    pub fn of(kernel: Kernel) -> Result<Self, Failure> {
+        if kernel < STEERING {
             return Err(Failure::unsupported(format!(
-                "Linux {version} has no bpf_sk_assign for TC programs; tproxy needs Linux {} or later",
-                Version::STEERING
+                "Linux {kernel} has no bpf_sk_assign for TC programs; tproxy needs Linux {STEERING} or later"
             )));
         }
         Ok(Self {
-            tcx: version >= Version::TCX,
-            sk_lookup: version >= Version::SK_LOOKUP,
-            listeners_from_tc: version >= Version::LISTENERS_FROM_TC,
+            tcx: kernel >= TCX,
+            sk_lookup: kernel >= SK_LOOKUP,
+            listeners_from_tc: kernel >= LISTENERS_FROM_TC,
+            ring_buffer: kernel >= LISTENERS_FROM_TC,
         })
     }
 }
@@ -97,22 +51,17 @@ impl Features {
 mod tests {
     use super::*;
 
-    #[test]
-    fn releases_of_distributions() {
-        assert_eq!(Version::parse("6.18.44-fc"), Some(Version::new(6, 18)));
-        assert_eq!(Version::parse("5.10.0-30-cloud-amd64"), Some(Version::new(5, 10)));
-        assert_eq!(Version::parse("7.2"), Some(Version::new(7, 2)));
-        assert_eq!(Version::parse("six"), None);
-        assert!(Version::new(5, 10) > Version::new(5, 9));
+    fn of(major: u32, minor: u32) -> Result<Features, Failure> {
+        Features::of(Kernel { major, minor })
     }
 
     #[test]
     fn features_come_with_their_versions() {
-        assert!(Features::of(Version::new(5, 6)).is_err());
-        let oldest = Features::of(Version::new(5, 7)).expect("the floor");
-        assert_eq!(oldest, Features { tcx: false, sk_lookup: false, listeners_from_tc: false });
-        assert!(Features::of(Version::new(5, 10)).expect("newer").sk_lookup);
-        assert!(!Features::of(Version::new(6, 5)).expect("newer").tcx);
-        assert!(Features::of(Version::new(6, 6)).expect("newer").tcx);
+        assert!(of(5, 6).is_err());
+        let oldest = of(5, 7).expect("the floor");
+        assert_eq!(oldest, Features { tcx: false, sk_lookup: false, listeners_from_tc: false, ring_buffer: false });
+        assert!(of(5, 10).expect("newer").sk_lookup);
+        assert!(!of(6, 5).expect("newer").tcx);
+        assert!(of(6, 6).expect("newer").tcx);
     }
 }

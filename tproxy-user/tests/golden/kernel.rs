@@ -7,32 +7,33 @@ use aya::maps::{HashMap, Map, MapData, PerCpuArray};
 use aya::programs::{SchedClassifier, TestRun as _, TestRunOptions};
 use tproxy_common::abi::{ABI_VERSION, Flow, FlowKey, ListenerKind, LpmKey, Settings, listener_index, map};
 use tproxy_common::counter::Counters;
-use tproxy_user::datapath::features::{Features, Version};
+use tproxy_user::datapath::features::Features;
 use tproxy_user::datapath::load::Datapath;
 use tproxy_user::datapath::policy::PORT_WORDS;
+use tproxy_user::privilege::running_kernel;
 
 use super::packets::mapped;
 
 /// On to the next program, or the stack.
-pub const PASS: i32 = -1;
+pub(crate) const PASS: i32 = -1;
 /// Accepted, steered.
-pub const STEERED: i32 = 0;
+pub(crate) const STEERED: i32 = 0;
 /// Dropped.
-pub const DROP: i32 = 2;
+pub(crate) const DROP: i32 = 2;
 
 /// What a program did with a packet.
 #[derive(Debug)]
-pub struct Outcome {
-    pub action: i32,
-    pub mark: u32,
-    pub packet: Vec<u8>,
+pub(crate) struct Outcome {
+    pub(crate) action: i32,
+    pub(crate) mark: u32,
+    pub(crate) packet: Vec<u8>,
     /// Counters that rose, and by how much.
-    pub counters: Vec<(&'static str, u64)>,
+    pub(crate) counters: Vec<(&'static str, u64)>,
 }
 
 impl Outcome {
     /// The counter that says what was decided.
-    pub fn only_counter(&self) -> &'static str {
+    pub(crate) fn only_counter(&self) -> &'static str {
         let decided: Vec<_> =
             self.counters.iter().map(|(name, _)| *name).filter(|name| *name != "flows_created").collect();
         assert_eq!(decided.len(), 1, "one outcome a packet: {:?}", self.counters);
@@ -40,13 +41,13 @@ impl Outcome {
     }
 
     #[track_caller]
-    pub fn expect(&self, action: i32, counter: &str) {
+    pub(crate) fn expect(&self, action: i32, counter: &str) {
         assert_eq!((self.action, self.only_counter()), (action, counter));
     }
 }
 
 /// The loaded programs, and listeners where they were asked for.
-pub struct Kernel {
+pub(crate) struct Kernel {
     datapath: Datapath,
     _sockets: Vec<Box<dyn AsRawFd>>,
 }
@@ -60,12 +61,12 @@ fn enter_namespace() {
 
 fn load(settings: Settings) -> Datapath {
     let features =
-        Features::of(Version::running().expect("a kernel version")).expect("a kernel that can steer");
+        Features::of(running_kernel().expect("a kernel version")).expect("a kernel that can steer");
     Datapath::load_unpinned(&settings, features).unwrap_or_else(|error| panic!("{error}"))
 }
 
 /// Everything captured by one worker.
-pub fn usual() -> Settings {
+pub(crate) fn usual() -> Settings {
     Settings {
         abi_version: ABI_VERSION,
         mark_value: 1,
@@ -106,7 +107,7 @@ fn bind() -> [(ListenerKind, Box<dyn AsRawFd>, u16); 4] {
 
 impl Kernel {
     /// With one worker's listeners.
-    pub fn new(settings: Settings) -> Self {
+    pub(crate) fn new(settings: Settings) -> Self {
         enter_namespace();
         let mut datapath = load(settings);
         let mut sockets = Vec::new();
@@ -118,13 +119,13 @@ impl Kernel {
     }
 
     /// As after the proxy has gone.
-    pub fn without_listeners(settings: Settings) -> Self {
+    pub(crate) fn without_listeners(settings: Settings) -> Self {
         enter_namespace();
         Self { datapath: load(settings), _sockets: Vec::new() }
     }
 
     /// With listeners that are not in the socket map.
-    pub fn by_tuple() -> Self {
+    pub(crate) fn by_tuple() -> Self {
         enter_namespace();
         let mut settings = Settings { listener_by_tuple: 1, ..usual() };
         settings.listen_v4 = [127, 0, 0, 1];
@@ -138,17 +139,17 @@ impl Kernel {
     }
 
     /// Runs a program on a packet that has just arrived.
-    pub fn run(&mut self, program: &str, packet: &[u8]) -> Outcome {
+    pub(crate) fn run(&mut self, program: &str, packet: &[u8]) -> Outcome {
         self.run_with(program, packet, 0, 1)
     }
 
     /// The same with a mark on the packet.
-    pub fn run_marked(&mut self, program: &str, packet: &[u8], mark: u32) -> Outcome {
+    pub(crate) fn run_marked(&mut self, program: &str, packet: &[u8], mark: u32) -> Outcome {
         self.run_with(program, packet, mark, 1)
     }
 
     /// Runs a program on a packet that this host sends.
-    pub fn run_sent(&mut self, program: &str, packet: &[u8], mark: u32) -> Outcome {
+    pub(crate) fn run_sent(&mut self, program: &str, packet: &[u8], mark: u32) -> Outcome {
         self.run_with(program, packet, mark, 0)
     }
 
@@ -207,7 +208,7 @@ impl Kernel {
     }
 
     /// The one flow of the flow table.
-    pub fn only_flow(&mut self) -> (FlowKey, Flow) {
+    pub(crate) fn only_flow(&mut self) -> (FlowKey, Flow) {
         let map = self.datapath.ebpf().map(map::FLOWS).expect("flows");
         let flows: HashMap<&MapData, FlowKey, Flow> = match map {
             map @ Map::LruHashMap(_) => HashMap::try_from(map).expect("flows"),
@@ -218,12 +219,12 @@ impl Kernel {
         all[0]
     }
 
-    pub fn add_local(&mut self, v4: [u8; 4]) {
+    pub(crate) fn add_local(&mut self, v4: [u8; 4]) {
         let key = LpmKey { prefix_len: 128, addr: mapped(v4) };
         self.datapath.set_prefixes(map::LOCAL, &[(key, 1)]).expect("a prefix");
     }
 
-    pub fn set_ports(&mut self, ports: &[u16]) {
+    pub(crate) fn set_ports(&mut self, ports: &[u16]) {
         let mut words = [0u64; PORT_WORDS];
         for port in ports {
             words[usize::from(port / 64)] |= 1 << (port % 64);

@@ -4,12 +4,12 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 use etherparse::PacketBuilder;
 
-pub const CLIENT_V4: [u8; 4] = [192, 0, 2, 2];
-pub const SERVER_V4: [u8; 4] = [203, 0, 113, 7];
+pub(crate) const CLIENT_V4: [u8; 4] = [192, 0, 2, 2];
+pub(crate) const SERVER_V4: [u8; 4] = [203, 0, 113, 7];
 const CLIENT_V6: &str = "2001:db8:1::2";
 const SERVER_V6: &str = "2001:db8:2::7";
-pub const CLIENT_PORT: u16 = 40_000;
-pub const SERVER_PORT: u16 = 4_433;
+pub(crate) const CLIENT_PORT: u16 = 40_000;
+pub(crate) const SERVER_PORT: u16 = 4_433;
 
 const ETHERNET: usize = 14;
 
@@ -48,75 +48,75 @@ fn udp(ip: etherparse::PacketBuilderStep<etherparse::IpHeaders>, payload: usize)
     packet
 }
 
-pub fn syn_v4() -> Vec<u8> {
+pub(crate) fn syn_v4() -> Vec<u8> {
     tcp(v4_to(SERVER_V4), |t| t.syn())
 }
 
-pub fn syn_v6() -> Vec<u8> {
+pub(crate) fn syn_v6() -> Vec<u8> {
     tcp(v6_to(SERVER_V6), |t| t.syn())
 }
 
-pub fn ack_v4() -> Vec<u8> {
+pub(crate) fn ack_v4() -> Vec<u8> {
     tcp(v4_to(SERVER_V4), |t| t.ack(7))
 }
 
-pub fn syn_ack_v4() -> Vec<u8> {
+pub(crate) fn syn_ack_v4() -> Vec<u8> {
     tcp(v4_to(SERVER_V4), |t| t.syn().ack(7))
 }
 
-pub fn fin_v4() -> Vec<u8> {
+pub(crate) fn fin_v4() -> Vec<u8> {
     tcp(v4_to(SERVER_V4), |t| t.fin().ack(7))
 }
 
-pub fn rst_v4() -> Vec<u8> {
+pub(crate) fn rst_v4() -> Vec<u8> {
     tcp(v4_to(SERVER_V4), |t| t.rst())
 }
 
-pub fn udp_v4(payload: usize) -> Vec<u8> {
+pub(crate) fn udp_v4(payload: usize) -> Vec<u8> {
     udp(v4_to(SERVER_V4), payload)
 }
 
-pub fn udp_v6(payload: usize) -> Vec<u8> {
+pub(crate) fn udp_v6(payload: usize) -> Vec<u8> {
     udp(v6_to(SERVER_V6), payload)
 }
 
-pub fn udp_to_v4(destination: [u8; 4]) -> Vec<u8> {
+pub(crate) fn udp_to_v4(destination: [u8; 4]) -> Vec<u8> {
     udp(v4_to(destination), 4)
 }
 
-pub fn udp_to_v6(destination: &str) -> Vec<u8> {
+pub(crate) fn udp_to_v6(destination: &str) -> Vec<u8> {
     udp(v6_to(destination), 4)
 }
 
-pub fn icmp_v4() -> Vec<u8> {
+pub(crate) fn icmp_v4() -> Vec<u8> {
     let mut packet = Vec::new();
     v4_to(SERVER_V4).icmpv4_echo_request(1, 1).write(&mut packet, &[0; 32]).expect("a valid packet");
     packet
 }
 
-pub fn icmp_v6() -> Vec<u8> {
+pub(crate) fn icmp_v6() -> Vec<u8> {
     let mut packet = Vec::new();
     v6_to("2001:db8:2::7").icmpv6_raw(135, 0, [0; 4]).write(&mut packet, &[0; 16]).expect("a valid packet");
     packet
 }
 
-pub fn with_protocol(mut packet: Vec<u8>, protocol: u8) -> Vec<u8> {
+pub(crate) fn with_protocol(mut packet: Vec<u8>, protocol: u8) -> Vec<u8> {
     packet[ETHERNET + 9] = protocol;
     packet
 }
 
-pub fn with_ethertype(mut packet: Vec<u8>, ethertype: u16) -> Vec<u8> {
+pub(crate) fn with_ethertype(mut packet: Vec<u8>, ethertype: u16) -> Vec<u8> {
     packet[12..14].copy_from_slice(&ethertype.to_be_bytes());
     packet
 }
 
-pub fn to_other_host(mut packet: Vec<u8>) -> Vec<u8> {
+pub(crate) fn to_other_host(mut packet: Vec<u8>) -> Vec<u8> {
     packet[..6].copy_from_slice(&[2, 0, 0, 0, 0, 9]);
     packet
 }
 
 /// The packet with addresses and ports swapped (IPv4, no options).
-pub fn reply_of(packet: &[u8]) -> Vec<u8> {
+pub(crate) fn reply_of(packet: &[u8]) -> Vec<u8> {
     let mut reply = packet.to_vec();
     let (source, destination, ports) = (ETHERNET + 12, ETHERNET + 16, ETHERNET + 20);
     reply[source..source + 4].copy_from_slice(&packet[destination..destination + 4]);
@@ -127,7 +127,7 @@ pub fn reply_of(packet: &[u8]) -> Vec<u8> {
 }
 
 /// Record route, 40 bytes of options (RFC 791).
-pub fn syn_v4_with_options() -> Vec<u8> {
+pub(crate) fn syn_v4_with_options() -> Vec<u8> {
     let plain = syn_v4();
     let mut options = [1u8; 40];
     options[0..3].copy_from_slice(&[7, 39, 4]);
@@ -141,7 +141,7 @@ pub fn syn_v4_with_options() -> Vec<u8> {
 }
 
 /// Hop-by-hop options, a used-up routing header and destination options before UDP.
-pub fn udp_v6_with_extensions() -> Vec<u8> {
+pub(crate) fn udp_v6_with_extensions() -> Vec<u8> {
     let plain = udp_v6(16);
     let mut packet = plain[..ETHERNET + 40].to_vec();
     packet[ETHERNET + 6] = 0;
@@ -155,7 +155,7 @@ pub fn udp_v6_with_extensions() -> Vec<u8> {
 }
 
 /// Cuts an IPv4 packet into fragments with `size` bytes of payload (a multiple of 8).
-pub fn fragment_v4(packet: &[u8], size: usize, id: u16) -> Vec<Vec<u8>> {
+pub(crate) fn fragment_v4(packet: &[u8], size: usize, id: u16) -> Vec<Vec<u8>> {
     let (header, payload) = packet.split_at(ETHERNET + 20);
     let pieces: Vec<_> = payload.chunks(size).collect();
     (0..pieces.len())
@@ -174,7 +174,7 @@ pub fn fragment_v4(packet: &[u8], size: usize, id: u16) -> Vec<Vec<u8>> {
 }
 
 /// Cuts an IPv6 packet into fragments with `size` bytes of payload (a multiple of 8).
-pub fn fragment_v6(packet: &[u8], size: usize, id: u32) -> Vec<Vec<u8>> {
+pub(crate) fn fragment_v6(packet: &[u8], size: usize, id: u32) -> Vec<Vec<u8>> {
     let (header, payload) = packet.split_at(ETHERNET + 40);
     let pieces: Vec<_> = payload.chunks(size).collect();
     (0..pieces.len())
@@ -193,6 +193,6 @@ pub fn fragment_v6(packet: &[u8], size: usize, id: u32) -> Vec<Vec<u8>> {
         .collect()
 }
 
-pub fn mapped(v4: [u8; 4]) -> [u8; 16] {
+pub(crate) fn mapped(v4: [u8; 4]) -> [u8; 16] {
     Ipv4Addr::from(v4).to_ipv6_mapped().octets()
 }
