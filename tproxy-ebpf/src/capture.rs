@@ -180,7 +180,6 @@ impl Side for Captured {
     fn takes(skb: &Skb, packet: &Packet) -> bool {
         match FlowRef::find(&up_key(packet)) {
             Some(flow) if packet.protocol == UDP || !packet.is_syn() => flow.is_proxied(),
-            _ if policy::is_local(&packet.destination) => false,
             _ if packet.protocol == UDP => sock::own_udp(skb, packet).is_some() || policy::captures(packet),
             _ => sock::connection(skb, packet).is_some() || (packet.is_syn() && policy::captures(packet)),
         }
@@ -188,6 +187,6 @@ impl Side for Captured {
 
     #[inline(always)]
     fn might_take(packet: &Packet) -> bool {
-        !policy::is_local(&packet.destination) && policy::captures_some_port(packet)
+        policy::captures_some_port(packet)
     }
 }

@@ -7,12 +7,14 @@ use tproxy_common::counter::Counter;
 use tproxy_common::wire::{Fragment, Packet};
 
 use crate::account::{FlowRef, count, up_key};
-use crate::capture::note_host_pair;
+use crate::capture::{note_host_pair, note_request_to_host};
 use crate::maps::FRAGMENTS;
+use crate::policy;
 use crate::skb::Skb;
 use crate::steer::{Mark, pass, to_stack};
 
-/// What differs between the two sides of the proxy.
+/// What differs between the two sides of the proxy. Neither is asked about
+/// packets for this host.
 pub(crate) trait Side {
     /// Whether the packets are counted in the flow table.
     const COUNTS: bool;
@@ -37,13 +39,17 @@ fn key(packet: &Packet, id: u32) -> FragmentKey {
 /// Decides over a fragment at TC ingress.
 #[inline(never)]
 pub(crate) fn ingress<S: Side>(skb: &Skb, packet: &Packet, id: u32) -> i32 {
+    let is_first = matches!(packet.fragment, Fragment::First { .. });
+    if policy::is_local(&packet.destination) {
+        if is_first && packet.protocol == UDP {
+            note_request_to_host(skb, packet);
+        }
+        return pass(Counter::PassLocal);
+    }
     let key = key(packet, id);
     let known = FRAGMENTS.get_ptr_mut(&key);
-    let proxied = if matches!(packet.fragment, Fragment::First { .. }) {
-        first::<S>(skb, packet, &key, known)
-    } else {
-        later::<S>(skb, packet, &key, known)
-    };
+    let proxied =
+        if is_first { first::<S>(skb, packet, &key, known) } else { later::<S>(skb, packet, &key, known) };
     if proxied { to_stack(skb, Mark::Tproxy, Counter::SteeredFragment) } else { pass(Counter::PassPolicy) }
 }
 

@@ -2,7 +2,7 @@
 
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::cty::c_void;
-use aya_ebpf::helpers::generated::bpf_skb_load_bytes_relative;
+use aya_ebpf::helpers::generated::{bpf_skb_load_bytes_relative, bpf_skb_pull_data};
 use aya_ebpf::programs::TcContext;
 use tproxy_common::classify::on_the_wire;
 use tproxy_common::wire::{Load, Packet, Skip, parse_v4, parse_v6};
@@ -72,8 +72,31 @@ impl Skb {
     }
 
     /// Parses IPv4 or IPv6 by the EtherType.
-    #[inline(never)]
+    ///
+    /// The helper that reads sees the linear part of the buffer alone. The
+    /// headers of most packets are there, but not of all: a large datagram of
+    /// a raw socket has only its IP header in it. What looks cut short is
+    /// pulled together and read once more.
+    #[inline(always)]
     pub(crate) fn parse(&self) -> Result<Packet, Skip> {
+        match self.parse_linear() {
+            Err(Skip::Truncated) if self.pull_headers() => self.parse_linear(),
+            parsed => parsed,
+        }
+    }
+
+    /// Makes the headers part of the linear buffer (Linux 4.9). Whether it worked.
+    #[inline(always)]
+    fn pull_headers(&self) -> bool {
+        // Ethernet, IPv6 with some extension headers or IPv4 with options, TCP with options.
+        const MOST: u32 = 256;
+        let len = self.len().min(MOST);
+        // SAFETY: the context is valid; no pointer into the packet is kept.
+        unsafe { bpf_skb_pull_data(self.0, len) == 0 }
+    }
+
+    #[inline(never)]
+    fn parse_linear(&self) -> Result<Packet, Skip> {
         match u32::from((self.protocol() as u16).swap_bytes()) {
             ETH_P_IP => parse_v4(self),
             ETH_P_IPV6 => parse_v6(self),

@@ -74,9 +74,6 @@ impl Side for Uplink {
 
     #[inline(always)]
     fn takes(skb: &Skb, packet: &Packet) -> bool {
-        if policy::is_local(&packet.destination) {
-            return false;
-        }
         if packet.protocol == UDP {
             sock::own_udp(skb, packet).is_some()
         } else {
@@ -87,8 +84,6 @@ impl Side for Uplink {
     #[inline(always)]
     fn might_take(packet: &Packet) -> bool {
         let pair = HostPair { client: packet.destination, destination: packet.source };
-        packet.protocol == UDP
-            && !policy::is_local(&packet.destination)
-            && HOST_PAIRS.get_ptr(&pair).is_some()
+        packet.protocol == UDP && HOST_PAIRS.get_ptr(&pair).is_some()
     }
 }

@@ -152,7 +152,8 @@ async fn until_a_signal(
     control: UnixListener,
     reporter: &status::Reporter,
 ) {
-    let mut answers = std::pin::pin!(control::serve(control, |request| async move { reporter.answer(request) }));
+    let mut answers =
+        std::pin::pin!(control::serve(control, |request| async move { reporter.answer(request) }));
     loop {
         tokio::select! {
             signal = signals.recv() => {

@@ -68,7 +68,10 @@ impl Reporter {
         status.insert("interfaces".to_owned(), interfaces.into());
         status.insert("listeners".to_owned(), json!(self.listeners));
         status.insert("upstreams".to_owned(), json!([{"name": "direct", "up": true, "latency_ms": null}]));
-        status.insert("connections".to_owned(), json!({"tcp": snapshot.tcp_active, "udp": snapshot.udp_active}));
+        status.insert(
+            "connections".to_owned(),
+            json!({"tcp": snapshot.tcp_active, "udp": snapshot.udp_active}),
+        );
         status.insert("counters".to_owned(), all.into());
         status.into()
     }

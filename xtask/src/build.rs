@@ -82,11 +82,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 pub(crate) fn ensure_all(profile: Profile) -> Result<Artifacts> {
     let (_lock, toolchain) = prepare()?;
     let objects = objects(&toolchain)?;
-    Ok(Artifacts {
-        tproxy_user: userspace(profile)?,
-        object: objects.default,
-        object_log: objects.log,
-    })
+    Ok(Artifacts { tproxy_user: userspace(profile)?, object: objects.default, object_log: objects.log })
 }
 
 /// Sets up the toolchain, alone among the tasks that run in this checkout.
@@ -120,8 +116,7 @@ pub(crate) fn objects(toolchain: &Toolchain) -> Result<Objects> {
     let target = bpf_target();
     let built = target.join("bpfel-unknown-none/release/tproxy");
     let directory = workspace::bpf_dir();
-    fs::create_dir_all(&directory)
-        .with_context(|| format!("cannot create {}", directory.display()))?;
+    fs::create_dir_all(&directory).with_context(|| format!("cannot create {}", directory.display()))?;
     let mut warned = false;
     let mut make = |file: &str, label: &str, features: &[&str]| -> Result<PathBuf> {
         let mut cargo = bpf_cargo(toolchain, &linker, "build", &target)?;
@@ -132,16 +127,8 @@ pub(crate) fn objects(toolchain: &Toolchain) -> Result<Objects> {
         Ok(object)
     };
     let default = make("tproxy.o", "building the eBPF object", &[])?;
-    let log = make(
-        "tproxy-log.o",
-        "building the eBPF object that logs",
-        &["--features", "log"],
-    )?;
-    Ok(Objects {
-        default,
-        log,
-        warned,
-    })
+    let log = make("tproxy-log.o", "building the eBPF object that logs", &["--features", "log"])?;
+    Ok(Objects { default, log, warned })
 }
 
 /// The toolchain's cargo, set up to compile the eBPF crate for its target.
@@ -154,9 +141,7 @@ pub(crate) fn bpf_cargo(
     subcommand: &str,
     target: &Path,
 ) -> Result<std::process::Command> {
-    let mut flags: Vec<String> = ["-C", "debuginfo=2", "-C", "link-arg=--btf"]
-        .map(str::to_owned)
-        .into();
+    let mut flags: Vec<String> = ["-C", "debuginfo=2", "-C", "link-arg=--btf"].map(str::to_owned).into();
     let library = toolchain.sysroot().join("lib/rustlib/src/rust");
     let real_library = library.canonicalize().unwrap_or_else(|_| library.clone());
     let mut moved = vec![
@@ -168,9 +153,7 @@ pub(crate) fn bpf_cargo(
         moved.push((real_library, "/rust"));
     }
     for (from, to) in moved {
-        let from = from
-            .to_str()
-            .with_context(|| format!("{} is not UTF-8", from.display()))?;
+        let from = from.to_str().with_context(|| format!("{} is not UTF-8", from.display()))?;
         flags.push(format!("--remap-path-prefix={from}={to}"));
     }
     let mut path = linker.as_os_str().to_owned();
@@ -216,9 +199,7 @@ pub(crate) fn userspace(profile: Profile) -> Result<PathBuf> {
     if let Some(parent) = messages.parent() {
         fs::create_dir_all(parent)?;
     }
-    let log = Step::new("building tproxy-user", "tproxy-user")
-        .stdout(&messages)
-        .run(&mut cargo)?;
+    let log = Step::new("building tproxy-user", "tproxy-user").stdout(&messages).run(&mut cargo)?;
     show_warnings(&log)?;
     let messages = fs::read_to_string(&messages)?;
     executable(&messages).context("cargo built no tproxy-user")
@@ -271,11 +252,7 @@ fn describe(path: &Path) -> Result<String> {
         write!(hash, "{byte:02x}")?;
     }
     let shown = path.strip_prefix(workspace::root()).unwrap_or(path);
-    Ok(format!(
-        "{} {} bytes sha256:{hash}",
-        shown.display(),
-        content.len()
-    ))
+    Ok(format!("{} {} bytes sha256:{hash}", shown.display(), content.len()))
 }
 
 #[cfg(test)]
@@ -288,10 +265,7 @@ mod tests {
 {"reason":"compiler-artifact","target":{"name":"tproxy-user"},"executable":null}
 {"reason":"compiler-artifact","target":{"name":"tproxy-user"},"executable":"/t/debug/tproxy-user"}
 {"reason":"build-finished","success":true}"#;
-        assert_eq!(
-            executable(messages),
-            Some(PathBuf::from("/t/debug/tproxy-user"))
-        );
+        assert_eq!(executable(messages), Some(PathBuf::from("/t/debug/tproxy-user")));
         assert_eq!(executable("no json"), None);
     }
 }

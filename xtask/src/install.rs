@@ -50,12 +50,7 @@ struct Item {
 
 impl Item {
     fn new(path: PathBuf, mode: u32, content: impl Into<Vec<u8>>) -> Self {
-        Self {
-            path,
-            mode,
-            content: content.into(),
-            keep: false,
-        }
+        Self { path, mode, content: content.into(), keep: false }
     }
 }
 
@@ -111,10 +106,7 @@ fn plan(args: &Args, program: &Path) -> Result<Vec<Item>> {
         .replace("@OPTIONS@", &options.display().to_string());
     let unit_path = args.prefix.join("lib/systemd/system/tproxy.service");
     items.push(Item::new(unit_path, 0o644, unit));
-    items.push(Item {
-        keep: true,
-        ..Item::new(options, 0o644, OPTIONS)
-    });
+    items.push(Item { keep: true, ..Item::new(options, 0o644, OPTIONS) });
     Ok(items)
 }
 
@@ -149,15 +141,9 @@ fn completions(program: &Path, shell: &str) -> Result<Vec<u8>> {
 }
 
 fn output(command: &mut Command) -> Result<Vec<u8>> {
-    let output = command
-        .output()
-        .with_context(|| format!("cannot run {command:?}"))?;
+    let output = command.output().with_context(|| format!("cannot run {command:?}"))?;
     if !output.status.success() {
-        bail!(
-            "{command:?}: {}: {}",
-            output.status,
-            String::from_utf8_lossy(&output.stderr).trim()
-        );
+        bail!("{command:?}: {}: {}", output.status, String::from_utf8_lossy(&output.stderr).trim());
     }
     Ok(output.stdout)
 }
@@ -168,24 +154,14 @@ fn output(command: &mut Command) -> Result<Vec<u8>> {
 /// The directory can be written, but the copy fails.
 pub(crate) fn into_path(program: &Path) -> Result<()> {
     let installed = Path::new(LOCAL_BIN).join("tproxy-user");
-    let content =
-        fs::read(program).with_context(|| format!("cannot read {}", program.display()))?;
+    let content = fs::read(program).with_context(|| format!("cannot read {}", program.display()))?;
     if fs::read(&installed).is_ok_and(|old| old == content) {
-        println!(
-            "{} is up to date: sudo tproxy-user --iface eth0",
-            installed.display()
-        );
+        println!("{} is up to date: sudo tproxy-user --iface eth0", installed.display());
     } else if access(LOCAL_BIN, AccessFlags::W_OK).is_ok() {
         put(&installed, 0o755, &content)?;
-        println!(
-            "installed {}: sudo tproxy-user --iface eth0",
-            installed.display()
-        );
+        println!("installed {}: sudo tproxy-user --iface eth0", installed.display());
     } else {
-        println!(
-            "built {}; to have it in sudo's PATH: sudo install {0} {LOCAL_BIN}/",
-            program.display()
-        );
+        println!("built {}; to have it in sudo's PATH: sudo install {0} {LOCAL_BIN}/", program.display());
     }
     Ok(())
 }
@@ -204,12 +180,8 @@ fn put(path: &Path, mode: u32, content: &[u8]) -> Result<()> {
         let mut name = path.as_os_str().to_owned();
         name.push(".new");
         let new = PathBuf::from(name);
-        let mut file = fs::OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(mode)
-            .open(&new)?;
+        let mut file =
+            fs::OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(&new)?;
         file.write_all(content)?;
         // The mode given at opening is cut by the umask.
         file.set_permissions(fs::Permissions::from_mode(mode))?;
@@ -235,10 +207,7 @@ mod tests {
     fn destdir_goes_in_front() {
         let path = Path::new("/usr/local/bin/x");
         assert_eq!(under(Path::new("/"), path), path);
-        assert_eq!(
-            under(Path::new("/tmp/d"), path),
-            Path::new("/tmp/d/usr/local/bin/x")
-        );
+        assert_eq!(under(Path::new("/tmp/d"), path), Path::new("/tmp/d/usr/local/bin/x"));
     }
 
     #[test]
@@ -248,10 +217,7 @@ mod tests {
         put(&path, 0o755, b"old").expect("directories are made");
         put(&path, 0o644, b"new").expect("the file is replaced");
         assert_eq!(fs::read(&path).expect("it is there"), b"new");
-        let mode = fs::metadata(&path)
-            .expect("it is there")
-            .permissions()
-            .mode();
+        let mode = fs::metadata(&path).expect("it is there").permissions().mode();
         assert_eq!(mode & 0o777, 0o644);
         assert_eq!(fs::read_dir(directory.join("a")).expect("made").count(), 1);
         fs::remove_dir_all(&directory).expect("made above");

@@ -34,9 +34,7 @@ pub(crate) fn ensure(toolchain: &Toolchain) -> Result<PathBuf> {
         .file_name()
         .and_then(|name| name.to_str())
         .context("the LLVM library has no file name")?;
-    let directory = workspace::target()
-        .join("tools")
-        .join(format!("bpf-linker-{VERSION}-{soname}"));
+    let directory = workspace::target().join("tools").join(format!("bpf-linker-{VERSION}-{soname}"));
     let prefix = directory.join("llvm");
     point_to(&prefix.join("lib"), &toolchain.llvm, soname)
         .with_context(|| format!("cannot set up {}", prefix.display()))?;

@@ -29,19 +29,10 @@ pub(crate) fn run(_args: &Args) -> Result<()> {
     drop(lock);
     let checks = [
         ("members opt into the lints", members()?),
-        (
-            "format",
-            cargo(workspace::cargo("fmt").args(["--all", "--check"]))?,
-        ),
+        ("format", cargo(workspace::cargo("fmt").args(["--all", "--check"]))?),
         (
             "clippy",
-            cargo(workspace::cargo("clippy").args([
-                "--locked",
-                "--all-targets",
-                "--",
-                "-D",
-                "warnings",
-            ]))?,
+            cargo(workspace::cargo("clippy").args(["--locked", "--all-targets", "--", "-D", "warnings"]))?,
         ),
         ("eBPF programs", ebpf(&toolchain, warned)?),
         ("cargo-deny", deny()?),
@@ -65,10 +56,8 @@ pub(crate) fn run(_args: &Args) -> Result<()> {
 
 fn cargo(command: &mut Command) -> Result<Outcome> {
     term::say(&format!("lint: {}", shown(command)));
-    let status = command
-        .stdin(Stdio::null())
-        .status()
-        .with_context(|| format!("cannot run {}", shown(command)))?;
+    let status =
+        command.stdin(Stdio::null()).status().with_context(|| format!("cannot run {}", shown(command)))?;
     Ok(if status.success() {
         Outcome::Passed
     } else {
@@ -78,10 +67,7 @@ fn cargo(command: &mut Command) -> Result<Outcome> {
 
 /// The command as one would type it.
 fn shown(command: &Command) -> String {
-    let arguments: Vec<_> = command
-        .get_args()
-        .map(|argument| argument.to_string_lossy())
-        .collect();
+    let arguments: Vec<_> = command.get_args().map(|argument| argument.to_string_lossy()).collect();
     format!("cargo {}", arguments.join(" "))
 }
 
@@ -100,8 +86,8 @@ fn members() -> Result<Outcome> {
     let mut without = Vec::new();
     for package in metadata["packages"].as_array().into_iter().flatten() {
         let manifest = Path::new(package["manifest_path"].as_str().unwrap_or_default());
-        let text = fs::read_to_string(manifest)
-            .with_context(|| format!("cannot read {}", manifest.display()))?;
+        let text =
+            fs::read_to_string(manifest).with_context(|| format!("cannot read {}", manifest.display()))?;
         if !opts_in(&text) {
             without.push(package["name"].as_str().unwrap_or_default().to_owned());
         }
@@ -109,10 +95,7 @@ fn members() -> Result<Outcome> {
     Ok(if without.is_empty() {
         Outcome::Passed
     } else {
-        Outcome::Failed(format!(
-            "no `[lints] workspace = true` in {}",
-            without.join(", ")
-        ))
+        Outcome::Failed(format!("no `[lints] workspace = true` in {}", without.join(", ")))
     })
 }
 
@@ -133,10 +116,7 @@ fn ebpf(toolchain: &Toolchain, warned: bool) -> Result<Outcome> {
         return Ok(Outcome::Failed("the compiler warns, see above".to_owned()));
     }
     if !toolchain.bin().join("cargo-clippy").is_file() {
-        println!(
-            "lint: eBPF programs: by the compiler alone ({} has no clippy)",
-            toolchain.label
-        );
+        println!("lint: eBPF programs: by the compiler alone ({} has no clippy)", toolchain.label);
         return Ok(Outcome::Passed);
     }
     let linker = linker::ensure(toolchain)?;
@@ -152,9 +132,7 @@ fn ebpf(toolchain: &Toolchain, warned: bool) -> Result<Outcome> {
 
 fn deny() -> Result<Outcome> {
     if packages::find("cargo-deny").is_none() {
-        return Ok(Outcome::Skipped(
-            "it is not installed (cargo install cargo-deny)".to_owned(),
-        ));
+        return Ok(Outcome::Skipped("it is not installed (cargo install cargo-deny)".to_owned()));
     }
     cargo(workspace::cargo("deny").args(["--locked", "check"]))
 }
@@ -165,9 +143,7 @@ mod tests {
 
     #[test]
     fn a_member_opts_in_only_in_the_lints_table() {
-        assert!(opts_in(
-            "[package]\nname = \"x\"\n\n[lints]\nworkspace = true\n"
-        ));
+        assert!(opts_in("[package]\nname = \"x\"\n\n[lints]\nworkspace = true\n"));
         assert!(opts_in("[lints]\nworkspace=true"));
         assert!(!opts_in("[package]\nversion.workspace = true\n"));
         assert!(!opts_in("[lints]\n[dependencies]\nworkspace = true\n"));

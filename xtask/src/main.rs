@@ -1,10 +1,12 @@
 //! The development tasks of tproxy: `cargo xtask --help`.
 
+mod bench;
 mod build;
 mod demo;
 mod install;
 mod linker;
 mod lint;
+mod needs;
 mod packages;
 mod term;
 mod test;
@@ -50,6 +52,8 @@ enum Task {
     BuildEbpf(build::Args),
     /// Install the binary, man pages, shell completions, systemd unit, options file
     Install(install::Args),
+    /// Measure, side by side with what others do
+    Bench(bench::Args),
     /// Check format, lints, manifests and, where cargo-deny is installed, licences and advisories
     Lint(lint::Args),
 }
@@ -60,6 +64,7 @@ fn main() -> ExitCode {
         Task::Test(args) => test::run(&args),
         Task::BuildEbpf(args) => build::run(&args),
         Task::Install(args) => install::run(&args),
+        Task::Bench(args) => bench::run(&args),
         Task::Lint(args) => lint::run(&args),
     };
     match done {

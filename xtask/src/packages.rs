@@ -24,12 +24,7 @@ impl Need {
     /// directories, or an absolute path; where it is missing, the Debian
     /// package `package` brings it; `why` completes "needed for …".
     pub(crate) const fn new(probe: &'static str, package: &'static str, why: &'static str) -> Self {
-        Self {
-            probe,
-            package,
-            why,
-            service: None,
-        }
+        Self { probe, package, why, service: None }
     }
 
     /// The package starts this systemd service when it is installed. It is
@@ -59,19 +54,12 @@ pub(crate) fn find(program: &str) -> Option<PathBuf> {
 /// Packages are missing and cannot be installed: not an apt system, no
 /// privilege, no such package, no network. The message says what to do by hand.
 pub(crate) fn ensure(needs: &[Need]) -> Result<()> {
-    let missing: Vec<Need> = needs
-        .iter()
-        .filter(|need| find(need.probe).is_none())
-        .copied()
-        .collect();
+    let missing: Vec<Need> = needs.iter().filter(|need| find(need.probe).is_none()).copied().collect();
     if missing.is_empty() {
         return Ok(());
     }
     for need in &missing {
-        term::say(&format!(
-            "needed: {} (package {}) for {}",
-            need.probe, need.package, need.why
-        ));
+        term::say(&format!("needed: {} (package {}) for {}", need.probe, need.package, need.why));
     }
     let mut packages: Vec<&str> = missing.iter().map(|need| need.package).collect();
     packages.sort_unstable();
@@ -81,11 +69,7 @@ pub(crate) fn ensure(needs: &[Need]) -> Result<()> {
         stop_service(unit)?;
     }
     match missing.iter().find(|need| find(need.probe).is_none()) {
-        Some(need) => bail!(
-            "package {} is installed, but {} is still not there",
-            need.package,
-            need.probe
-        ),
+        Some(need) => bail!("package {} is installed, but {} is still not there", need.package, need.probe),
         None => Ok(()),
     }
 }
@@ -98,9 +82,7 @@ pub(crate) fn ensure(needs: &[Need]) -> Result<()> {
 pub(crate) fn install(packages: &[&str]) -> Result<()> {
     let list = packages.join(" ");
     if find("apt-get").is_none() {
-        bail!(
-            "this system has no apt-get: install what Debian calls `{list}` by hand, and try again"
-        );
+        bail!("this system has no apt-get: install what Debian calls `{list}` by hand, and try again");
     }
     let by_hand = format!("install by hand: apt-get install {list}");
     authenticate().context(by_hand.clone())?;
@@ -113,11 +95,7 @@ pub(crate) fn install(packages: &[&str]) -> Result<()> {
         }
     }
     let label = format!("installing {list}");
-    let arguments = [
-        &["install", "--no-install-recommends", "--no-remove"],
-        packages,
-    ]
-    .concat();
+    let arguments = [&["install", "--no-install-recommends", "--no-remove"], packages].concat();
     let first = Step::new(&label, "apt-install");
     let first = if updated { first } else { first.may_fail() };
     match first.run(&mut apt_get(&arguments)) {
@@ -125,10 +103,7 @@ pub(crate) fn install(packages: &[&str]) -> Result<()> {
         Err(error) if updated => Err(error).context(by_hand),
         Err(_) => {
             update();
-            Step::new(&label, "apt-install")
-                .run(&mut apt_get(&arguments))
-                .map(drop)
-                .context(by_hand)
+            Step::new(&label, "apt-install").run(&mut apt_get(&arguments)).map(drop).context(by_hand)
         }
     }
 }
@@ -150,12 +125,7 @@ pub(crate) fn names(prefix: &str) -> Vec<String> {
         .args(["pkgnames", prefix])
         .stderr(Stdio::null())
         .output()
-        .map(|output| {
-            String::from_utf8_lossy(&output.stdout)
-                .lines()
-                .map(str::to_owned)
-                .collect()
-        })
+        .map(|output| String::from_utf8_lossy(&output.stdout).lines().map(str::to_owned).collect())
         .unwrap_or_default()
 }
 
@@ -170,26 +140,17 @@ fn parse_candidate(policy: &str) -> Option<String> {
 /// Fetches the package lists. Not an error when it fails: one source of many
 /// that cannot be reached is enough for that, and may have nothing we need.
 pub(crate) fn update() {
-    if let Err(error) = Step::new("fetching the package lists", "apt-update")
-        .may_fail()
-        .run(&mut apt_get(&["update"]))
+    if let Err(error) =
+        Step::new("fetching the package lists", "apt-update").may_fail().run(&mut apt_get(&["update"]))
     {
-        term::say(&format!(
-            "going on with the package lists there are: {error:#}"
-        ));
+        term::say(&format!("going on with the package lists there are: {error:#}"));
     }
 }
 
 fn apt_get(arguments: &[&str]) -> Command {
     let mut command = privileged("env");
     command
-        .args([
-            "DEBIAN_FRONTEND=noninteractive",
-            "NEEDRESTART_SUSPEND=1",
-            "apt-get",
-            "--yes",
-            "-q",
-        ])
+        .args(["DEBIAN_FRONTEND=noninteractive", "NEEDRESTART_SUSPEND=1", "apt-get", "--yes", "-q"])
         .args(["-o", "Dpkg::Use-Pty=0", "-o", "DPkg::Lock::Timeout=120"])
         .args(arguments);
     command
@@ -232,13 +193,9 @@ fn stop_service(unit: &str) -> Result<()> {
     if !Path::new("/run/systemd/system").is_dir() {
         return Ok(());
     }
-    term::say(&format!(
-        "stopping and disabling {unit}, which its package has just started"
-    ));
+    term::say(&format!("stopping and disabling {unit}, which its package has just started"));
     let label = format!("stopping {unit}");
-    Step::new(&label, "systemctl")
-        .run(privileged("systemctl").args(["disable", "--now", unit]))
-        .map(drop)
+    Step::new(&label, "systemctl").run(privileged("systemctl").args(["disable", "--now", unit])).map(drop)
 }
 
 #[cfg(test)]
@@ -256,10 +213,7 @@ mod tests {
     #[test]
     fn candidates_are_read() {
         let known = "rustc-web:\n  Installed: (none)\n  Candidate: 1.96.0+dfsg1-1~deb12u2\n";
-        assert_eq!(
-            parse_candidate(known).as_deref(),
-            Some("1.96.0+dfsg1-1~deb12u2")
-        );
+        assert_eq!(parse_candidate(known).as_deref(), Some("1.96.0+dfsg1-1~deb12u2"));
         assert_eq!(parse_candidate("x:\n  Candidate: (none)\n"), None);
         assert_eq!(parse_candidate(""), None);
     }

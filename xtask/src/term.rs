@@ -34,13 +34,7 @@ pub(crate) struct Step<'a> {
 impl<'a> Step<'a> {
     /// A step that is called `label` on the terminal, and logs to `target/log/<log>.log`.
     pub(crate) const fn new(label: &'a str, log: &'a str) -> Self {
-        Self {
-            label,
-            log,
-            limit: None,
-            stdout: None,
-            quiet_failure: false,
-        }
+        Self { label, log, limit: None, stdout: None, quiet_failure: false }
     }
 
     /// Kills the command and fails after this time.
@@ -69,15 +63,11 @@ impl<'a> Step<'a> {
     pub(crate) fn run(&self, command: &mut Command) -> Result<PathBuf> {
         let program = command.get_program().to_string_lossy().into_owned();
         let directory = workspace::target().join("log");
-        fs::create_dir_all(&directory)
-            .with_context(|| format!("cannot create {}", directory.display()))?;
+        fs::create_dir_all(&directory).with_context(|| format!("cannot create {}", directory.display()))?;
         let log = directory.join(format!("{}.log", self.log));
-        let output =
-            File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
+        let output = File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
         let stdout = match self.stdout {
-            Some(path) => {
-                File::create(path).with_context(|| format!("cannot write {}", path.display()))?
-            }
+            Some(path) => File::create(path).with_context(|| format!("cannot write {}", path.display()))?,
             None => output.try_clone()?,
         };
         let child = command
@@ -90,11 +80,7 @@ impl<'a> Step<'a> {
             Some(status) if status.success() => Ok(log),
             ended => {
                 if !self.quiet_failure {
-                    say(&format!(
-                        "--- end of {}\n{}\n---",
-                        log.display(),
-                        tail(&log, TAIL_LINES)
-                    ));
+                    say(&format!("--- end of {}\n{}\n---", log.display(), tail(&log, TAIL_LINES)));
                 }
                 match ended {
                     Some(status) => {
@@ -145,12 +131,7 @@ struct Progress<'a> {
 
 impl<'a> Progress<'a> {
     fn new(label: &'a str) -> Self {
-        Self {
-            label,
-            terminal: std::io::stderr().is_terminal(),
-            shown: false,
-            drawn_at: Duration::ZERO,
-        }
+        Self { label, terminal: std::io::stderr().is_terminal(), shown: false, drawn_at: Duration::ZERO }
     }
 
     fn tick(&mut self, elapsed: Duration, log: &Path) {
@@ -163,12 +144,7 @@ impl<'a> Progress<'a> {
             let frame = ['|', '/', '-', '\\'][(elapsed.as_millis() / 200 % 4) as usize];
             let last: String = tail(log, 1).trim().chars().take(50).collect();
             let mut stderr = std::io::stderr();
-            drop(write!(
-                stderr,
-                "\r\x1b[K{frame} {} ({} s) {last}",
-                self.label,
-                elapsed.as_secs()
-            ));
+            drop(write!(stderr, "\r\x1b[K{frame} {} ({} s) {last}", self.label, elapsed.as_secs()));
             drop(stderr.flush());
         } else if !self.shown {
             say(&format!("{} …", self.label));
@@ -202,10 +178,7 @@ fn tail(path: &Path, lines: usize) -> String {
     };
     let bytes = read().unwrap_or_default();
     let text = String::from_utf8_lossy(&bytes);
-    let all: Vec<&str> = text
-        .split(['\n', '\r'])
-        .filter(|line| !line.trim().is_empty())
-        .collect();
+    let all: Vec<&str> = text.split(['\n', '\r']).filter(|line| !line.trim().is_empty()).collect();
     all[all.len().saturating_sub(lines)..].join("\n")
 }
 

@@ -76,9 +76,7 @@ impl Toolchain {
                 command.env_remove(name);
             }
         }
-        command
-            .env("RUSTC", &self.rustc)
-            .env("RUSTC_BOOTSTRAP", "1");
+        command.env("RUSTC", &self.rustc).env("RUSTC_BOOTSTRAP", "1");
         command
     }
 
@@ -94,19 +92,9 @@ impl Toolchain {
 }
 
 fn changes_the_build(name: &str) -> bool {
-    const PREFIXES: [&str; 5] = [
-        "RUST",
-        "CARGO_BUILD_",
-        "CARGO_PROFILE_",
-        "CARGO_TARGET_",
-        "CARGO_UNSTABLE_",
-    ];
-    const KEPT: [&str; 4] = [
-        "CARGO_BUILD_JOBS",
-        "RUSTUP_HOME",
-        "RUST_BACKTRACE",
-        "RUST_LOG",
-    ];
+    const PREFIXES: [&str; 5] =
+        ["RUST", "CARGO_BUILD_", "CARGO_PROFILE_", "CARGO_TARGET_", "CARGO_UNSTABLE_"];
+    const KEPT: [&str; 4] = ["CARGO_BUILD_JOBS", "RUSTUP_HOME", "RUST_BACKTRACE", "RUST_LOG"];
     !KEPT.contains(&name)
         && (workspace::is_of_outer_run(name)
             || matches!(name, "CARGO_ENCODED_RUSTFLAGS" | "CARGO_INCREMENTAL")
@@ -153,10 +141,7 @@ pub(crate) fn ensure() -> Result<Toolchain> {
             Ok(toolchain) => return Ok(toolchain),
             Err(unfit) => {
                 tried.push(format!("{origin} ({}): {unfit}", rustc.display()));
-                if matches!(unfit, Unfit::NoSource)
-                    && origin == ACTIVE
-                    && rustc.starts_with(&rustup)
-                {
+                if matches!(unfit, Unfit::NoSource) && origin == ACTIVE && rustc.starts_with(&rustup) {
                     extensible = Some(rustc);
                 }
             }
@@ -191,19 +176,13 @@ fn candidates(rustup: &Path) -> Vec<(&'static str, PathBuf)> {
     let mut all: Vec<(&'static str, PathBuf)> = Vec::new();
     all.extend(nightly(rustup).map(|rustc| ("rustup nightly", rustc)));
     all.extend(active().map(|rustc| (ACTIVE, rustc)));
-    all.extend(
-        distribution()
-            .into_iter()
-            .map(|rustc| (DISTRIBUTION, rustc)),
-    );
+    all.extend(distribution().into_iter().map(|rustc| (DISTRIBUTION, rustc)));
     all
 }
 
 fn rustup_home() -> PathBuf {
-    env::var_os("RUSTUP_HOME").map_or_else(
-        || PathBuf::from(env::var_os("HOME").unwrap_or_default()).join(".rustup"),
-        PathBuf::from,
-    )
+    env::var_os("RUSTUP_HOME")
+        .map_or_else(|| PathBuf::from(env::var_os("HOME").unwrap_or_default()).join(".rustup"), PathBuf::from)
 }
 
 /// The compiler of the rustup channel "nightly" (not one with a date).
@@ -224,9 +203,7 @@ fn nightly(rustup: &Path) -> Option<PathBuf> {
 /// The compiler that `rustc` stands for in the checkout, past rustup's proxy.
 fn active() -> Option<PathBuf> {
     let mut command = Command::new("rustc");
-    command
-        .args(["--print", "sysroot"])
-        .current_dir(workspace::root());
+    command.args(["--print", "sysroot"]).current_dir(workspace::root());
     let rustc = PathBuf::from(output(&mut command).ok()?.trim()).join("bin/rustc");
     rustc.is_file().then_some(rustc)
 }
@@ -262,9 +239,7 @@ fn inspect(origin: &str, rustc: &Path) -> Result<Toolchain, Unfit> {
     let minimum = parse_version(env!("CARGO_PKG_RUST_VERSION"));
     if parse_version(release) < minimum {
         let needed = env!("CARGO_PKG_RUST_VERSION");
-        return Err(Unfit::Other(format!(
-            "version {release}, {needed} is needed"
-        )));
+        return Err(Unfit::Other(format!("version {release}, {needed} is needed")));
     }
     let version = field(&verbose, "LLVM version: ")?;
     let major = parse_version(version).map_or(0, |(major, _)| major);
@@ -283,10 +258,7 @@ fn inspect(origin: &str, rustc: &Path) -> Result<Toolchain, Unfit> {
         .find(|root| root.join("lib/rustlib").is_dir())
         .unwrap_or(sysroot)
         .to_owned();
-    if !sysroot
-        .join("lib/rustlib/src/rust/library/core/src/lib.rs")
-        .is_file()
-    {
+    if !sysroot.join("lib/rustlib/src/rust/library/core/src/lib.rs").is_file() {
         return Err(Unfit::NoSource);
     }
     if !cargo.is_file() {
@@ -311,15 +283,11 @@ fn llvm_library(rustc: &Path) -> Result<PathBuf, Unfit> {
 }
 
 fn parse_ldd(output: &str) -> Option<PathBuf> {
-    output
-        .lines()
-        .map(str::trim)
-        .filter(|line| line.starts_with("libLLVM"))
-        .find_map(|line| {
-            let (_, path) = line.split_once(" => ")?;
-            let (path, _) = path.rsplit_once(" (")?;
-            Some(PathBuf::from(path))
-        })
+    output.lines().map(str::trim).filter(|line| line.starts_with("libLLVM")).find_map(|line| {
+        let (_, path) = line.split_once(" => ")?;
+        let (path, _) = path.rsplit_once(" (")?;
+        Some(PathBuf::from(path))
+    })
 }
 
 /// Adds the component rust-src to a rustup toolchain.
@@ -330,9 +298,7 @@ fn add_rust_src(rustc: &Path) -> Result<Toolchain, String> {
         .and_then(Path::file_name)
         .and_then(|name| name.to_str())
         .ok_or("the toolchain has no name")?;
-    term::say(&format!(
-        "adding it to rustup's {name} (component rust-src, about 3 MB)"
-    ));
+    term::say(&format!("adding it to rustup's {name} (component rust-src, about 3 MB)"));
     Step::new("rustup component add rust-src", "rustup")
         .limit(RUSTUP_LIMIT)
         .may_fail()
@@ -389,25 +355,16 @@ fn distribution_packages() -> Option<[String; 3]> {
         .collect();
     versions.sort_unstable_by_key(|version| Reverse(*version));
     let fixed = ["-web", ""].map(|suffix| {
-        let source = if suffix.is_empty() {
-            "rust-src".to_owned()
-        } else {
-            format!("rust{suffix}-src")
-        };
+        let source = if suffix.is_empty() { "rust-src".to_owned() } else { format!("rust{suffix}-src") };
         [format!("rustc{suffix}"), format!("cargo{suffix}"), source]
     });
     let versioned = versions.into_iter().map(|(major, minor)| {
         let version = format!("{major}.{minor}");
-        [
-            format!("rustc-{version}"),
-            format!("cargo-{version}"),
-            format!("rust-{version}-src"),
-        ]
+        [format!("rustc-{version}"), format!("cargo-{version}"), format!("rust-{version}-src")]
     });
     fixed.into_iter().chain(versioned).find(|names| {
-        packages::candidate(&names[0]).is_some_and(|version| {
-            parse_version(&version) >= parse_version(env!("CARGO_PKG_RUST_VERSION"))
-        })
+        packages::candidate(&names[0])
+            .is_some_and(|version| parse_version(&version) >= parse_version(env!("CARGO_PKG_RUST_VERSION")))
     })
 }
 
@@ -455,21 +412,13 @@ mod tests {
     fn the_llvm_of_a_compiler_is_read_from_ldd() {
         let output = "\tlibz.so.1 => /lib/libz.so.1 (0x1)\n\
                       \tlibLLVM.so.22.1 => /lib/x86_64-linux-gnu/libLLVM.so.22.1 (0x00007fa0d1a00000)\n";
-        assert_eq!(
-            parse_ldd(output),
-            Some(PathBuf::from("/lib/x86_64-linux-gnu/libLLVM.so.22.1"))
-        );
+        assert_eq!(parse_ldd(output), Some(PathBuf::from("/lib/x86_64-linux-gnu/libLLVM.so.22.1")));
         assert_eq!(parse_ldd("\tlibLLVM.so.22.1 => not found\n"), None);
     }
 
     #[test]
     fn settings_that_change_code_do_not_reach_the_build() {
-        for name in [
-            "RUSTFLAGS",
-            "RUSTC_WRAPPER",
-            "RUSTUP_TOOLCHAIN",
-            "CARGO_TARGET_DIR",
-        ] {
+        for name in ["RUSTFLAGS", "RUSTC_WRAPPER", "RUSTUP_TOOLCHAIN", "CARGO_TARGET_DIR"] {
             assert!(changes_the_build(name), "{name}");
         }
         for name in ["CARGO_HOME", "CARGO_BUILD_JOBS", "PATH", "HOME"] {

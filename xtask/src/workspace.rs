@@ -10,9 +10,7 @@ use std::{
 /// The root of the checkout.
 pub(crate) fn root() -> &'static Path {
     // The alias in .cargo/config.toml builds xtask from the checkout it serves.
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
-        .unwrap_or(Path::new("/"))
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("/"))
 }
 
 /// The directory of what the set-up makes: objects, tools, logs. It does not

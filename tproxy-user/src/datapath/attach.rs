@@ -8,9 +8,7 @@ use std::io;
 use std::path::Path;
 
 use aya::programs::links::{FdLink, LinkError};
-use aya::programs::tc::{
-    NlOptions, TcAttachOptions, TcAttachType, TcError, TcHandle, qdisc_add_clsact,
-};
+use aya::programs::tc::{NlOptions, TcAttachOptions, TcAttachType, TcError, TcHandle, qdisc_add_clsact};
 use aya::programs::{LinkOrder, ProgramError};
 use serde::Serialize;
 use tproxy_common::abi::program;
