@@ -1,6 +1,7 @@
 //! The development tasks of tproxy: `cargo xtask --help`.
 
 mod build;
+mod compiler;
 mod demo;
 mod install;
 mod linker;
