@@ -155,24 +155,27 @@ impl Instance {
     /// # Errors
     /// As [`Instance::acquire`].
     pub fn acquire_leftover(paths: Paths) -> Result<Option<Self>, Error> {
-        if let Some(pid) = paths.running()? {
-            return Err(already_running(&paths, pid));
+        if !paths.dir().exists() {
+            return Ok(None);
         }
+        let lock = lock::acquire(&paths.lock())?.map_err(|pid| {
+            let name = &paths.name;
+            Error::Running(Failure::Conflict(format!(
+                "instance '{name}' is running as pid {pid}, so nothing was left behind; to stop it: kill {pid}"
+            )))
+        })?;
         if let Some(state) = paths.read_state()? {
-            return Self::acquire_with(paths, state).map(Some);
+            return Ok(Some(Self { paths, state, leftover: None, lock }));
         }
         // Killed before its first write, or after its last.
-        lock::remove_unheld(&paths.lock());
+        lock.remove();
         remove_empty(&paths);
         Ok(None)
     }
 
     fn acquire_with(paths: Paths, mut state: State) -> Result<Self, Error> {
         fs::create_dir_all(paths.dir()).map_err(Error::io("make the directory", &paths.dir()))?;
-        let lock = match lock::acquire(&paths.lock())? {
-            Ok(lock) => lock,
-            Err(pid) => return Err(already_running(&paths, pid)),
-        };
+        let lock = lock::acquire(&paths.lock())?.map_err(|pid| already_running(&paths, pid))?;
         let leftover = paths.read_state()?;
         // Kept until it is undone, should this run be killed before that.
         if let Some(leftover) = &leftover {

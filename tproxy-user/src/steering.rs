@@ -99,7 +99,7 @@ impl Steering {
         if self.config.steering.bpf_log {
             self.log()?;
         }
-        if self.datapath.features().sk_lookup {
+        if self.datapath.features().sk_lookup() {
             self.datapath.attach_lookup(&self.config.pin)?;
         } else {
             tracing::warn!(
@@ -198,9 +198,8 @@ impl Steering {
     fn hook(&self) -> Hook {
         match self.config.steering.attach {
             Attach::Tcx => Hook::Tcx,
-            Attach::Clsact => Hook::Clsact,
-            Attach::Auto if self.datapath.features().tcx => Hook::Tcx,
-            Attach::Auto => Hook::Clsact,
+            Attach::Auto if self.datapath.features().tcx() => Hook::Tcx,
+            Attach::Auto | Attach::Clsact => Hook::Clsact,
         }
     }
 
@@ -249,10 +248,10 @@ impl Steering {
 
 /// Refuses what was asked for and the kernel lacks.
 fn check(config: &Config, features: Features) -> Result<(), Failure> {
-    if config.steering.attach == Attach::Tcx && !features.tcx {
+    if config.steering.attach == Attach::Tcx && !features.tcx() {
         return Err(Failure::unsupported("--attach tcx needs Linux 6.6; leave it out to attach by clsact"));
     }
-    if config.steering.bpf_log && !features.ring_buffer {
+    if config.steering.bpf_log && !features.ring_buffer() {
         return Err(Failure::unsupported("--bpf-log needs the ring buffer of Linux 5.8"));
     }
     Ok(())
@@ -276,7 +275,7 @@ fn settings(config: &Config, plan: &Plan, features: Features, listeners: &[Worke
         v4: plan.ipv4.into(),
         v6: plan.ipv6.into(),
         fail_open: (capture.fail == Fail::Open).into(),
-        listener_by_tuple: (!features.listeners_from_tc).into(),
+        listener_by_tuple: (!features.listeners_from_tc()).into(),
         any_port: capture.ports.is_empty().into(),
         any_source: (capture.from.is_empty() && capture.not_from.is_empty()).into(),
         any_destination: (capture.to.is_empty() && capture.not_to.is_empty()).into(),

@@ -151,3 +151,21 @@ fn setting(change: &SysctlChange) -> anyhow::Result<bool> {
     sysctl::write(&change.name, &change.old)?;
     Ok(true)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clsact::Filter;
+
+    #[test]
+    fn the_last_filter_recorded_of_a_side_is_ours() {
+        let made = |ifindex, egress, priority| {
+            let filter = Filter { egress, priority, handle: 1, kind: "bpf".to_owned(), name: None };
+            FilterMade { ifindex, ifname: "eth0".to_owned(), filter }
+        };
+        let journal = [made(2, false, 1), made(2, false, 2), made(2, true, 1), made(3, false, 1)];
+        let ours: Vec<_> =
+            ours(&journal).map(|made| (made.ifindex, made.filter.egress, made.filter.priority)).collect();
+        assert_eq!(ours, [(2, false, 2), (2, true, 1), (3, false, 1)]);
+    }
+}

@@ -19,13 +19,13 @@ const UPLINK: &str = program::UPLINK;
 
 /// Runs one packet through the capture program with the usual settings.
 fn capture(packet: &[u8]) -> Outcome {
-    Kernel::new(usual()).run(CAPTURE, packet)
+    Kernel::new(&usual()).run(CAPTURE, packet)
 }
 
 #[test]
 fn a_new_tcp_flow_goes_to_the_listener() {
     for packet in [p::syn_v4(), p::syn_v6()] {
-        let mut kernel = Kernel::new(usual());
+        let mut kernel = Kernel::new(&usual());
         let outcome = kernel.run(CAPTURE, &packet);
         outcome.expect(STEERED, "assign_eopnotsupp");
         assert_eq!(outcome.mark, 1);
@@ -51,7 +51,7 @@ fn a_new_udp_flow_goes_to_the_listener() {
 #[test]
 fn mark_keeps_the_bits_outside_the_mask() {
     let settings = Settings { mark_value: 0x10, mark_mask: 0xf0, ..usual() };
-    let outcome = Kernel::new(settings).run_marked(CAPTURE, &p::syn_v4(), 0xabcd);
+    let outcome = Kernel::new(&settings).run_marked(CAPTURE, &p::syn_v4(), 0xabcd);
     assert_eq!(outcome.mark, 0xab1d);
 }
 
@@ -85,7 +85,7 @@ fn what_is_not_for_a_proxy_passes_untouched() {
 #[test]
 fn own_addresses_pass() {
     for packet in [p::syn_v4(), p::udp_v4(10)] {
-        let mut kernel = Kernel::new(usual());
+        let mut kernel = Kernel::new(&usual());
         kernel.add_local(p::SERVER_V4);
         kernel.run(CAPTURE, &packet).expect(PASS, "pass_local");
     }
@@ -100,7 +100,7 @@ fn a_connection_that_is_older_passes() {
 
 #[test]
 fn a_late_packet_of_a_proxied_connection_stays_here() {
-    let mut kernel = Kernel::new(usual());
+    let mut kernel = Kernel::new(&usual());
     kernel.run(CAPTURE, &p::syn_v4());
     for late in [p::ack_v4(), p::fin_v4(), p::rst_v4()] {
         let outcome = kernel.run(CAPTURE, &late);
@@ -113,7 +113,7 @@ fn a_late_packet_of_a_proxied_connection_stays_here() {
 fn without_a_listener_fail_decides() {
     for (fail_open, action, counter) in [(1, PASS, "fail_open"), (0, DROP, "fail_closed")] {
         for packet in [p::syn_v4(), p::syn_v6(), p::udp_v4(3), p::udp_v6(3)] {
-            let mut kernel = Kernel::without_listeners(Settings { fail_open, ..usual() });
+            let mut kernel = Kernel::without_listeners(&Settings { fail_open, ..usual() });
             kernel.run(CAPTURE, &packet).expect(action, counter);
         }
     }
@@ -138,7 +138,7 @@ fn protocols_and_families_are_chosen() {
         (Settings { v6: 0, ..base }, p::udp_v6(3)),
     ];
     for (settings, packet) in cases {
-        let mut kernel = Kernel::new(settings);
+        let mut kernel = Kernel::new(&settings);
         kernel.run(CAPTURE, &packet).expect(PASS, "pass_policy");
         assert_eq!(kernel.only_flow().1.verdict, Verdict::Pass as u8);
     }
@@ -150,13 +150,13 @@ fn ports_are_chosen() {
     for (ports, steered) in
         [(vec![p::SERVER_PORT], true), (vec![p::SERVER_PORT - 1, p::SERVER_PORT + 1], false)]
     {
-        let mut kernel = Kernel::new(settings);
+        let mut kernel = Kernel::new(&settings);
         kernel.set_ports(&ports);
         let outcome = kernel.run(CAPTURE, &p::syn_v4());
         if steered {
-            outcome.expect(STEERED, "assign_eopnotsupp")
+            outcome.expect(STEERED, "assign_eopnotsupp");
         } else {
-            outcome.expect(PASS, "pass_policy")
+            outcome.expect(PASS, "pass_policy");
         }
     }
 }
@@ -164,7 +164,7 @@ fn ports_are_chosen() {
 #[test]
 fn ip_options_and_extension_headers_do_not_hide_the_ports() {
     for packet in [p::syn_v4_with_options(), p::udp_v6_with_extensions()] {
-        let mut kernel = Kernel::new(Settings { any_port: 0, ..usual() });
+        let mut kernel = Kernel::new(&Settings { any_port: 0, ..usual() });
         kernel.set_ports(&[p::SERVER_PORT]);
         kernel.run(CAPTURE, &packet).expect(STEERED, "assign_eopnotsupp");
     }
@@ -190,7 +190,7 @@ fn fragments_are_marked_alike_in_any_order() {
             if whole[12] == 0x08 { fragment_v4(&whole, 1480, 77) } else { fragment_v6(&whole, 1432, 77) };
         assert_eq!(fragments.len(), 3);
         for order in [[0, 1, 2], [2, 1, 0], [1, 0, 2]] {
-            let mut kernel = Kernel::new(usual());
+            let mut kernel = Kernel::new(&usual());
             let mut bytes = 0;
             for i in order {
                 let outcome = kernel.run(CAPTURE, &fragments[i]);
@@ -206,7 +206,7 @@ fn fragments_are_marked_alike_in_any_order() {
 
 #[test]
 fn fragments_of_what_is_not_captured_pass() {
-    let mut kernel = Kernel::new(Settings { udp: 0, ..usual() });
+    let mut kernel = Kernel::new(&Settings { udp: 0, ..usual() });
     for fragment in fragment_v4(&p::udp_v4(3000), 1480, 5) {
         let outcome = kernel.run(CAPTURE, &fragment);
         assert_eq!((outcome.action, outcome.mark), (PASS, 0));
@@ -215,7 +215,7 @@ fn fragments_of_what_is_not_captured_pass() {
 
 #[test]
 fn answers_to_the_outside_are_not_captured() {
-    let mut kernel = Kernel::new(usual());
+    let mut kernel = Kernel::new(&usual());
     let request = p::udp_v4(20);
     kernel.run(UPLINK, &request).expect(PASS, "pass_no_socket");
     kernel.run(CAPTURE, &p::reply_of(&request)).expect(PASS, "pass_reply");
@@ -224,13 +224,13 @@ fn answers_to_the_outside_are_not_captured() {
 #[test]
 fn upstream_side_takes_nothing_without_a_socket() {
     for packet in [p::syn_v4(), p::ack_v4(), p::udp_v6(9)] {
-        Kernel::new(usual()).run(UPLINK, &packet).expect(PASS, "pass_no_socket");
+        Kernel::new(&usual()).run(UPLINK, &packet).expect(PASS, "pass_no_socket");
     }
 }
 
 #[test]
 fn replies_are_counted() {
-    let mut kernel = Kernel::new(usual());
+    let mut kernel = Kernel::new(&usual());
     let request = p::udp_v4(20);
     kernel.run(CAPTURE, &request);
     kernel.run(program::REPLY, &p::reply_of(&request));
@@ -241,7 +241,7 @@ fn replies_are_counted() {
 #[test]
 fn own_packets_are_turned_back_and_those_of_the_proxy_are_not() {
     let settings = Settings { own_traffic: 1, ..usual() };
-    let mut kernel = Kernel::new(settings);
+    let mut kernel = Kernel::new(&settings);
     kernel.run_sent(program::OWN, &p::syn_v4(), 2).expect(PASS, "pass_own_mark");
     let outcome = kernel.run_sent(program::OWN, &p::syn_v4(), 0);
     assert_eq!(outcome.counters, [("own_redirected", 1), ("flows_created", 1)]);
@@ -251,7 +251,7 @@ fn own_packets_are_turned_back_and_those_of_the_proxy_are_not() {
 
 #[test]
 fn plain_loopback_traffic_is_left_alone() {
-    let mut kernel = Kernel::new(Settings { own_traffic: 1, ..usual() });
+    let mut kernel = Kernel::new(&Settings { own_traffic: 1, ..usual() });
     kernel.add_local(p::SERVER_V4);
     kernel.run(program::LOOPBACK, &p::syn_v4()).expect(PASS, "pass_local");
     kernel.run(program::LOOPBACK, &p::udp_to_v4([127, 0, 0, 53])).expect(PASS, "pass_special");

@@ -10,10 +10,10 @@ use anyhow::{Context as _, Result, bail};
 use sha2::{Digest as _, Sha256};
 
 use crate::{
+    compiler::Toolchain,
     install, linker, packages,
     term::{self, Step},
-    toolchain::{self, Toolchain},
-    workspace,
+    toolchain, workspace,
 };
 
 /// Flags of `cargo xtask build-ebpf`.
@@ -219,9 +219,20 @@ fn show_warnings(log: &Path) -> Result<bool> {
     let text = fs::read_to_string(log)?;
     let warned = text.lines().any(|line| line.starts_with("warning"));
     if warned {
-        term::say(text.trim_end());
+        let shown: Vec<&str> = text.lines().filter(|line| !is_status(line)).collect();
+        term::say(shown.join("\n").trim_end());
     }
     Ok(warned)
+}
+
+/// Whether this is one of cargo's lines about its progress: a verb, right-aligned
+/// to twelve columns.
+fn is_status(line: &str) -> bool {
+    line.get(..12).is_some_and(|verb| {
+        verb.starts_with(' ')
+            && verb.trim_start().starts_with(|c: char| c.is_ascii_uppercase())
+            && verb.trim_start().chars().all(char::is_alphabetic)
+    })
 }
 
 /// Writes a file at once or not at all, and not when it holds that already:
@@ -258,6 +269,15 @@ fn describe(path: &Path) -> Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn progress_is_told_from_warnings() {
+        assert!(is_status("   Compiling syn v2.0.119"));
+        assert!(is_status("    Finished `release` profile [optimized]"));
+        assert!(!is_status("warning: unreachable `pub` item"));
+        assert!(!is_status("  --> tproxy-ebpf/src/main.rs:10:1"));
+        assert!(!is_status("   | |"));
+    }
 
     #[test]
     fn the_program_is_found_among_the_messages() {

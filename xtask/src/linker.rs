@@ -14,8 +14,8 @@ use std::{
 use anyhow::{Context as _, Result};
 
 use crate::{
+    compiler::{Llvm, Toolchain},
     term::{self, Step},
-    toolchain::{Llvm, Toolchain},
     workspace,
 };
 

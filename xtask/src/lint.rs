@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::{build, linker, packages, term, toolchain::Toolchain, workspace};
+use crate::{build, compiler::Toolchain, linker, packages, term, workspace};
 
 /// Flags of `cargo xtask lint`.
 #[derive(clap::Args)]

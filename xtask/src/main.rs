@@ -2,6 +2,7 @@
 
 mod bench;
 mod build;
+mod compiler;
 mod demo;
 mod install;
 mod linker;

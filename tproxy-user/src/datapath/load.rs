@@ -79,7 +79,7 @@ impl Datapath {
                 tc_program(&mut ebpf, name)?.load().map_err(|source| LoadError::Program { name, source })?;
             }
         }
-        if features.sk_lookup {
+        if features.sk_lookup() {
             let name = program::LOOKUP;
             lookup_program(&mut ebpf)?.load().map_err(|source| LoadError::Program { name, source })?;
         }
@@ -96,7 +96,7 @@ impl Datapath {
         for name in TC_PROGRAMS {
             tc_program(&mut ebpf, name)?.load().map_err(|source| LoadError::Program { name, source })?;
         }
-        if features.sk_lookup {
+        if features.sk_lookup() {
             let name = program::LOOKUP;
             lookup_program(&mut ebpf)?.load().map_err(|source| LoadError::Program { name, source })?;
         }

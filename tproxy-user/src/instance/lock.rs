@@ -5,6 +5,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
@@ -60,13 +61,26 @@ fn is_current(file: &File, path: &Path) -> bool {
     (ours.dev(), ours.ino()) == (named.dev(), named.ino())
 }
 
+/// A process that was killed holds its lock until the kernel has closed its
+/// files, and a child between fork and exec holds it too: worth another look.
+const LOOKS: u32 = 5;
+const BETWEEN_LOOKS: Duration = Duration::from_millis(50);
+
 /// Takes the lock and writes our PID; `Err(pid)` where another holds it.
 pub(super) fn acquire(path: &Path) -> Result<Result<Lock, i32>, Error> {
+    let mut looks = 0;
     loop {
         let mut file = open(path)?;
         match fcntl(&file, FcntlArg::F_OFD_SETLK(&whole_file())) {
             Ok(_) => {}
-            Err(Errno::EAGAIN | Errno::EACCES) => return Ok(Err(read_pid(&mut file))),
+            Err(Errno::EAGAIN | Errno::EACCES) => {
+                looks += 1;
+                if looks == LOOKS {
+                    return Ok(Err(read_pid(&mut file)));
+                }
+                std::thread::sleep(BETWEEN_LOOKS);
+                continue;
+            }
             Err(error) => return Err(Error::io("lock", path)(error.into())),
         }
         // Its former holder may have removed it between our two calls.
@@ -110,13 +124,4 @@ pub(super) fn holder(path: &Path) -> Result<Option<i32>, Error> {
         .map_err(|error| Error::io("look at the lock", path)(error.into()))?;
     let held = i32::from(lock.l_type) != libc::F_UNLCK;
     Ok(held.then(|| read_pid(&mut file)))
-}
-
-/// Removes a lock file that a killed process left.
-pub(super) fn remove_unheld(path: &Path) {
-    if path.exists()
-        && let Ok(Ok(lock)) = acquire(path)
-    {
-        lock.remove();
-    }
 }

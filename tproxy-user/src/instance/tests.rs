@@ -28,7 +28,8 @@ fn one_at_a_time_and_nothing_stays() {
     assert_eq!(paths.running().expect("lock"), Some(own_pid));
     let error = Instance::acquire_in(&run, &config).expect_err("second");
     assert!(conflict(&error).contains(&format!("pid {own_pid}")));
-    assert!(Instance::acquire_leftover(paths.clone()).is_err());
+    let error = Instance::acquire_leftover(paths.clone()).expect_err("it runs");
+    assert!(conflict(&error).contains("is running as pid"));
     first.finish().expect("finish");
     assert_eq!(paths.running().expect("lock"), None);
     assert!(!run.exists());

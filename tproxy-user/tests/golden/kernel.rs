@@ -59,10 +59,10 @@ fn enter_namespace() {
     assert!(up.is_ok_and(|status| status.success()), "ip link set lo up failed");
 }
 
-fn load(settings: Settings) -> Datapath {
+fn load(settings: &Settings) -> Datapath {
     let features =
         Features::of(running_kernel().expect("a kernel version")).expect("a kernel that can steer");
-    Datapath::load_unpinned(&settings, features).unwrap_or_else(|error| panic!("{error}"))
+    Datapath::load_unpinned(settings, features).unwrap_or_else(|error| panic!("{error}"))
 }
 
 /// Everything captured by one worker.
@@ -107,7 +107,7 @@ fn bind() -> [(ListenerKind, Box<dyn AsRawFd>, u16); 4] {
 
 impl Kernel {
     /// With one worker's listeners.
-    pub(crate) fn new(settings: Settings) -> Self {
+    pub(crate) fn new(settings: &Settings) -> Self {
         enter_namespace();
         let mut datapath = load(settings);
         let mut sockets = Vec::new();
@@ -119,7 +119,7 @@ impl Kernel {
     }
 
     /// As after the proxy has gone.
-    pub(crate) fn without_listeners(settings: Settings) -> Self {
+    pub(crate) fn without_listeners(settings: &Settings) -> Self {
         enter_namespace();
         Self { datapath: load(settings), _sockets: Vec::new() }
     }
@@ -135,7 +135,7 @@ impl Kernel {
             settings.listener_ports.0[listener_index(kind, 0) as usize] = port;
             sockets.push(socket);
         }
-        Self { datapath: load(settings), _sockets: sockets }
+        Self { datapath: load(&settings), _sockets: sockets }
     }
 
     /// Runs a program on a packet that has just arrived.

@@ -49,11 +49,11 @@ fn udp(ip: etherparse::PacketBuilderStep<etherparse::IpHeaders>, payload: usize)
 }
 
 pub(crate) fn syn_v4() -> Vec<u8> {
-    tcp(v4_to(SERVER_V4), |t| t.syn())
+    tcp(v4_to(SERVER_V4), etherparse::PacketBuilderStep::syn)
 }
 
 pub(crate) fn syn_v6() -> Vec<u8> {
-    tcp(v6_to(SERVER_V6), |t| t.syn())
+    tcp(v6_to(SERVER_V6), etherparse::PacketBuilderStep::syn)
 }
 
 pub(crate) fn ack_v4() -> Vec<u8> {
@@ -69,7 +69,7 @@ pub(crate) fn fin_v4() -> Vec<u8> {
 }
 
 pub(crate) fn rst_v4() -> Vec<u8> {
-    tcp(v4_to(SERVER_V4), |t| t.rst())
+    tcp(v4_to(SERVER_V4), etherparse::PacketBuilderStep::rst)
 }
 
 pub(crate) fn udp_v4(payload: usize) -> Vec<u8> {

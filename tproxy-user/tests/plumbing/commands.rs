@@ -3,7 +3,7 @@
 use std::os::unix::process::CommandExt as _;
 use std::process::{Command, Stdio};
 
-use super::world::{Outcome, Test, ensure, picture, sh};
+use super::world::{Outcome, Test, ensure, expect_as_before, picture, sh};
 
 pub(crate) const TESTS: &[(&str, Test)] = &[
     ("usage_errors_are_one_line", usage_errors_are_one_line),
@@ -70,7 +70,7 @@ fn check_prints_the_plan() -> Outcome {
         .output()
         .expect("program");
     ensure!(output.status.success(), "as nobody: {output:?}");
-    ensure!(picture() == before, "check changed something");
+    expect_as_before(&before)?;
     expect_error(&["check", "-i", "eth9", PIN], 2, &["eth9", "lan0"])?;
     expect_error(&["check", "-i", "lo", PIN], 2, &["--own-traffic"])?;
     let (exit, _, stderr) = run(&["check", "-i", "ppp*", PIN]);
@@ -103,7 +103,7 @@ fn cleanup_twice() -> Outcome {
             "{stdout}{stderr}"
         );
     }
-    ensure!(picture() == before, "cleanup changed something");
+    expect_as_before(&before)?;
     ensure!(!std::path::Path::new("/run/tproxy/plumbing-commands").exists(), "files stayed");
     Ok(())
 }

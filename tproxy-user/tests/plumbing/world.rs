@@ -39,9 +39,15 @@ pub(crate) fn sh(command: &str) -> String {
 /// some time after the address.
 pub(crate) fn picture() -> String {
     sh(
-        "ip rule; ip -6 rule; ip route show table all; ip -6 route show table all | grep -v 'proto kernel' || true; \
+        "ip rule; ip -6 rule; ip -4 route show table all; ip -6 route show table all | grep -v 'proto kernel' || true; \
         tc qdisc show; sysctl net.ipv4.conf.lo.accept_local",
     )
+}
+
+/// Compares with an earlier [`picture`].
+pub(crate) fn expect_as_before(before: &str) -> Outcome {
+    let after = picture();
+    if after == before { Ok(()) } else { Err(format!("before:\n{before}after:\n{after}")) }
 }
 
 /// Runs asynchronous code on this thread.
