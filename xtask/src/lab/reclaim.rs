@@ -13,8 +13,9 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill, pthread_sigmask};
+use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use tokio::signal::unix::{SignalKind as Kind, signal};
 
 /// One directory a lab; whoever holds the lock in it owns the lab.
 const ROOT: &str = "/run/tproxy-lab";
@@ -133,42 +134,52 @@ fn kill_inside(namespaces: &[PathBuf]) {
 }
 
 /// Has SIGINT, SIGTERM and SIGHUP end the children of [`supervise`] and remove
-/// the labs before they end this process. To be called first thing in `main`,
-/// before other threads are there.
+/// the labs before they end this process. To be called first thing in `main`.
 ///
 /// # Errors
-/// Where the signal mask cannot be set or no thread be started.
+/// Where the signals cannot be caught.
 pub fn on_signals() -> Result<()> {
     static ONCE: OnceLock<()> = OnceLock::new();
     if ONCE.set(()).is_err() {
         return Ok(());
     }
-    let signals: SigSet = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP].into_iter().collect();
-    // Children are not affected: `std::process` resets their mask.
-    pthread_sigmask(SigmaskHow::SIG_BLOCK, Some(&signals), None)?;
+    // Handlers, not a blocked mask: children would inherit that.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+    let context = runtime.enter();
+    let mut caught = (signal(Kind::interrupt())?, signal(Kind::terminate())?, signal(Kind::hangup())?);
+    drop(context);
     thread::Builder::new().name("signals".into()).spawn(move || {
-        let Ok(signal) = signals.wait() else { return };
-        let children: Vec<u32> = held(&CHILDREN).iter().copied().collect();
-        for pid in children.iter().filter_map(|pid| i32::try_from(*pid).ok()) {
-            let _ = kill(Pid::from_raw(pid), signal);
-        }
-        let labs: Vec<String> = held(&LABS).iter().cloned().collect();
-        eprintln!("{signal}: removing {} network lab(s)", labs.len());
-        for lab in &labs {
-            remove(lab);
-        }
-        // A child removes its own labs; it is given the time to.
-        for _ in 0..100 {
-            if children.iter().all(|pid| !Path::new(&format!("/proc/{pid}")).exists())
-                || held(&CHILDREN).is_empty()
-            {
-                break;
+        let number = runtime.block_on(async {
+            tokio::select! {
+                _ = caught.0.recv() => Signal::SIGINT,
+                _ = caught.1.recv() => Signal::SIGTERM,
+                _ = caught.2.recv() => Signal::SIGHUP,
             }
-            thread::sleep(Duration::from_millis(50));
-        }
-        std::process::exit(128 + signal as i32);
+        });
+        end(number);
     })?;
     Ok(())
+}
+
+fn end(signal: Signal) -> ! {
+    let children: Vec<u32> = held(&CHILDREN).iter().copied().collect();
+    for pid in children.iter().filter_map(|pid| i32::try_from(*pid).ok()) {
+        // ESRCH: it ended meanwhile.
+        let _ = kill(Pid::from_raw(pid), signal);
+    }
+    let labs: Vec<String> = held(&LABS).iter().cloned().collect();
+    for lab in &labs {
+        eprintln!("{signal}: removing network lab {lab}");
+        remove(lab);
+    }
+    // A child removes its own labs; it is given the time to.
+    for _ in 0..100 {
+        if children.iter().all(|pid| !held(&CHILDREN).contains(pid)) {
+            break;
+        }
+        thread::sleep(Duration::from_millis(50));
+    }
+    std::process::exit(128 + signal as i32);
 }
 
 /// A child process that gets this process's signals too, while the value lives.

@@ -177,7 +177,7 @@ fn strangers(lab: &Lab) -> Result<()> {
     lab.router.sh("tc qdisc add dev lan clsact")?;
     for direction in ["ingress", "egress"] {
         lab.router.sh(&format!(
-            "tc filter add dev lan {direction} pref 5 handle 5 protocol all matchall action ok"
+            "tc filter add dev lan {direction} pref 5 handle 5 protocol ip u32 match ip protocol 254 0xff"
         ))?;
     }
     lab.router
