@@ -33,6 +33,9 @@ pub mod map {
     pub const FRAGMENTS: &str = "FRAGMENTS";
     /// LRU hash [`HostPair`](super::HostPair) → 1: pairs with a proxied UDP flow.
     pub const HOST_PAIRS: &str = "HOST_PAIRS";
+    /// All of them: what is pinned.
+    pub const ALL: [&str; 9] =
+        [FLOWS, COUNTERS, LISTENERS, LOCAL, SOURCES, DESTINATIONS, PORTS, FRAGMENTS, HOST_PAIRS];
 }
 
 /// Program names, as in the object.

@@ -39,7 +39,7 @@ macro_rules! counters {
 }
 
 counters! {
-    /// Handed to an established, half-open or TIME_WAIT TCP socket of the proxy.
+    /// Handed to an established, half-open or `TIME_WAIT` TCP socket of the proxy.
     SteeredEstablished => steered_established,
     /// TCP connection openings handed to the proxy's listener.
     SteeredTcpNew => steered_tcp_new,
@@ -93,7 +93,7 @@ counters! {
     AssignNetUnreach => assign_enetunreach,
     /// `bpf_sk_assign` answered EOPNOTSUPP: not called at ingress.
     AssignNotSupported => assign_eopnotsupp,
-    /// `bpf_sk_assign` answered ESOCKTNOSUPPORT: an SO_REUSEPORT socket before Linux 6.6.
+    /// `bpf_sk_assign` answered ESOCKTNOSUPPORT: an `SO_REUSEPORT` socket before Linux 6.6.
     AssignSocketType => assign_esocktnosupport,
     /// `bpf_sk_assign` answered another error.
     AssignOther => assign_other,
@@ -101,6 +101,4 @@ counters! {
     FlowInsertFailed => flow_insert_failed,
     /// Flows entered in the flow table (flows, not packets).
     FlowsCreated => flows_created,
-    /// Reply packets that left towards a client without an entry in the flow table.
-    ReplyUntracked => reply_untracked,
 }

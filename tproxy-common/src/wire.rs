@@ -139,7 +139,7 @@ pub fn parse_v4(from: &impl Load) -> Result<Packet, Skip> {
     let ip = Ip {
         source: mapped([h[12], h[13], h[14], h[15]]),
         destination: mapped([h[16], h[17], h[18], h[19]]),
-        ip_len,
+        total_len: ip_len,
         family: Family::V4,
     };
     transport(from, &ip, h[9], header_len, fragment)
@@ -162,7 +162,7 @@ pub fn parse_v6(from: &impl Load) -> Result<Packet, Skip> {
     let ip = Ip {
         source: from.load(8).ok_or(Skip::Truncated)?,
         destination: from.load(24).ok_or(Skip::Truncated)?,
-        ip_len: match u32::from(u16::from_be_bytes([fixed[4], fixed[5]])) {
+        total_len: match u32::from(u16::from_be_bytes([fixed[4], fixed[5]])) {
             0 => 0,
             payload => payload + IPV6_HEADER,
         },
@@ -219,7 +219,7 @@ pub fn parse_v6(from: &impl Load) -> Result<Packet, Skip> {
 struct Ip {
     source: Addr,
     destination: Addr,
-    ip_len: u32,
+    total_len: u32,
     family: Family,
 }
 
@@ -234,7 +234,7 @@ fn transport(
     let mut packet = Packet {
         source: ip.source,
         destination: ip.destination,
-        ip_len: ip.ip_len,
+        ip_len: ip.total_len,
         header_len: offset,
         source_port: 0,
         destination_port: 0,

@@ -1,10 +1,86 @@
-//! The eBPF programs of tproxy.
+//! The eBPF programs of tproxy: entry points only.
+//!
+//! ```text
+//! tproxy_capture  TC ingress, captured interfaces   classify, steer to the proxy
+//! tproxy_uplink   TC ingress, upstream-facing ones  return traffic of `source = client`
+//! tproxy_reply    TC egress, captured interfaces    count replies
+//! tproxy_own      TC egress, with own traffic       count replies, turn own flows back to lo
+//! tproxy_lo       TC ingress of lo, own traffic     steer what was turned back
+//! tproxy_lookup   sk_lookup of the namespace        where the stack looks a listener up itself
+//! ```
+//!
+//! The core (everything but `tproxy_lookup`) needs Linux 5.7.
 
 #![no_std]
 #![no_main]
+#![feature(core_intrinsics)]
+#![expect(internal_features, reason = "atomic addition, see `account.rs`")]
+#![allow(missing_docs, unreachable_pub, reason = "the macros of the entry points expand to public items")]
+// The verifier of Linux 5.7 follows one program best; a call also costs stack.
+#![allow(clippy::inline_always, reason = "one flat program for the verifier")]
+
+mod account;
+mod capture;
+mod fragment;
+mod lookup;
+mod maps;
+mod own;
+mod policy;
+mod settings;
+mod skb;
+mod sock;
+mod steer;
+mod trace;
+mod uplink;
+
+use aya_ebpf::macros::{classifier, sk_lookup};
+use aya_ebpf::programs::{SkLookupContext, TcContext};
+use skb::Skb;
+
+/// TC ingress of captured interfaces.
+#[classifier]
+pub fn tproxy_capture(ctx: TcContext) -> i32 {
+    capture::ingress(&Skb::new(&ctx))
+}
+
+/// TC ingress of upstream-facing interfaces.
+#[classifier]
+pub fn tproxy_uplink(ctx: TcContext) -> i32 {
+    uplink::ingress(&Skb::new(&ctx))
+}
+
+/// TC egress of captured interfaces.
+#[classifier]
+pub fn tproxy_reply(ctx: TcContext) -> i32 {
+    account::egress(&Skb::new(&ctx))
+}
+
+/// TC egress of every interface while the host's own traffic is captured.
+#[classifier]
+pub fn tproxy_own(ctx: TcContext) -> i32 {
+    own::egress(&Skb::new(&ctx))
+}
+
+/// TC ingress of the loopback device while the host's own traffic is captured.
+#[classifier]
+pub fn tproxy_lo(ctx: TcContext) -> i32 {
+    own::loopback(&Skb::new(&ctx))
+}
+
+/// Socket lookup of the network namespace (Linux 5.9).
+#[sk_lookup]
+pub fn tproxy_lookup(ctx: SkLookupContext) -> u32 {
+    lookup::lookup(&ctx)
+}
 
 #[cfg(not(test))]
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo) -> ! {
     loop {}
 }
+
+/// The kernel offers the helpers used here to GPL-compatible programs only;
+/// the source is under MIT or Apache-2.0 as well.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -59,6 +59,7 @@ pub enum Attach {
 }
 
 /// Which packets are captured.
+#[expect(clippy::struct_excessive_bools, reason = "five independent choices")]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Capture {
     /// Interface names or globs.
@@ -134,12 +135,39 @@ pub struct Timeouts {
 pub struct Limits {
     /// TCP connections at one time.
     pub connections: u32,
-    /// TCP connections and UDP flows of one client address at one time.
+    /// TCP connections and UDP flows of one client address at one time;
+    /// `u32::MAX`: no bound.
     pub per_client: u32,
     /// UDP flows (client address and port) at one time.
     pub udp_flows: u32,
     /// Entries of the flow table.
     pub flow_table: u32,
+}
+
+/// Where the line about each ended connection goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AccessLog {
+    /// Nowhere.
+    Off,
+    /// Standard output, one JSON object a line.
+    Json,
+    /// Standard output, for people.
+    Text,
+}
+
+/// A kernel version, `major.minor`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Kernel {
+    /// The 5 of 5.7.
+    pub major: u32,
+    /// The 7 of 5.7.
+    pub minor: u32,
+}
+
+impl std::fmt::Display for Kernel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}.{}", self.major, self.minor)
+    }
 }
 
 /// Everything that `run` was told.
@@ -159,6 +187,31 @@ pub struct Config {
     pub workers: u32,
     /// Directory of the pinned maps and links.
     pub pin: PathBuf,
+    /// The line about each ended connection.
+    pub access_log: AccessLog,
+    /// Kernel to take this one for when features are chosen; `None`: the one that runs.
+    pub assume_kernel: Option<Kernel>,
+}
+
+impl Mark {
+    /// Whether a packet with this mark is matched.
+    #[must_use]
+    pub const fn matches(self, mark: u32) -> bool {
+        mark & self.mask == self.value
+    }
+
+    /// Whether both compare some bit, and one packet can match both.
+    #[must_use]
+    pub const fn overlaps(self, other: Self) -> bool {
+        let both = self.mask & other.mask;
+        both != 0 && (self.value ^ other.value) & both == 0
+    }
+}
+
+impl std::fmt::Display for Mark {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:#x}/{:#x}", self.value, self.mask)
+    }
 }
 
 impl Steering {

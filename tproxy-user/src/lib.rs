@@ -1,16 +1,34 @@
 //! The userspace of tproxy.
 //!
-//! Data flows one way: command line → [`config`] → plan → applied; packet →
+//! Data flows one way: command line → [`config`] → [`plan`] → applied; packet →
 //! listener → relay → upstream.
 
 pub mod addr;
+pub mod app;
+pub mod cli;
+pub mod clsact;
+pub mod cmd;
 pub mod config;
+pub mod datapath;
 pub mod failure;
+pub mod instance;
+pub mod interfaces;
 pub mod limits;
 pub mod listener;
+pub mod netlink;
+pub mod output;
+pub mod owner;
+pub mod plan;
+pub mod privilege;
 pub mod relay;
+pub mod routing;
 pub mod shutdown;
 pub mod sockopt;
 pub mod stats;
+pub mod status;
+pub mod steering;
+pub mod sysctl;
+pub mod telemetry;
+pub mod undo;
 pub mod upstream;
 pub mod worker;

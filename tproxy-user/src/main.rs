@@ -1,3 +1,7 @@
 //! `tproxy-user`: see `--help`.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    tproxy_user::cmd::main()
+}

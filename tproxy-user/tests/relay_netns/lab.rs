@@ -278,5 +278,7 @@ pub(crate) fn config(source: SourceMode) -> Config {
         limits: Limits { connections: 10_000, per_client: 10_000, udp_flows: 1000, flow_table: 1000 },
         workers: 2,
         pin: "/nonexistent".into(),
+        access_log: tproxy_user::config::AccessLog::Off,
+        assume_kernel: None,
     }
 }

@@ -1,0 +1,218 @@
+//! Counters and the flow table.
+
+use core::intrinsics::{AtomicOrdering, atomic_xadd};
+
+use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
+use aya_ebpf::helpers::bpf_ktime_get_ns;
+use tproxy_common::abi::{Flow, FlowKey, Origin, Verdict};
+use tproxy_common::classify::is_reopened;
+use tproxy_common::counter::Counter;
+use tproxy_common::flow::tcp_seen;
+use tproxy_common::wire::{Packet, Skip};
+
+use crate::fragment;
+use crate::maps::{COUNTERS, FLOWS};
+use crate::skb::Skb;
+use crate::steer::NEXT;
+
+/// Adds one to a counter of this CPU.
+#[inline(always)]
+pub(crate) fn count(counter: Counter) {
+    if let Some(counters) = COUNTERS.get_ptr_mut(0) {
+        // SAFETY: `Counters` is `repr(C)` of u64 only and `counter` indexes a
+        // field of it; the entry belongs to this CPU.
+        unsafe { *counters.cast::<u64>().add(counter as usize) += 1 };
+    }
+}
+
+/// The counter of a packet that the parser does not take.
+#[inline(always)]
+pub(crate) fn skip_counter(skip: Skip) -> Counter {
+    match skip {
+        Skip::Protocol => Counter::PassProtocol,
+        Skip::Truncated => Counter::Truncated,
+        Skip::Malformed => Counter::Malformed,
+    }
+}
+
+/// An entry of the flow table. Entries of an LRU map are never unmapped while
+/// a program runs; at worst another flow has taken the slot, and the few
+/// packets of that instant are counted there.
+#[derive(Clone, Copy)]
+pub(crate) struct FlowRef(*mut Flow);
+
+impl FlowRef {
+    /// Finds a flow.
+    #[inline(always)]
+    pub(crate) fn find(key: &FlowKey) -> Option<Self> {
+        FLOWS.get_ptr_mut(key).map(Self)
+    }
+
+    /// Enters a new flow, or finds the one that another CPU has just entered.
+    /// A TCP entry that is over is begun again.
+    #[inline(never)]
+    pub(crate) fn open(skb: &Skb, key: &FlowKey, verdict: Verdict, origin: Origin) -> Option<Self> {
+        let existing = Self::find(key);
+        let flags = match &existing {
+            Some(flow) if flow.verdict() == verdict as u8 && !flow.is_reopened(key.protocol) => {
+                return existing;
+            }
+            Some(_) => BPF_ANY,
+            None => BPF_NOEXIST,
+        };
+        let flow = Flow {
+            first_seen: now(),
+            ifindex: skb.ifindex(),
+            verdict: verdict as u8,
+            origin: origin as u8,
+            ..Flow::default()
+        };
+        if FLOWS.insert(key, &flow, u64::from(flags)).is_ok() {
+            count(Counter::FlowsCreated);
+        }
+        let found = Self::find(key);
+        if found.is_none() {
+            count(Counter::FlowInsertFailed);
+        }
+        found
+    }
+
+    #[inline(always)]
+    fn is_reopened(&self, protocol: u8) -> bool {
+        // SAFETY: see `FlowRef`; the two bytes are read, not kept.
+        is_reopened(unsafe { &*self.0 }, protocol)
+    }
+
+    /// The verdict as the map holds it.
+    #[inline(always)]
+    pub(crate) fn verdict(&self) -> u8 {
+        // SAFETY: see `FlowRef`.
+        unsafe { (*self.0).verdict }
+    }
+
+    /// Whether the flow goes to the proxy.
+    #[inline(always)]
+    pub(crate) fn is_proxied(&self) -> bool {
+        self.verdict() == Verdict::Proxy as u8
+    }
+
+    /// Whether it came in on an upstream-facing interface.
+    #[inline(always)]
+    pub(crate) fn is_from_uplink(&self) -> bool {
+        // SAFETY: see `FlowRef`.
+        unsafe { (*self.0).origin == Origin::Uplink as u8 }
+    }
+
+    /// Counts a packet of the client.
+    #[inline(always)]
+    pub(crate) fn up(self, skb: &Skb, packet: &Packet) {
+        let (packets, bytes) = skb.on_the_wire(packet);
+        self.add_up(packets, bytes, packet.tcp_flags);
+    }
+
+    /// Counts packets of the client.
+    #[inline(always)]
+    pub(crate) fn add_up(self, packets: u64, bytes: u64, tcp_flags: u8) {
+        // SAFETY: see `FlowRef`; the fields are valid and aligned.
+        unsafe {
+            add(&raw mut (*self.0).packets_up, packets);
+            add(&raw mut (*self.0).bytes_up, bytes);
+            see(&raw mut (*self.0).seen_up, tcp_flags);
+            (*self.0).last_seen = now();
+        }
+    }
+
+    /// Counts a packet to the client.
+    #[inline(always)]
+    pub(crate) fn down(self, skb: &Skb, packet: &Packet) {
+        let (packets, bytes) = skb.on_the_wire(packet);
+        // SAFETY: see `FlowRef`; the fields are valid and aligned.
+        unsafe {
+            add(&raw mut (*self.0).packets_down, packets);
+            add(&raw mut (*self.0).bytes_down, bytes);
+            see(&raw mut (*self.0).seen_down, packet.tcp_flags);
+            (*self.0).last_seen = now();
+        }
+    }
+}
+
+/// Adds atomically: several CPUs may carry packets of one flow.
+///
+/// By the intrinsic: the BPF target has no compare-and-swap before Linux 5.12,
+/// so `AtomicU64` has no `fetch_add` there, but `BPF_XADD` is as old as maps.
+///
+/// # Safety
+///
+/// `to` is valid and aligned.
+#[inline(always)]
+unsafe fn add(to: *mut u64, value: u64) {
+    // SAFETY: by contract of this function.
+    unsafe { atomic_xadd::<_, _, { AtomicOrdering::Relaxed }>(to, value) };
+}
+
+/// Remembers TCP flags. Packets of one direction of a flow meet on one CPU
+/// (RSS, or the sender's), so a plain store is enough; a bit that is lost to a
+/// race comes again with the next segment.
+///
+/// # Safety
+///
+/// `seen` is valid.
+#[inline(always)]
+unsafe fn see(seen: *mut u8, tcp_flags: u8) {
+    let bits = tcp_flags & tcp_seen::ALL;
+    // SAFETY: by contract of this function.
+    unsafe {
+        if *seen & bits != bits {
+            *seen |= bits;
+        }
+    }
+}
+
+#[inline(always)]
+fn now() -> u64 {
+    // SAFETY: no preconditions.
+    unsafe { bpf_ktime_get_ns() }
+}
+
+/// The key of the flow that an up-going packet belongs to.
+#[inline(always)]
+pub(crate) fn up_key(packet: &Packet) -> FlowKey {
+    FlowKey::up(
+        packet.protocol,
+        packet.source,
+        packet.destination,
+        packet.source_port,
+        packet.destination_port,
+    )
+}
+
+/// The key of the flow that the packet is a reply of.
+#[inline(always)]
+pub(crate) fn down_key(packet: &Packet) -> FlowKey {
+    FlowKey::down(
+        packet.protocol,
+        packet.source,
+        packet.destination,
+        packet.source_port,
+        packet.destination_port,
+    )
+}
+
+/// TC egress of a captured interface: counts replies, changes nothing.
+#[inline(always)]
+pub(crate) fn egress(skb: &Skb) -> i32 {
+    if let Ok(packet) = &mut skb.parse()
+        && fragment::resolve_ports(packet)
+    {
+        reply(skb, packet);
+    }
+    NEXT
+}
+
+/// Counts a packet that may be a reply.
+#[inline(never)]
+pub(crate) fn reply(skb: &Skb, packet: &Packet) {
+    if let Some(flow) = FlowRef::find(&down_key(packet)) {
+        flow.down(skb, packet);
+    }
+}

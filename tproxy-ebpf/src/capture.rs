@@ -1,0 +1,192 @@
+//! TC ingress of captured interfaces: classify a new flow once, steer.
+
+use tproxy_common::abi::{HostPair, Origin, UDP, Verdict};
+use tproxy_common::classify::is_special;
+use tproxy_common::counter::Counter;
+use tproxy_common::wire::{Fragment, Packet};
+
+use crate::account::{FlowRef, count, down_key, skip_counter, up_key};
+use crate::fragment::{self, Side};
+use crate::maps::HOST_PAIRS;
+use crate::policy;
+use crate::settings;
+use crate::skb::Skb;
+use crate::sock;
+use crate::steer::{Mark, fail, pass, to_socket, to_stack};
+use crate::trace::trace;
+
+/// Decides over a packet.
+#[inline(always)]
+pub(crate) fn ingress(skb: &Skb) -> i32 {
+    admitted(skb, |packet| {
+        let action = match packet.fragment {
+            Fragment::Whole if packet.protocol == UDP => udp(skb, packet),
+            Fragment::Whole => tcp(skb, packet),
+            Fragment::First { id } | Fragment::Later { id } => fragment::ingress::<Captured>(skb, packet, id),
+        };
+        trace(skb, packet, "capture", action);
+        action
+    })
+}
+
+/// Makes the checks that need no lookup, then lets `decide` decide. The packet
+/// is handed on by reference: a copy costs an eighth of the stack.
+#[inline(always)]
+pub(crate) fn admitted(skb: &Skb, decide: impl FnOnce(&Packet) -> i32) -> i32 {
+    if !skb.is_for_host() {
+        return pass(Counter::PassNotForUs);
+    }
+    if skb.vlan_present() != 0 {
+        return pass(Counter::PassVlan);
+    }
+    match &skb.parse() {
+        Ok(packet)
+            if is_special(&packet.destination, packet.family)
+                || is_special(&packet.source, packet.family) =>
+        {
+            pass(Counter::PassSpecial)
+        }
+        Ok(packet) => decide(packet),
+        Err(skip) => pass(skip_counter(*skip)),
+    }
+}
+
+#[inline(never)]
+fn tcp(skb: &Skb, packet: &Packet) -> i32 {
+    let key = up_key(packet);
+    let flow = FlowRef::find(&key);
+    let proxied = flow.is_some_and(|flow| flow.is_proxied());
+    if let Some(flow) = flow
+        && !proxied
+        && !packet.is_syn()
+    {
+        flow.up(skb, packet);
+        return pass(Counter::PassPolicy);
+    }
+    if !proxied && policy::is_local(&packet.destination) {
+        return pass(Counter::PassLocal);
+    }
+    let mut time_wait = None;
+    if let Some(sock) = sock::connection(skb, packet) {
+        if !(packet.is_syn() && sock.is_time_wait()) {
+            if let Some(flow) = flow {
+                flow.up(skb, packet);
+            }
+            return to_socket(skb, sock, Mark::Tproxy, Counter::SteeredEstablished);
+        }
+        time_wait = Some(sock);
+    }
+    if !packet.is_syn() {
+        return match flow {
+            // The connection has ended. To pass the packet on would show the
+            // server a client that it does not know; the stack answers with a reset.
+            Some(flow) if proxied => {
+                flow.up(skb, packet);
+                to_stack(skb, Mark::Tproxy, Counter::SteeredLate)
+            }
+            _ => pass(Counter::PassMidstream),
+        };
+    }
+    if !policy::captures(packet) {
+        if let Some(flow) = FlowRef::open(skb, &key, Verdict::Pass, Origin::Captured) {
+            flow.up(skb, packet);
+        }
+        return pass(Counter::PassPolicy);
+    }
+    // A SYN on a TIME_WAIT socket goes to that socket: the stack checks the
+    // sequence number, then looks for a listener, where `tproxy_lookup` answers.
+    // The listener instead would refuse the duplicate and time the client out.
+    let Some(sock) = time_wait.or_else(|| sock::listener(skb, packet)) else { return fail() };
+    if let Some(flow) = FlowRef::open(skb, &key, Verdict::Proxy, Origin::Captured) {
+        flow.up(skb, packet);
+    }
+    to_socket(skb, sock, Mark::Tproxy, Counter::SteeredTcpNew)
+}
+
+#[inline(never)]
+fn udp(skb: &Skb, packet: &Packet) -> i32 {
+    let key = up_key(packet);
+    let flow = match FlowRef::find(&key) {
+        Some(flow) if flow.is_proxied() => flow,
+        Some(flow) => {
+            flow.up(skb, packet);
+            return pass(Counter::PassPolicy);
+        }
+        None => {
+            if policy::is_local(&packet.destination) {
+                note_request_to_host(skb, packet);
+                return pass(Counter::PassLocal);
+            }
+            // One interface may be captured and upstream-facing at once.
+            if let Some(sock) = sock::own_udp(skb, packet) {
+                return to_socket(skb, sock, Mark::Tproxy, Counter::SteeredUdpReturn);
+            }
+            if let Some(request) = FlowRef::find(&down_key(packet))
+                && request.is_from_uplink()
+            {
+                request.down(skb, packet);
+                return pass(Counter::PassReply);
+            }
+            if !policy::captures(packet) {
+                if let Some(flow) = FlowRef::open(skb, &key, Verdict::Pass, Origin::Captured) {
+                    flow.up(skb, packet);
+                }
+                return pass(Counter::PassPolicy);
+            }
+            let Some(sock) = sock::listener(skb, packet) else { return fail() };
+            note_host_pair(packet);
+            if let Some(flow) = FlowRef::open(skb, &key, Verdict::Proxy, Origin::Captured) {
+                flow.up(skb, packet);
+            }
+            return to_socket(skb, sock, Mark::Tproxy, Counter::SteeredUdp);
+        }
+    };
+    let Some(sock) = sock::listener(skb, packet) else { return fail() };
+    flow.up(skb, packet);
+    to_socket(skb, sock, Mark::Tproxy, Counter::SteeredUdp)
+}
+
+/// Remembers that a peer asked a UDP service of this host, so that
+/// [`own`](crate::own) does not take the service's answers for flows of the host.
+#[inline(never)]
+pub(crate) fn note_request_to_host(skb: &Skb, packet: &Packet) {
+    if settings::own_traffic() == 0
+        || FlowRef::find(&down_key(packet)).is_some()
+        || sock::is_for_own_udp(skb, packet)
+    {
+        return;
+    }
+    if let Some(flow) = FlowRef::open(skb, &up_key(packet), Verdict::Pass, Origin::Uplink) {
+        flow.up(skb, packet);
+    }
+}
+
+/// Remembers client and destination for replies whose fragments arrive before their first.
+#[inline(never)]
+pub(crate) fn note_host_pair(packet: &Packet) {
+    let pair = HostPair { client: packet.source, destination: packet.destination };
+    if HOST_PAIRS.get_ptr(&pair).is_none() && HOST_PAIRS.insert(&pair, 1, 0).is_err() {
+        count(Counter::FlowInsertFailed);
+    }
+}
+
+/// Fragments of clients.
+struct Captured;
+
+impl Side for Captured {
+    const COUNTS: bool = true;
+
+    #[inline(always)]
+    fn takes(skb: &Skb, packet: &Packet) -> bool {
+        match FlowRef::find(&up_key(packet)) {
+            Some(flow) if packet.protocol == UDP || !packet.is_syn() => flow.is_proxied(),
+            _ if packet.protocol == UDP => sock::own_udp(skb, packet).is_some() || policy::captures(packet),
+            _ => sock::connection(skb, packet).is_some() || (packet.is_syn() && policy::captures(packet)),
+        }
+    }
+
+    #[inline(always)]
+    fn might_take(packet: &Packet) -> bool {
+        policy::captures_some_port(packet)
+    }
+}

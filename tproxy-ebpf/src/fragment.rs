@@ -1,0 +1,159 @@
+//! Fragments: only the first has ports, a socket that is assigned to one is
+//! lost at reassembly. So all fragments of a datagram are marked alike, this
+//! host reassembles it, and `tproxy_lookup` picks the socket.
+
+use tproxy_common::abi::{FragmentInfo, FragmentKey, Origin, UDP, Verdict};
+use tproxy_common::counter::Counter;
+use tproxy_common::wire::{Fragment, Packet};
+
+use crate::account::{FlowRef, count, up_key};
+use crate::capture::{note_host_pair, note_request_to_host};
+use crate::maps::FRAGMENTS;
+use crate::policy;
+use crate::skb::Skb;
+use crate::steer::{Mark, pass, to_stack};
+
+/// What differs between the two sides of the proxy. Neither is asked about
+/// packets for this host.
+pub(crate) trait Side {
+    /// Whether the packets are counted in the flow table.
+    const COUNTS: bool;
+    /// Whether the datagram, told by its first fragment, belongs to the proxy.
+    fn takes(skb: &Skb, packet: &Packet) -> bool;
+    /// The same before the ports are known. A wrong yes takes a flow that the
+    /// policy would pass; a wrong no loses a datagram.
+    fn might_take(packet: &Packet) -> bool;
+}
+
+#[inline(always)]
+fn key(packet: &Packet, id: u32) -> FragmentKey {
+    FragmentKey {
+        source: packet.source,
+        destination: packet.destination,
+        id,
+        protocol: packet.protocol,
+        pad: [0; 3],
+    }
+}
+
+/// Decides over a fragment at TC ingress.
+#[inline(never)]
+pub(crate) fn ingress<S: Side>(skb: &Skb, packet: &Packet, id: u32) -> i32 {
+    let is_first = matches!(packet.fragment, Fragment::First { .. });
+    if policy::is_local(&packet.destination) {
+        if is_first && packet.protocol == UDP {
+            note_request_to_host(skb, packet);
+        }
+        return pass(Counter::PassLocal);
+    }
+    let key = key(packet, id);
+    let known = FRAGMENTS.get_ptr_mut(&key);
+    let proxied =
+        if is_first { first::<S>(skb, packet, &key, known) } else { later::<S>(skb, packet, &key, known) };
+    if proxied { to_stack(skb, Mark::Tproxy, Counter::SteeredFragment) } else { pass(Counter::PassPolicy) }
+}
+
+#[inline(never)]
+fn first<S: Side>(skb: &Skb, packet: &Packet, key: &FragmentKey, known: Option<*mut FragmentInfo>) -> bool {
+    let (mut pending_packets, mut pending_bytes) = (0, 0);
+    let mut early = false;
+    if let Some(info) = known {
+        // SAFETY: entries of an LRU map are never unmapped while a program runs.
+        unsafe {
+            if (*info).has_ports == 0 && (*info).verdict == Verdict::Proxy as u8 {
+                early = true;
+                pending_packets = (*info).pending_packets;
+                pending_bytes = (*info).pending_bytes;
+            }
+        }
+    }
+    // The later ones are here already and wait for this one.
+    let proxied = early || S::takes(skb, packet);
+    let verdict = if proxied { Verdict::Proxy } else { Verdict::Pass };
+    let info = FragmentInfo {
+        source_port: packet.source_port,
+        destination_port: packet.destination_port,
+        has_ports: 1,
+        verdict: verdict as u8,
+        ..FragmentInfo::default()
+    };
+    if FRAGMENTS.insert(key, &info, 0).is_err() {
+        count(Counter::FlowInsertFailed);
+    }
+    if S::COUNTS {
+        if proxied && packet.protocol == UDP {
+            note_host_pair(packet);
+        }
+        if let Some(flow) = FlowRef::open(skb, &up_key(packet), verdict, Origin::Captured) {
+            flow.up(skb, packet);
+            flow.add_up(pending_packets, pending_bytes, 0);
+        }
+    }
+    proxied
+}
+
+#[inline(never)]
+fn later<S: Side>(skb: &Skb, packet: &Packet, key: &FragmentKey, known: Option<*mut FragmentInfo>) -> bool {
+    let (packets, bytes) = skb.on_the_wire(packet);
+    let Some(info) = known else {
+        count(Counter::FragmentUnknown);
+        let proxied = S::might_take(packet);
+        let verdict = if proxied { Verdict::Proxy } else { Verdict::Pass };
+        let info = FragmentInfo {
+            pending_packets: packets,
+            pending_bytes: bytes,
+            verdict: verdict as u8,
+            ..FragmentInfo::default()
+        };
+        if FRAGMENTS.insert(key, &info, 0).is_err() {
+            count(Counter::FlowInsertFailed);
+        }
+        return proxied;
+    };
+    // SAFETY: entries of an LRU map are never unmapped while a program runs.
+    // The fragments of one datagram follow each other on one CPU.
+    unsafe {
+        if (*info).has_ports == 0 {
+            (*info).pending_packets += packets;
+            (*info).pending_bytes += bytes;
+        } else if S::COUNTS {
+            let mut whole = *packet;
+            whole.source_port = (*info).source_port;
+            whole.destination_port = (*info).destination_port;
+            if let Some(flow) = FlowRef::find(&up_key(&whole)) {
+                flow.add_up(packets, bytes, 0);
+            }
+        }
+        (*info).verdict == Verdict::Proxy as u8
+    }
+}
+
+/// Fills in the ports of a leaving fragment. The stack sends the first one
+/// first. `false`: they are not known.
+#[inline(never)]
+pub(crate) fn resolve_ports(packet: &mut Packet) -> bool {
+    match packet.fragment {
+        Fragment::Whole => true,
+        Fragment::First { id } => {
+            let info = FragmentInfo {
+                source_port: packet.source_port,
+                destination_port: packet.destination_port,
+                has_ports: 1,
+                ..FragmentInfo::default()
+            };
+            if FRAGMENTS.insert(&key(packet, id), &info, 0).is_err() {
+                count(Counter::FlowInsertFailed);
+            }
+            true
+        }
+        Fragment::Later { id } => match FRAGMENTS.get_ptr(&key(packet, id)) {
+            // SAFETY: entries of an LRU map are never unmapped while a program runs.
+            Some(info) => unsafe {
+                packet.source_port = (*info).source_port;
+                packet.destination_port = (*info).destination_port;
+                (*info).has_ports == 1
+            },
+            None => false,
+        },
+    }
+}

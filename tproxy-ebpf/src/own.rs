@@ -1,0 +1,127 @@
+//! The host's own traffic: TC egress turns its flows back to `lo`, and TC
+//! ingress of `lo` steers them. The application keeps its source address, and
+//! no packet filter takes part.
+
+use tproxy_common::abi::{Origin, UDP, Verdict};
+use tproxy_common::classify::is_special;
+use tproxy_common::counter::Counter;
+use tproxy_common::wire::{Fragment, Packet};
+
+use crate::account::{FlowRef, down_key, reply, skip_counter, up_key};
+use crate::fragment::resolve_ports;
+use crate::policy;
+use crate::settings;
+use crate::skb::Skb;
+use crate::sock;
+use crate::steer::{Mark, NEXT, accept_frame, fail, pass, to_loopback, to_socket, to_stack};
+use crate::trace::trace;
+
+/// TC egress of every interface that the host's own traffic may leave by.
+#[inline(always)]
+pub(crate) fn egress(skb: &Skb) -> i32 {
+    match &mut skb.parse() {
+        Ok(packet) => leaving(skb, packet),
+        Err(_) => NEXT,
+    }
+}
+
+#[inline(always)]
+fn leaving(skb: &Skb, packet: &mut Packet) -> i32 {
+    let known = resolve_ports(packet);
+    if known {
+        reply(skb, packet);
+    }
+    // Forwarded packets have arrived on an interface.
+    if skb.ingress_ifindex() != 0 {
+        return NEXT;
+    }
+    if skb.mark() & settings::own_mark() == settings::own_mark() {
+        return pass(Counter::PassOwnMark);
+    }
+    if is_special(&packet.destination, packet.family) || is_special(&packet.source, packet.family) {
+        return pass(Counter::PassSpecial);
+    }
+    if !known {
+        return pass(Counter::FragmentUnknown);
+    }
+    let action = own(skb, packet);
+    trace(skb, packet, "own", action);
+    action
+}
+
+#[inline(never)]
+fn own(skb: &Skb, packet: &Packet) -> i32 {
+    let key = up_key(packet);
+    if let Some(flow) = FlowRef::find(&key)
+        && !packet.is_syn()
+    {
+        flow.up(skb, packet);
+        return if flow.is_proxied() { to_loopback(skb) } else { pass(Counter::PassPolicy) };
+    }
+    if packet.protocol == UDP {
+        // An answer of a service on this host.
+        if FlowRef::find(&down_key(packet)).is_some() {
+            return pass(Counter::PassReply);
+        }
+    } else if !packet.is_syn() {
+        // The flow table may have lost a long idle flow; its socket has not.
+        return if sock::connection(skb, packet).is_some() {
+            to_loopback(skb)
+        } else {
+            pass(Counter::PassMidstream)
+        };
+    }
+    // Multicast and broadcast routes of subnets are local prefixes too.
+    if policy::is_local(&packet.destination) {
+        return pass(Counter::PassLocal);
+    }
+    let captured = policy::captures(packet);
+    if captured && sock::listener(skb, packet).is_none() {
+        return fail();
+    }
+    let verdict = if captured { Verdict::Proxy } else { Verdict::Pass };
+    if let Some(flow) = FlowRef::open(skb, &key, verdict, Origin::Own) {
+        flow.up(skb, packet);
+    }
+    if captured { to_loopback(skb) } else { pass(Counter::PassPolicy) }
+}
+
+/// TC ingress of `lo`. Packets for addresses of this host are plain loopback
+/// traffic; the others were turned back.
+#[inline(always)]
+pub(crate) fn loopback(skb: &Skb) -> i32 {
+    match &skb.parse() {
+        Ok(packet) if is_special(&packet.destination, packet.family) => pass(Counter::PassSpecial),
+        Ok(packet) if policy::is_local(&packet.destination) => pass(Counter::PassLocal),
+        Ok(packet) => {
+            let action = turned_back(skb, packet);
+            trace(skb, packet, "lo", action);
+            action
+        }
+        Err(skip) => pass(skip_counter(*skip)),
+    }
+}
+
+#[inline(never)]
+fn turned_back(skb: &Skb, packet: &Packet) -> i32 {
+    // The frame still has the link-layer address of the uplink's next hop.
+    accept_frame(skb);
+    if packet.fragment != Fragment::Whole {
+        return to_stack(skb, Mark::Own, Counter::SteeredFragment);
+    }
+    if packet.protocol == UDP {
+        return match sock::listener(skb, packet) {
+            Some(sock) => to_socket(skb, sock, Mark::Own, Counter::SteeredUdp),
+            None => fail(),
+        };
+    }
+    match sock::connection(skb, packet) {
+        // See `capture`: a SYN on a TIME_WAIT socket goes to that socket.
+        Some(sock) => to_socket(skb, sock, Mark::Own, Counter::SteeredEstablished),
+        None if packet.is_syn() => match sock::listener(skb, packet) {
+            Some(sock) => to_socket(skb, sock, Mark::Own, Counter::SteeredTcpNew),
+            None => fail(),
+        },
+        None => to_stack(skb, Mark::Own, Counter::SteeredLate),
+    }
+}

@@ -1,0 +1,74 @@
+//! Settings that userspace writes before the load. Read-only data: the
+//! verifier knows the values and drops the branches that they exclude.
+
+use tproxy_common::abi::{ABI_VERSION, ListenerPorts, MAX_WORKERS, Settings};
+
+#[unsafe(no_mangle)]
+static SETTINGS: Settings = Settings {
+    abi_version: ABI_VERSION,
+    mark_value: 1,
+    mark_mask: 1,
+    own_mark: 2,
+    workers: 1,
+    lo_ifindex: 1,
+    listen_v4: [0; 4],
+    listen_v6: [0; 16],
+    tcp: 1,
+    udp: 1,
+    v4: 1,
+    v6: 1,
+    fail_open: 1,
+    listener_by_tuple: 0,
+    any_port: 1,
+    any_source: 1,
+    any_destination: 1,
+    own_traffic: 0,
+    pad: [0; 2],
+    listener_ports: ListenerPorts([0; 4 * MAX_WORKERS as usize]),
+};
+
+/// Reads one setting. Volatile, so that the compiler does not take the value
+/// that stands here for the one that userspace writes.
+macro_rules! setting {
+    ($($field:ident: $type:ty,)+) => {
+        $(
+            #[inline(always)]
+            pub(crate) fn $field() -> $type {
+                // SAFETY: a valid, aligned, initialised static.
+                unsafe { core::ptr::read_volatile(&raw const SETTINGS.$field) }
+            }
+        )+
+    };
+}
+
+setting! {
+    mark_value: u32,
+    mark_mask: u32,
+    own_mark: u32,
+    workers: u32,
+    lo_ifindex: u32,
+    tcp: u8,
+    udp: u8,
+    v4: u8,
+    v6: u8,
+    fail_open: u8,
+    listener_by_tuple: u8,
+    any_port: u8,
+    any_source: u8,
+    any_destination: u8,
+    own_traffic: u8,
+    listen_v4: [u8; 4],
+    listen_v6: [u8; 16],
+}
+
+/// Port of a listener by its index, host byte order.
+#[inline(always)]
+pub(crate) fn listener_port(index: u32) -> u16 {
+    if index >= 4 * MAX_WORKERS {
+        return 0;
+    }
+    // SAFETY: a valid static, and the index is in bounds.
+    unsafe {
+        core::ptr::read_volatile((&raw const SETTINGS.listener_ports.0).cast::<u16>().add(index as usize))
+    }
+}

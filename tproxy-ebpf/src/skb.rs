@@ -1,0 +1,133 @@
+//! Access to the packet buffer.
+
+use aya_ebpf::bindings::__sk_buff;
+use aya_ebpf::cty::c_void;
+use aya_ebpf::helpers::generated::{bpf_skb_load_bytes_relative, bpf_skb_pull_data};
+use aya_ebpf::programs::TcContext;
+use tproxy_common::classify::on_the_wire;
+use tproxy_common::wire::{Load, Packet, Skip, parse_v4, parse_v6};
+
+/// `BPF_HDR_START_NET`: offsets count from the network header.
+const FROM_NETWORK_HEADER: u32 = 1;
+/// `pkt_type` of a frame addressed to this host (`include/uapi/linux/if_packet.h`).
+const PACKET_HOST: u32 = 0;
+const ETH_P_IP: u32 = 0x0800;
+const ETH_P_IPV6: u32 = 0x86dd;
+const ETHERNET_HEADER: u32 = 14;
+
+/// A packet on its way through TC.
+pub(crate) struct Skb(*mut __sk_buff);
+
+/// Declares readers of context fields. Volatile: the verifier wants each field
+/// read by itself, at its own width.
+macro_rules! fields {
+    ($($(#[$doc:meta])+ $field:ident,)+) => {
+        $(
+            $(#[$doc])+
+            #[inline(always)]
+            pub(crate) fn $field(&self) -> u32 {
+                // SAFETY: the context is valid while the program runs.
+                unsafe { core::ptr::read_volatile(&raw const (*self.0).$field) }
+            }
+        )+
+    };
+}
+
+impl Skb {
+    pub(crate) fn new(ctx: &TcContext) -> Self {
+        Self(ctx.skb.skb)
+    }
+
+    pub(crate) fn as_ptr(&self) -> *mut __sk_buff {
+        self.0
+    }
+
+    pub(crate) fn ctx(&self) -> *mut c_void {
+        self.0.cast()
+    }
+
+    fields! {
+        /// Bytes from the link-layer header on.
+        len,
+        /// See `PACKET_HOST`.
+        pkt_type,
+        /// The packet mark.
+        mark,
+        /// EtherType, network byte order.
+        protocol,
+        /// 1 where an outer VLAN tag was taken off.
+        vlan_present,
+        /// Interface that it arrived on, 0 for what this host sends.
+        ingress_ifindex,
+        /// Interface that the program is attached to.
+        ifindex,
+        /// Segments of a GRO or GSO packet.
+        gso_segs,
+    }
+
+    /// Whether the frame is addressed to this host at the link layer.
+    #[inline(always)]
+    pub(crate) fn is_for_host(&self) -> bool {
+        self.pkt_type() == PACKET_HOST
+    }
+
+    /// Parses IPv4 or IPv6 by the EtherType.
+    ///
+    /// The helper that reads sees the linear part of the buffer alone. The
+    /// headers of most packets are there, but not of all: a large datagram of
+    /// a raw socket has only its IP header in it. What looks cut short is
+    /// pulled together and read once more.
+    #[inline(always)]
+    pub(crate) fn parse(&self) -> Result<Packet, Skip> {
+        match self.parse_linear() {
+            Err(Skip::Truncated) if self.pull_headers() => self.parse_linear(),
+            parsed => parsed,
+        }
+    }
+
+    /// Makes the headers part of the linear buffer (Linux 4.9). Whether it worked.
+    #[inline(always)]
+    fn pull_headers(&self) -> bool {
+        // Ethernet, IPv6 with some extension headers or IPv4 with options, TCP with options.
+        const MOST: u32 = 256;
+        let len = self.len().min(MOST);
+        // SAFETY: the context is valid; no pointer into the packet is kept.
+        unsafe { bpf_skb_pull_data(self.0, len) == 0 }
+    }
+
+    #[inline(never)]
+    fn parse_linear(&self) -> Result<Packet, Skip> {
+        match u32::from((self.protocol() as u16).swap_bytes()) {
+            ETH_P_IP => parse_v4(self),
+            ETH_P_IPV6 => parse_v6(self),
+            _ => Err(Skip::Protocol),
+        }
+    }
+
+    /// Packets and IP-layer bytes that this buffer is on the wire.
+    #[inline(always)]
+    pub(crate) fn on_the_wire(&self, packet: &Packet) -> (u64, u64) {
+        // Above 64 KiB the IP header has no length; only Ethernet devices build such packets.
+        let ip_len =
+            if packet.ip_len == 0 { self.len().saturating_sub(ETHERNET_HEADER) } else { packet.ip_len };
+        on_the_wire(ip_len, packet.header_len, self.gso_segs())
+    }
+}
+
+impl Load for Skb {
+    #[inline(always)]
+    fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
+        let mut bytes = [0u8; N];
+        // SAFETY: the helper writes N bytes into `bytes` or answers an error.
+        let result = unsafe {
+            bpf_skb_load_bytes_relative(
+                self.0.cast(),
+                offset,
+                bytes.as_mut_ptr().cast(),
+                N as u32,
+                FROM_NETWORK_HEADER,
+            )
+        };
+        (result == 0).then_some(bytes)
+    }
+}

@@ -1,0 +1,237 @@
+//! Socket lookups. A reference that a lookup took is given back when its
+//! [`Sock`] goes out of scope, so no path can forget it.
+
+use core::ptr::NonNull;
+
+use aya_ebpf::bindings::bpf_sock;
+use aya_ebpf::cty::c_void;
+use aya_ebpf::helpers::generated::{
+    bpf_map_lookup_elem, bpf_sk_assign, bpf_sk_lookup_udp, bpf_sk_release, bpf_skc_lookup_tcp,
+};
+use tproxy_common::abi::{Addr, Family, ListenerKind, TCP, listener_index};
+use tproxy_common::flow;
+use tproxy_common::wire::Packet;
+
+use crate::maps::LISTENERS;
+use crate::settings;
+use crate::skb::Skb;
+
+/// `BPF_F_CURRENT_NETNS`: the network namespace of the packet's device.
+const CURRENT_NETNS: u64 = u64::MAX;
+/// `include/net/tcp_states.h`.
+const TCP_TIME_WAIT: u32 = 6;
+const TCP_LISTEN: u32 = 10;
+
+/// A socket with a reference that is released on drop.
+pub(crate) struct Sock(NonNull<bpf_sock>);
+
+impl Drop for Sock {
+    #[inline(always)]
+    fn drop(&mut self) {
+        // SAFETY: the lookup gave the reference, and it is released once.
+        unsafe { bpf_sk_release(self.0.as_ptr().cast()) };
+    }
+}
+
+/// What the kernel answered to an assignment: 0 or a negated errno.
+pub(crate) type AssignResult = i64;
+
+impl Sock {
+    /// Hands the packet to this socket (`bpf_sk_assign`, Linux 5.7).
+    #[inline(always)]
+    pub(crate) fn assign(self, skb: &Skb) -> AssignResult {
+        // SAFETY: both pointers are valid; flags must be 0.
+        unsafe { bpf_sk_assign(skb.ctx(), self.0.as_ptr().cast(), 0) }
+    }
+
+    #[inline(always)]
+    fn state(&self) -> u32 {
+        // SAFETY: `state` may be read from every kind of TCP socket.
+        unsafe { core::ptr::read_volatile(&raw const (*self.0.as_ptr()).state) }
+    }
+
+    /// Whether it is what remains of a closed connection.
+    #[inline(always)]
+    pub(crate) fn is_time_wait(&self) -> bool {
+        self.state() == TCP_TIME_WAIT
+    }
+
+    /// Whether it is bound to exactly this address, not to a wildcard.
+    #[inline(always)]
+    fn is_bound_to(&self, addr: &Addr, family: Family) -> bool {
+        let sk = self.0.as_ptr();
+        match family {
+            // SAFETY: the field may be read; the address is in network byte order.
+            Family::V4 => unsafe { core::ptr::read_volatile(&raw const (*sk).src_ip4) == word(addr, 12) },
+            Family::V6 => {
+                // SAFETY: as above, word by word as the verifier wants it.
+                let at = |i: usize| unsafe {
+                    core::ptr::read_volatile((&raw const (*sk).src_ip6).cast::<u32>().add(i))
+                };
+                at(0) == word(addr, 0)
+                    && at(1) == word(addr, 4)
+                    && at(2) == word(addr, 8)
+                    && at(3) == word(addr, 12)
+            }
+        }
+    }
+
+    /// Whether the proxy made it. For full sockets only.
+    #[inline(always)]
+    fn is_own(&self) -> bool {
+        // SAFETY: `mark` may be read from a full socket.
+        unsafe { core::ptr::read_volatile(&raw const (*self.0.as_ptr()).mark) == settings::own_mark() }
+    }
+}
+
+/// Four bytes of an address, as they stand.
+#[inline(always)]
+fn word(addr: &Addr, at: usize) -> u32 {
+    u32::from_ne_bytes([addr[at], addr[at + 1], addr[at + 2], addr[at + 3]])
+}
+
+/// The lookup tuple for IPv4, as in `struct bpf_sock_tuple`.
+#[repr(C)]
+struct Tuple4 {
+    source: u32,
+    destination: u32,
+    source_port: u16,
+    destination_port: u16,
+}
+
+/// The lookup tuple for IPv6.
+#[repr(C)]
+struct Tuple6 {
+    source: [u32; 4],
+    destination: [u32; 4],
+    source_port: u16,
+    destination_port: u16,
+}
+
+#[inline(always)]
+fn words(addr: &Addr) -> [u32; 4] {
+    [word(addr, 0), word(addr, 4), word(addr, 8), word(addr, 12)]
+}
+
+/// Declares a lookup as a function of its own: the verifier must see which
+/// helper a socket came from, for only full sockets (UDP) have a mark.
+macro_rules! lookup {
+    ($(#[$doc:meta])+ $name:ident, $helper:ident) => {
+        $(#[$doc])+
+        #[inline(never)]
+        fn $name(skb: &Skb, packet: &Packet, destination: &Addr, destination_port: u16) -> *mut bpf_sock {
+            let source_port = packet.source_port.to_be();
+            let destination_port = destination_port.to_be();
+            match packet.family {
+                Family::V4 => {
+                    let mut tuple = Tuple4 {
+                        source: word(&packet.source, 12),
+                        destination: word(destination, 12),
+                        source_port,
+                        destination_port,
+                    };
+                    let size = size_of::<Tuple4>() as u32;
+                    // SAFETY: the helper reads `size` bytes of the tuple.
+                    unsafe { $helper(skb.ctx(), (&raw mut tuple).cast(), size, CURRENT_NETNS, 0) }
+                }
+                Family::V6 => {
+                    let mut tuple = Tuple6 {
+                        source: words(&packet.source),
+                        destination: words(destination),
+                        source_port,
+                        destination_port,
+                    };
+                    let size = size_of::<Tuple6>() as u32;
+                    // SAFETY: the helper reads `size` bytes of the tuple.
+                    unsafe { $helper(skb.ctx(), (&raw mut tuple).cast(), size, CURRENT_NETNS, 0) }
+                }
+            }
+        }
+    };
+}
+
+lookup!(
+    /// A TCP socket of any state, listeners on wildcard addresses included.
+    lookup_tcp,
+    bpf_skc_lookup_tcp
+);
+lookup!(
+    /// A UDP socket, those on wildcard addresses included.
+    lookup_udp,
+    bpf_sk_lookup_udp
+);
+
+#[inline(always)]
+fn tcp(skb: &Skb, packet: &Packet) -> Option<Sock> {
+    NonNull::new(lookup_tcp(skb, packet, &packet.destination, packet.destination_port)).map(Sock)
+}
+
+#[inline(always)]
+fn udp(skb: &Skb, packet: &Packet) -> Option<Sock> {
+    NonNull::new(lookup_udp(skb, packet, &packet.destination, packet.destination_port)).map(Sock)
+}
+
+/// The TCP socket that the packet belongs to: established, half-open or
+/// `TIME_WAIT`. A listener is none: any service on this host that listens on
+/// a wildcard address would match.
+#[inline(always)]
+pub(crate) fn connection(skb: &Skb, packet: &Packet) -> Option<Sock> {
+    let sock = tcp(skb, packet)?;
+    if sock.state() == TCP_LISTEN { None } else { Some(sock) }
+}
+
+/// The proxy's own UDP socket that is bound to exactly the packet's
+/// destination. Others do not count: any service on a wildcard address matches.
+#[inline(always)]
+pub(crate) fn own_udp(skb: &Skb, packet: &Packet) -> Option<Sock> {
+    let sock = udp(skb, packet)?;
+    if sock.is_own() && sock.is_bound_to(&packet.destination, packet.family) { Some(sock) } else { None }
+}
+
+/// Whether a UDP packet for this host belongs to a socket of the proxy.
+#[inline(always)]
+pub(crate) fn is_for_own_udp(skb: &Skb, packet: &Packet) -> bool {
+    udp(skb, packet).is_some_and(|sock| sock.is_own())
+}
+
+/// Index of the listener that serves a client.
+#[inline(always)]
+pub(crate) fn listener_index_of(family: Family, protocol: u8, client: &Addr, client_port: u16) -> u32 {
+    let kind = match (protocol == TCP, family) {
+        (true, Family::V4) => ListenerKind::Tcp4,
+        (true, Family::V6) => ListenerKind::Tcp6,
+        (false, Family::V4) => ListenerKind::Udp4,
+        (false, Family::V6) => ListenerKind::Udp6,
+    };
+    listener_index(kind, flow::worker(client, client_port, settings::workers()))
+}
+
+/// The listener that serves the packet's sender.
+#[inline(always)]
+pub(crate) fn listener(skb: &Skb, packet: &Packet) -> Option<Sock> {
+    let index = listener_index_of(packet.family, packet.protocol, &packet.source, packet.source_port);
+    if settings::listener_by_tuple() == 1 {
+        return listener_by_tuple(skb, packet, index);
+    }
+    // SAFETY: the map takes a u32 key and answers a referenced socket or null
+    // (from TC: Linux 5.8).
+    let sk = unsafe {
+        bpf_map_lookup_elem((&raw const LISTENERS).cast_mut().cast(), (&raw const index).cast::<c_void>())
+    };
+    NonNull::new(sk.cast()).map(Sock)
+}
+
+/// The same where TC programs cannot read a socket map (Linux 5.7).
+#[inline(never)]
+fn listener_by_tuple(skb: &Skb, packet: &Packet, index: u32) -> Option<Sock> {
+    let address = match packet.family {
+        Family::V4 => tproxy_common::abi::mapped(settings::listen_v4()),
+        Family::V6 => settings::listen_v6(),
+    };
+    let port = settings::listener_port(index);
+    if packet.protocol != TCP {
+        return NonNull::new(lookup_udp(skb, packet, &address, port)).map(Sock);
+    }
+    let sock = NonNull::new(lookup_tcp(skb, packet, &address, port)).map(Sock)?;
+    if sock.state() == TCP_LISTEN { Some(sock) } else { None }
+}

@@ -1,0 +1,109 @@
+//! What becomes of a packet: the only file that changes one.
+
+use aya_ebpf::bindings::{BPF_F_INGRESS, TC_ACT_OK, TC_ACT_SHOT, TC_ACT_UNSPEC};
+use aya_ebpf::helpers::generated::{bpf_redirect, bpf_skb_change_type};
+use tproxy_common::counter::Counter;
+
+use crate::account::count;
+use crate::settings;
+use crate::skb::Skb;
+use crate::sock::Sock;
+
+/// On to the next program of the interface, or into the stack (`TCX_NEXT`;
+/// for a direct-action filter: the next filter).
+pub(crate) const NEXT: i32 = TC_ACT_UNSPEC;
+
+const ACCEPT: i32 = TC_ACT_OK as i32;
+const DROP: i32 = TC_ACT_SHOT as i32;
+
+// Negated errnos of `bpf_sk_assign` (net/core/filter.c).
+const ENOENT: i64 = -2;
+const EINVAL: i64 = -22;
+const ESOCKTNOSUPPORT: i64 = -94;
+const EOPNOTSUPP: i64 = -95;
+const ENETUNREACH: i64 = -101;
+
+/// Leaves the packet alone.
+#[inline(always)]
+pub(crate) fn pass(reason: Counter) -> i32 {
+    count(reason);
+    NEXT
+}
+
+/// No proxy is there to take a matching flow: the user's choice.
+#[inline(always)]
+pub(crate) fn fail() -> i32 {
+    if settings::fail_open() == 1 {
+        pass(Counter::FailOpen)
+    } else {
+        count(Counter::FailClosed);
+        DROP
+    }
+}
+
+/// Which mark a steered packet gets.
+#[derive(Clone, Copy)]
+pub(crate) enum Mark {
+    /// The tproxy mark, for packets that arrived on an interface.
+    Tproxy,
+    /// The tproxy mark and the own mark together, for the host's own packets
+    /// at `lo`. With one mark for both, the routing rule of `lo` would match
+    /// the reverse path check of other interfaces under `src_valid_mark=1`
+    /// (`__fib_validate_source` asks with iif = lo) and drop their packets.
+    Own,
+}
+
+#[inline(always)]
+fn set_mark(skb: &Skb, mark: Mark) {
+    let steered = (skb.mark() & !settings::mark_mask()) | settings::mark_value();
+    let value = match mark {
+        Mark::Tproxy => steered,
+        Mark::Own => steered | settings::own_mark(),
+    };
+    // SAFETY: the context is valid, and `mark` may be written.
+    unsafe { core::ptr::write_volatile(&raw mut (*skb.as_ptr()).mark, value) };
+}
+
+/// Hands the packet to a socket of the proxy and marks it, so that routing
+/// delivers it to this host.
+#[inline(always)]
+pub(crate) fn to_socket(skb: &Skb, sock: Sock, mark: Mark, outcome: Counter) -> i32 {
+    let result = sock.assign(skb);
+    count(match result {
+        0 => outcome,
+        EINVAL => Counter::AssignInvalid,
+        ENOENT => Counter::AssignNoEntry,
+        ENETUNREACH => Counter::AssignNetUnreach,
+        EOPNOTSUPP => Counter::AssignNotSupported,
+        ESOCKTNOSUPPORT => Counter::AssignSocketType,
+        _ => Counter::AssignOther,
+    });
+    set_mark(skb, mark);
+    ACCEPT
+}
+
+/// Marks the packet without a socket: routing delivers it to this host, and
+/// the stack looks for the socket (fragments), or answers with a reset.
+#[inline(always)]
+pub(crate) fn to_stack(skb: &Skb, mark: Mark, outcome: Counter) -> i32 {
+    count(outcome);
+    set_mark(skb, mark);
+    ACCEPT
+}
+
+/// Says that the packet is for this host, whatever its link-layer address.
+#[inline(always)]
+pub(crate) fn accept_frame(skb: &Skb) {
+    const PACKET_HOST: u32 = 0;
+    // SAFETY: the context is valid. It fails only where the type is already so.
+    unsafe { bpf_skb_change_type(skb.as_ptr(), PACKET_HOST) };
+}
+
+/// Turns a packet that is leaving back to the loopback device.
+#[inline(always)]
+pub(crate) fn to_loopback(skb: &Skb) -> i32 {
+    let _ = skb;
+    count(Counter::OwnRedirected);
+    // SAFETY: no preconditions.
+    unsafe { bpf_redirect(settings::lo_ifindex(), u64::from(BPF_F_INGRESS)) as i32 }
+}

@@ -1,0 +1,89 @@
+//! TC ingress of upstream-facing interfaces: with `source = client` the
+//! servers answer to the client's address, and the answers belong to sockets
+//! of the proxy. Everything else passes.
+
+use tproxy_common::abi::{HostPair, Origin, UDP, Verdict};
+use tproxy_common::counter::Counter;
+use tproxy_common::wire::{Fragment, Packet};
+
+use crate::account::{FlowRef, down_key, up_key};
+use crate::capture::{admitted, note_request_to_host};
+use crate::fragment::{self, Side};
+use crate::maps::HOST_PAIRS;
+use crate::policy;
+use crate::skb::Skb;
+use crate::sock;
+use crate::steer::{Mark, pass, to_socket};
+use crate::trace::trace;
+
+/// Decides over a packet.
+#[inline(always)]
+pub(crate) fn ingress(skb: &Skb) -> i32 {
+    admitted(skb, |packet| {
+        let action = match packet.fragment {
+            Fragment::Whole => whole(skb, packet),
+            Fragment::First { id } | Fragment::Later { id } => fragment::ingress::<Uplink>(skb, packet, id),
+        };
+        trace(skb, packet, "uplink", action);
+        action
+    })
+}
+
+#[inline(never)]
+fn whole(skb: &Skb, packet: &Packet) -> i32 {
+    if policy::is_local(&packet.destination) {
+        if packet.protocol == UDP {
+            note_request_to_host(skb, packet);
+        }
+        return pass(Counter::PassLocal);
+    }
+    if packet.protocol == UDP {
+        return udp(skb, packet);
+    }
+    match sock::connection(skb, packet) {
+        Some(sock) if !packet.is_syn() => to_socket(skb, sock, Mark::Tproxy, Counter::SteeredEstablished),
+        _ => pass(Counter::PassNoSocket),
+    }
+}
+
+#[inline(always)]
+fn udp(skb: &Skb, packet: &Packet) -> i32 {
+    // A passed flow of a client keeps its replies, even if a socket of the
+    // proxy happens to have the client's port.
+    if let Some(flow) = FlowRef::find(&down_key(packet))
+        && !flow.is_proxied()
+    {
+        return pass(Counter::PassNoSocket);
+    }
+    if let Some(sock) = sock::own_udp(skb, packet) {
+        return to_socket(skb, sock, Mark::Tproxy, Counter::SteeredUdpReturn);
+    }
+    // Asked from outside: the answers of the server behind this host are no
+    // flows of a client.
+    if let Some(flow) = FlowRef::open(skb, &up_key(packet), Verdict::Pass, Origin::Uplink) {
+        flow.up(skb, packet);
+    }
+    pass(Counter::PassNoSocket)
+}
+
+/// Fragments of servers.
+struct Uplink;
+
+impl Side for Uplink {
+    const COUNTS: bool = false;
+
+    #[inline(always)]
+    fn takes(skb: &Skb, packet: &Packet) -> bool {
+        if packet.protocol == UDP {
+            sock::own_udp(skb, packet).is_some()
+        } else {
+            !packet.is_syn() && sock::connection(skb, packet).is_some()
+        }
+    }
+
+    #[inline(always)]
+    fn might_take(packet: &Packet) -> bool {
+        let pair = HostPair { client: packet.destination, destination: packet.source };
+        packet.protocol == UDP && HOST_PAIRS.get_ptr(&pair).is_some()
+    }
+}

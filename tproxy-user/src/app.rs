@@ -1,0 +1,202 @@
+//! The composition root: configuration → running proxy → nothing left behind.
+
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use futures_util::stream::{FuturesUnordered, StreamExt as _};
+use rtnetlink::Handle;
+use tokio::net::UnixListener;
+use tproxy_common::abi::ListenerKind;
+
+use crate::config::{Config, Steer};
+use crate::failure::Failure;
+use crate::instance::{Instance, control};
+use crate::listener::{self, BindError, WorkerListeners};
+use crate::owner;
+use crate::plan::Plan;
+use crate::relay::Shared;
+use crate::shutdown::{self, Controller, Signals};
+use crate::stats::Stats;
+use crate::steering::Steering;
+use crate::worker::{self, WorkerError, WorkerHandle};
+use crate::{interfaces, limits, netlink, status, undo};
+
+/// Sets up, relays until a signal, drains, and undoes everything.
+///
+/// # Errors
+///
+/// Where something cannot be set up, or undone; what can be undone is.
+pub fn run(config: &Config) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        // From here on a signal ends the run in an orderly way.
+        let mut signals = Signals::new().context("cannot handle signals")?;
+        let handle = netlink::connect()?;
+        let mut instance = Instance::acquire(config)?;
+        let outcome = serve(config, &handle, &mut instance, &mut signals).await;
+        let undone = undo::everything(instance.state(), &handle).await;
+        tracing::debug!(removed = ?undone.done, "undone");
+        let undone = undone.into_result().context("cannot undo everything; try: tproxy-user cleanup");
+        if undone.is_ok() {
+            instance.finish()?;
+        }
+        outcome.and(undone.map(drop))
+    })
+}
+
+async fn serve(
+    config: &Config,
+    handle: &Handle,
+    instance: &mut Instance,
+    signals: &mut Signals,
+) -> anyhow::Result<()> {
+    reclaim(handle, instance).await?;
+    let files = limits::raise_open_files().context("cannot raise the limit of open files")?;
+    // Before the first look, so that no change between is missed.
+    let mut watch = netlink::Watch::new().context("cannot watch for changes of the network")?;
+    let host = interfaces::snapshot(handle, config.steering.table).await?;
+    let plan = Plan::new(config, &host)?;
+    plan.require_present(&host)?;
+    for warning in &plan.warnings {
+        tracing::warn!("{warning}");
+    }
+
+    let listeners = listener::bind(config).map_err(name_the_owner)?;
+    let mut steering = match config.steering.by {
+        Steer::Ebpf => Some(Steering::prepare(config, &plan, &listeners, handle, instance).await?),
+        Steer::None => None,
+    };
+    let control = control::bind(&instance.paths().control()).context("cannot make the control socket")?;
+    let addresses = addresses(&listeners);
+    let stats = Arc::new(Stats::new(listeners.len()));
+    let (controller, workers) = start_workers(config, listeners, &stats)?;
+    // Last of all: from here on packets come.
+    if let Some(steering) = &mut steering {
+        steering.start(instance).await?;
+    }
+    announce(config, steering.as_ref(), files);
+
+    let reporter = status::Reporter::new(config, instance, addresses, stats);
+    if let Some(steering) = &steering {
+        reporter.note(steering);
+    }
+    Box::pin(until_a_signal(signals, &mut watch, &mut steering, instance, control, &reporter)).await;
+    end(config, steering, controller, workers, signals).await
+}
+
+/// Removes what a killed run of this instance left.
+async fn reclaim(handle: &Handle, instance: &mut Instance) -> anyhow::Result<()> {
+    let Some(leftover) = instance.leftover() else { return Ok(()) };
+    let report = undo::everything(leftover, handle).await;
+    for line in &report.done {
+        tracing::info!("left by a killed run: {line}");
+    }
+    report.into_result().context("cannot remove what a killed run left")?;
+    instance.forget_leftover()?;
+    Ok(())
+}
+
+/// Adds to "port taken" by whom.
+fn name_the_owner(error: BindError) -> anyhow::Error {
+    let BindError::Taken { protocol, addr, .. } = &error else { return error.into() };
+    let kind = if *protocol == "TCP" { owner::Protocol::Tcp } else { owner::Protocol::Udp };
+    match owner::of_port(kind, *addr) {
+        Some(owner) => Failure::conflict(format_args!(
+            "cannot listen on {protocol} {addr}: {owner} has it; choose another port with --on-port"
+        ))
+        .into(),
+        None => error.into(),
+    }
+}
+
+/// The listeners as `status` prints them.
+fn addresses(listeners: &[WorkerListeners]) -> Vec<String> {
+    let name = |kind| if matches!(kind, ListenerKind::Tcp4 | ListenerKind::Tcp6) { "tcp" } else { "udp" };
+    listeners
+        .iter()
+        .flat_map(WorkerListeners::iter)
+        .map(|listener| format!("{} {}", name(listener.kind), listener.addr))
+        .collect()
+}
+
+fn start_workers(
+    config: &Config,
+    listeners: Vec<WorkerListeners>,
+    stats: &Arc<Stats>,
+) -> anyhow::Result<(Controller, Vec<WorkerHandle>)> {
+    let (controller, shutdown) = shutdown::channel();
+    let shared = Shared::new(config, &listeners, Arc::clone(stats));
+    let workers = listeners
+        .into_iter()
+        .enumerate()
+        .map(|(index, listeners)| worker::spawn(index, listeners, &shared, shutdown.clone()))
+        .collect::<Result<_, _>>()?;
+    Ok((controller, workers))
+}
+
+fn announce(config: &Config, steering: Option<&Steering>, files: u64) {
+    if let Some(steering) = steering {
+        tracing::info!("ready: capturing on {}", steering.describe());
+    } else {
+        tracing::info!("ready: relaying what rules of yours send to port {}", config.steering.on_port);
+    }
+    tracing::debug!("up to {files} open files");
+}
+
+/// Serves the control socket and follows the network until a signal comes.
+async fn until_a_signal(
+    signals: &mut Signals,
+    watch: &mut netlink::Watch,
+    steering: &mut Option<Steering>,
+    instance: &mut Instance,
+    control: UnixListener,
+    reporter: &status::Reporter,
+) {
+    let mut answers =
+        std::pin::pin!(control::serve(control, |request| async move { reporter.answer(request) }));
+    loop {
+        tokio::select! {
+            signal = signals.recv() => {
+                tracing::info!("{signal}: draining");
+                return;
+            }
+            () = watch.changed() => if let Some(steering) = steering {
+                if let Err(error) = steering.follow(instance).await {
+                    tracing::warn!("cannot follow a change of the network: {error:#}");
+                }
+                reporter.note(steering);
+            },
+            () = &mut answers => {}
+        }
+    }
+}
+
+/// No new flows; what is there may finish until the drain time-out.
+async fn end(
+    config: &Config,
+    steering: Option<Steering>,
+    controller: Controller,
+    workers: Vec<WorkerHandle>,
+    signals: &mut Signals,
+) -> anyhow::Result<()> {
+    if let Some(mut steering) = steering {
+        steering.stop()?;
+    }
+    let mut running: FuturesUnordered<_> = workers.into_iter().map(WorkerHandle::finished).collect();
+    let mut outcome = Ok(());
+    controller.drain_then_stop(config.timeouts.drain, signals, join(&mut running, &mut outcome)).await;
+    join(&mut running, &mut outcome).await;
+    outcome.map_err(Into::into)
+}
+
+/// Waits for all workers; keeps the first error.
+async fn join(
+    running: &mut FuturesUnordered<impl Future<Output = Result<(), WorkerError>>>,
+    outcome: &mut Result<(), WorkerError>,
+) {
+    while let Some(worker) = running.next().await {
+        if outcome.is_ok() {
+            *outcome = worker;
+        }
+    }
+}

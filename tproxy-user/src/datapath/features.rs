@@ -1,0 +1,79 @@
+//! What the kernel offers, by its version.
+
+use crate::config::Kernel;
+use crate::failure::Failure;
+
+/// `bpf_sk_assign` at TC ingress; the floor.
+const STEERING: Kernel = Kernel { major: 5, minor: 7 };
+/// Socket maps can be read from TC programs.
+const LISTENERS_FROM_TC: Kernel = Kernel { major: 5, minor: 8 };
+/// The ring buffer.
+const RING_BUFFER: Kernel = Kernel { major: 5, minor: 8 };
+/// `sk_lookup` programs.
+const SK_LOOKUP: Kernel = Kernel { major: 5, minor: 9 };
+/// tcx links.
+const TCX: Kernel = Kernel { major: 6, minor: 6 };
+
+/// A kernel that can steer, and what else it can.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Features(Kernel);
+
+impl Features {
+    /// The features of a kernel.
+    ///
+    /// # Errors
+    ///
+    /// [`Failure::Unsupported`] below the floor.
+    pub fn of(kernel: Kernel) -> Result<Self, Failure> {
+        if kernel < STEERING {
+            return Err(Failure::unsupported(format!(
+                "Linux {kernel} has no bpf_sk_assign for TC programs; tproxy needs Linux {STEERING} or later"
+            )));
+        }
+        Ok(Self(kernel))
+    }
+
+    /// tcx links (6.6); without them, filters on a clsact qdisc.
+    #[must_use]
+    pub fn tcx(self) -> bool {
+        self.0 >= TCX
+    }
+
+    /// `sk_lookup` (5.9); without it, a client port that meets a `TIME_WAIT`
+    /// socket costs a reset and a retry, and fragmented datagrams are lost.
+    #[must_use]
+    pub fn sk_lookup(self) -> bool {
+        self.0 >= SK_LOOKUP
+    }
+
+    /// Socket maps can be read from TC (5.8); without it, listeners are found by port.
+    #[must_use]
+    pub fn listeners_from_tc(self) -> bool {
+        self.0 >= LISTENERS_FROM_TC
+    }
+
+    /// The ring buffer (5.8), which the debugging build of the object logs by.
+    #[must_use]
+    pub fn ring_buffer(self) -> bool {
+        self.0 >= RING_BUFFER
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(major: u32, minor: u32) -> Result<Features, Failure> {
+        Features::of(Kernel { major, minor })
+    }
+
+    #[test]
+    fn features_come_with_their_versions() {
+        assert!(of(5, 6).is_err());
+        let oldest = of(5, 7).expect("the floor");
+        assert!(!oldest.listeners_from_tc() && !oldest.ring_buffer() && !oldest.sk_lookup() && !oldest.tcx());
+        assert!(of(5, 10).expect("newer").sk_lookup());
+        assert!(!of(6, 5).expect("newer").tcx());
+        assert!(of(6, 6).expect("newer").tcx());
+    }
+}

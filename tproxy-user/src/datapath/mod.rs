@@ -1,0 +1,9 @@
+//! The kernel side as userspace sees it: load, fill, attach, read.
+
+pub mod attach;
+pub mod bpffs;
+pub mod counters;
+pub mod features;
+pub mod flows;
+pub mod load;
+pub mod policy;

@@ -1,0 +1,326 @@
+//! What `run` will set up: configuration + host → plan. Pure and printable.
+
+pub mod prefixes;
+mod print;
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+
+use tproxy_common::abi::LpmKey;
+
+use crate::cli::is_glob;
+use crate::config::{Config, Mark, SourceMode, Steer};
+use crate::failure::Failure;
+use crate::interfaces::{Host, Interface};
+use crate::sysctl;
+
+/// What an interface is to the proxy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Clients are behind it.
+    Capture,
+    /// Servers are behind it: return traffic of `source = client`, and the host's own traffic.
+    Uplink,
+    /// `lo`, where the host's own traffic comes back in.
+    Loopback,
+}
+
+/// An interface that gets programs.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct PlannedInterface {
+    /// Name.
+    pub name: String,
+    /// ifindex.
+    pub index: u32,
+    /// What it is.
+    pub role: Role,
+}
+
+/// A routing rule: `ip rule add iif IIF fwmark MARK lookup TABLE priority PRIORITY`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rule {
+    /// IPv6 (else IPv4).
+    pub v6: bool,
+    /// Interface that packets come in on.
+    pub iif: String,
+    /// Mark that they carry.
+    pub mark: Mark,
+    /// Table that routes them.
+    pub table: u32,
+    /// Its place among the rules.
+    pub priority: u32,
+}
+
+/// A local route: `ip route add local default dev lo table TABLE`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LocalRoute {
+    /// IPv6 (else IPv4).
+    pub v6: bool,
+    /// Table that it is in.
+    pub table: u32,
+}
+
+/// A listening socket; one such for every worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PlannedSocket {
+    /// `tcp` or `udp`.
+    pub protocol: &'static str,
+    /// Address and port of the first worker's.
+    pub address: SocketAddr,
+}
+
+/// A kernel setting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sysctl {
+    /// Name, as by `sysctl`.
+    pub name: &'static str,
+    /// Value while the proxy runs.
+    pub value: &'static str,
+}
+
+/// One bit for every port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PortSet(pub Box<[u64; 1024]>);
+
+impl PortSet {
+    /// The set of some ranges; of none: all ports.
+    #[must_use]
+    pub fn new(ranges: &[(u16, u16)]) -> Self {
+        let mut words = Box::new([if ranges.is_empty() { u64::MAX } else { 0 }; 1024]);
+        for port in ranges.iter().flat_map(|(first, last)| *first..=*last) {
+            words[usize::from(port >> 6)] |= 1 << (port & 63);
+        }
+        Self(words)
+    }
+
+    /// Whether a port is in it.
+    #[must_use]
+    pub fn contains(&self, port: u16) -> bool {
+        self.0[usize::from(port >> 6)] >> (port & 63) & 1 == 1
+    }
+
+    /// The set as the fewest ranges.
+    #[must_use]
+    pub fn ranges(&self) -> Vec<(u16, u16)> {
+        let mut ranges: Vec<(u16, u16)> = Vec::new();
+        for port in (0..=u16::MAX).filter(|port| self.contains(*port)) {
+            match ranges.last_mut() {
+                Some((_, last)) if port.checked_sub(1) == Some(*last) => *last = port,
+                _ => ranges.push((port, port)),
+            }
+        }
+        ranges
+    }
+}
+
+/// The plan.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// IPv4 is captured.
+    pub ipv4: bool,
+    /// IPv6 is captured: asked for, and enabled on this host.
+    pub ipv6: bool,
+    /// Interfaces that get programs, by index.
+    pub interfaces: Vec<PlannedInterface>,
+    /// Routing rules.
+    pub rules: Vec<Rule>,
+    /// Local routes.
+    pub routes: Vec<LocalRoute>,
+    /// Kernel settings.
+    pub sysctls: Vec<Sysctl>,
+    /// Keys of the `LOCAL` map.
+    pub local: Vec<LpmKey>,
+    /// The `SOURCES` map.
+    pub sources: Vec<(LpmKey, u8)>,
+    /// The `DESTINATIONS` map.
+    pub destinations: Vec<(LpmKey, u8)>,
+    /// The `PORTS` map.
+    pub ports: PortSet,
+    /// Listening sockets of each worker.
+    pub sockets: Vec<PlannedSocket>,
+    /// Workers.
+    pub workers: u32,
+    /// `--iface` names (not globs) of which there is no interface now.
+    pub missing: Vec<String>,
+    /// What the user should know.
+    pub warnings: Vec<String>,
+}
+
+impl Plan {
+    /// Makes the plan for a host as it is now.
+    ///
+    /// A named interface that is not there only lands in [`Plan::missing`]: at
+    /// run time an interface may go and come back. At the start, see
+    /// [`Plan::require_present`].
+    ///
+    /// # Errors
+    /// [`Failure::Usage`] for an interface that cannot be captured,
+    /// [`Failure::Unsupported`] where only IPv6 is wanted of a host without.
+    pub fn new(config: &Config, host: &Host) -> Result<Self, Failure> {
+        let steering = config.steering.by == Steer::Ebpf;
+        let (ipv4, ipv6) = (config.capture.v4, config.capture.v6 && host.ipv6);
+        if !ipv4 && !ipv6 {
+            return Err(Failure::unsupported(
+                "-6: this host has no IPv6 (kernel built or booted without, or net.ipv6.conf.lo.disable_ipv6=1)",
+            ));
+        }
+        let mut plan = Self {
+            ipv4,
+            ipv6,
+            interfaces: Vec::new(),
+            rules: Vec::new(),
+            routes: Vec::new(),
+            sysctls: Vec::new(),
+            local: host.local.iter().map(prefixes::key).collect(),
+            sources: prefixes::compile(&config.capture.from, &config.capture.not_from),
+            destinations: prefixes::compile(&config.capture.to, &config.capture.not_to),
+            ports: PortSet::new(&config.capture.ports),
+            sockets: sockets(config, ipv4, ipv6),
+            workers: config.workers,
+            missing: Vec::new(),
+            warnings: Vec::new(),
+        };
+        if steering {
+            plan.add_interfaces(config, host)?;
+            plan.add_routing(config);
+        }
+        Ok(plan)
+    }
+
+    /// Refuses to start without an interface that the user named.
+    ///
+    /// # Errors
+    /// [`Failure::Usage`], naming the interfaces there are.
+    pub fn require_present(&self, host: &Host) -> Result<(), Failure> {
+        let Some(missing) = self.missing.first() else {
+            return Ok(());
+        };
+        let names: Vec<_> =
+            host.interfaces.iter().filter(|interface| !interface.loopback).map(|i| &*i.name).collect();
+        let there_are = if names.is_empty() {
+            "there is none but lo".to_owned()
+        } else {
+            format!("there are: {}", names.join(", "))
+        };
+        Err(Failure::usage(format_args!("--iface {missing}: no such interface; {there_are}")))
+    }
+
+    fn add_interfaces(&mut self, config: &Config, host: &Host) -> Result<(), Failure> {
+        let mut roles = BTreeMap::<u32, (&str, Role)>::new();
+        for name in &config.capture.interfaces {
+            let found = captured(name, host)?;
+            if found.is_empty() && is_glob(name) {
+                self.warnings.push(format!("--iface '{name}': no interface matches yet"));
+            } else if found.is_empty() {
+                self.missing.push(name.clone());
+            }
+            for interface in found {
+                if !interface.up {
+                    self.warnings.push(format!("--iface {}: the interface is down", interface.name));
+                }
+                roles.insert(interface.index, (&interface.name, Role::Capture));
+            }
+        }
+        // With the proxy's own address as the source, replies come to it anyway.
+        if config.source != SourceMode::Proxy || config.capture.own_traffic {
+            for interface in host.interfaces.iter().filter(|interface| faces_upstream(interface, host)) {
+                roles.entry(interface.index).or_insert((&interface.name, Role::Uplink));
+            }
+        }
+        if config.capture.own_traffic {
+            for interface in host.interfaces.iter().filter(|interface| interface.loopback) {
+                roles.insert(interface.index, (&interface.name, Role::Loopback));
+            }
+        }
+        self.interfaces = roles
+            .into_iter()
+            .map(|(index, (name, role))| PlannedInterface { name: name.to_owned(), index, role })
+            .collect();
+        Ok(())
+    }
+
+    fn add_routing(&mut self, config: &Config) {
+        let steering = &config.steering;
+        // The proxy's own mark beside the other on the host's own packets keeps
+        // this rule from matching where src_valid_mark=1 looks up the reverse path.
+        let own = steering.own_mark;
+        let loopback_mark = Mark { value: steering.mark.value | own, mask: steering.mark.mask | own };
+        let families = [(false, self.ipv4), (true, self.ipv6)];
+        for v6 in families.iter().filter(|(_, wanted)| *wanted).map(|(v6, _)| *v6) {
+            self.routes.push(LocalRoute { v6, table: steering.table });
+            for interface in &self.interfaces {
+                let mark = match interface.role {
+                    Role::Capture => steering.mark,
+                    Role::Uplink if config.source != SourceMode::Proxy => steering.mark,
+                    Role::Uplink => continue,
+                    Role::Loopback => loopback_mark,
+                };
+                self.rules.push(Rule {
+                    v6,
+                    iif: interface.name.clone(),
+                    mark,
+                    table: steering.table,
+                    priority: steering.rule_priority,
+                });
+            }
+        }
+        if config.capture.own_traffic && self.ipv4 {
+            self.sysctls.push(Sysctl { name: sysctl::ACCEPT_LOCAL, value: "1" });
+        }
+    }
+}
+
+/// The interfaces that one `--iface` names.
+fn captured<'a>(name: &str, host: &'a Host) -> Result<Vec<&'a Interface>, Failure> {
+    if is_glob(name) {
+        let pattern = glob::Pattern::new(name).map_err(|error| {
+            Failure::usage(format_args!("--iface '{name}': expected a glob such as 'wg*': {error}"))
+        })?;
+        let matches = |interface: &&Interface| {
+            pattern.matches(&interface.name) && !interface.loopback && host.bridge_of(interface).is_none()
+        };
+        return Ok(host.interfaces.iter().filter(matches).collect());
+    }
+    let Some(interface) = host.interfaces.iter().find(|interface| interface.name == name) else {
+        return Ok(Vec::new());
+    };
+    if interface.loopback {
+        return Err(Failure::usage(format_args!(
+            "--iface {name}: a loopback device cannot be captured; for what this host itself sends there is --own-traffic"
+        )));
+    }
+    if let Some(bridge) = host.bridge_of(interface) {
+        return Err(Failure::usage(format_args!(
+            "--iface {name}: it is a port of the {} {}, which is where its packets are routed; name that: --iface {}",
+            bridge.kind, bridge.name, bridge.name
+        )));
+    }
+    Ok(vec![interface])
+}
+
+/// Whether servers may be behind an interface.
+fn faces_upstream(interface: &Interface, host: &Host) -> bool {
+    interface.up
+        && !interface.loopback
+        // Packets pass through the slaves of a VRF, which count by themselves.
+        && interface.kind != "vrf"
+        && host.bridge_of(interface).is_none()
+        && (interface.routed || !interface.addresses.is_empty())
+}
+
+fn sockets(config: &Config, ipv4: bool, ipv6: bool) -> Vec<PlannedSocket> {
+    let mut sockets = Vec::new();
+    for (protocol, captured) in [("tcp", config.capture.tcp), ("udp", config.capture.udp)] {
+        for (v6, captured) in [(false, captured && ipv4), (true, captured && ipv6)] {
+            if captured {
+                let address = SocketAddr::new(config.steering.on_ip(v6), config.steering.on_port);
+                sockets.push(PlannedSocket { protocol, address });
+            }
+        }
+    }
+    sockets
+}
+
+#[cfg(test)]
+mod tests;

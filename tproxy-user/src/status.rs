@@ -1,0 +1,78 @@
+//! What the running proxy tells of itself.
+
+use std::cell::RefCell;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use serde_json::{Map, Value, json};
+
+use crate::cmd;
+use crate::config::Config;
+use crate::datapath::counters;
+use crate::instance::Instance;
+use crate::instance::control::Request;
+use crate::stats::Stats;
+use crate::steering::{Attached, Steering};
+
+/// Answers requests at the control socket.
+#[derive(Debug)]
+pub struct Reporter {
+    basics: Map<String, Value>,
+    pin: PathBuf,
+    listeners: Vec<String>,
+    stats: Arc<Stats>,
+    attached: RefCell<Vec<Attached>>,
+}
+
+impl Reporter {
+    /// A reporter of this run.
+    #[must_use]
+    pub fn new(config: &Config, instance: &Instance, listeners: Vec<String>, stats: Arc<Stats>) -> Self {
+        Self {
+            basics: cmd::status::basics(instance),
+            pin: config.pin.clone(),
+            listeners,
+            stats,
+            attached: RefCell::default(),
+        }
+    }
+
+    /// Notes what is attached now.
+    pub fn note(&self, steering: &Steering) {
+        self.attached.replace(steering.attached().cloned().collect());
+    }
+
+    /// The answer to a request.
+    #[must_use]
+    pub fn answer(&self, request: Request) -> Value {
+        match request {
+            Request::Status => self.status(),
+        }
+    }
+
+    fn status(&self) -> Value {
+        let mut status = self.basics.clone();
+        let snapshot = self.stats.snapshot();
+        let interfaces: Vec<_> = self
+            .attached
+            .borrow()
+            .iter()
+            .map(|a| json!({"name": a.name, "attach": a.hook, "role": a.role}))
+            .collect();
+        let mut all = Map::new();
+        // Without steering there are no counters of programs.
+        if let Ok(kernel) = counters::read(&self.pin) {
+            all.extend(kernel.entries().map(|(name, value, _)| (name.to_owned(), value.into())));
+        }
+        all.extend(snapshot.entries().map(|entry| (entry.name.to_owned(), entry.value.into())));
+        status.insert("interfaces".to_owned(), interfaces.into());
+        status.insert("listeners".to_owned(), json!(self.listeners));
+        status.insert("upstreams".to_owned(), json!([{"name": "direct", "up": true, "latency_ms": null}]));
+        status.insert(
+            "connections".to_owned(),
+            json!({"tcp": snapshot.tcp_active, "udp": snapshot.udp_active}),
+        );
+        status.insert("counters".to_owned(), all.into());
+        status.into()
+    }
+}

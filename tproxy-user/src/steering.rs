@@ -1,0 +1,291 @@
+//! The kernel side of a run: programs, maps, rules, routes, settings. It makes
+//! the kernel follow the plan; undoing is `undo.rs`, by the journal.
+
+use std::collections::BTreeMap;
+
+use anyhow::Context as _;
+use rtnetlink::Handle;
+use tokio::io::unix::AsyncFd;
+use tproxy_common::abi::{ABI_VERSION, MAX_WORKERS, Settings, listener_index, map};
+
+use crate::clsact;
+use crate::config::{Attach, Config, Fail};
+use crate::datapath::attach::{Hook, Target};
+use crate::datapath::features::Features;
+use crate::datapath::load::Datapath;
+use crate::failure::Failure;
+use crate::instance::Instance;
+use crate::instance::state::QdiscMade;
+use crate::interfaces;
+use crate::listener::WorkerListeners;
+use crate::plan::{Plan, PlannedInterface, Role};
+use crate::privilege;
+use crate::routing::{self, Routing};
+
+/// The running kernel side.
+#[derive(Debug)]
+pub struct Steering {
+    config: Config,
+    plan: Plan,
+    datapath: Datapath,
+    handle: Handle,
+    /// By index: what is attached now.
+    attached: BTreeMap<u32, Attached>,
+}
+
+/// An interface with programs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Attached {
+    /// Its name.
+    pub name: String,
+    /// What it is to the proxy.
+    pub role: Role,
+    /// How the programs are attached.
+    pub hook: Hook,
+}
+
+impl Steering {
+    /// Loads the programs and fills the maps. Nothing is captured yet.
+    ///
+    /// # Errors
+    ///
+    /// [`Failure::Conflict`] where table or mark are taken,
+    /// [`Failure::Unsupported`] where the kernel lacks something, else what failed.
+    pub async fn prepare(
+        config: &Config,
+        plan: &Plan,
+        listeners: &[WorkerListeners],
+        handle: &Handle,
+        instance: &mut Instance,
+    ) -> anyhow::Result<Self> {
+        let features = Features::of(privilege::kernel(config)?)?;
+        check(config, features)?;
+        let (table, mark) = (config.steering.table, config.steering.mark);
+        if let Some(conflict) = routing::conflict::find(handle, table, mark).await? {
+            return Err(Failure::Conflict(conflict).into());
+        }
+        instance.claim_routing(table, mark)?;
+        // What is pinned without a journal, such as by another version.
+        crate::datapath::bpffs::remove(&config.pin)?;
+        let settings = settings(config, plan, features, listeners);
+        let mut datapath = Datapath::load(
+            &settings,
+            features,
+            config.limits.flow_table,
+            &config.pin,
+            config.steering.bpf_log,
+        )?;
+        datapath.set_ports(&plan.ports.0)?;
+        datapath.set_prefixes(map::SOURCES, &plan.sources)?;
+        datapath.set_prefixes(map::DESTINATIONS, &plan.destinations)?;
+        for (worker, listeners) in (0..).zip(listeners) {
+            for listener in listeners.iter() {
+                datapath.set_listener(listener.kind, worker, &listener.fd)?;
+            }
+        }
+        let attached = BTreeMap::new();
+        Ok(Self { config: config.clone(), plan: plan.clone(), datapath, handle: handle.clone(), attached })
+    }
+
+    /// Rules, routes and settings, then the programs: packets come from here on.
+    ///
+    /// # Errors
+    ///
+    /// What failed.
+    pub async fn start(&mut self, instance: &mut Instance) -> anyhow::Result<()> {
+        for sysctl in &self.plan.sysctls {
+            instance.set_sysctl(sysctl.name, sysctl.value)?;
+        }
+        if self.config.steering.bpf_log {
+            self.log()?;
+        }
+        if self.datapath.features().sk_lookup() {
+            self.datapath.attach_lookup(&self.config.pin)?;
+        } else {
+            tracing::warn!(
+                "this kernel has no sk_lookup programs (Linux 5.9): fragmented datagrams are lost, \
+                 and a client port that is used again at once costs a retry"
+            );
+        }
+        self.apply(instance).await
+    }
+
+    /// Follows a change of interfaces, addresses, routes or rules.
+    ///
+    /// # Errors
+    ///
+    /// What failed; the next change tries again.
+    pub async fn follow(&mut self, instance: &mut Instance) -> anyhow::Result<()> {
+        let host = interfaces::snapshot(&self.handle, self.config.steering.table).await?;
+        // Its own writes bring it here as well: then there is nothing to do.
+        self.plan = Plan::new(&self.config, &host)?;
+        self.apply(instance).await
+    }
+
+    /// Makes the kernel be as the plan says.
+    async fn apply(&mut self, instance: &mut Instance) -> anyhow::Result<()> {
+        let local: Vec<_> = self.plan.local.iter().map(|key| (*key, 1)).collect();
+        self.datapath.set_prefixes(map::LOCAL, &local)?;
+        let routing = Routing::new(self.handle.clone(), self.config.steering.table);
+        let changes = routing.apply(&self.plan.rules, &self.plan.routes).await?;
+        tracing::debug!(?changes, "rules and routes");
+        self.detach_stale();
+        for interface in self.plan.interfaces.clone() {
+            if !self.attached.contains_key(&interface.index) {
+                self.attach(&interface, instance).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Forgets interfaces that are gone or changed their part. With an
+    /// interface go its programs; only the pins of its links are left.
+    fn detach_stale(&mut self) {
+        let plan = &self.plan;
+        let pin = &self.config.pin;
+        self.attached.retain(|index, attached| {
+            let stays = plan
+                .interfaces
+                .iter()
+                .any(|i| i.index == *index && i.name == attached.name && i.role == attached.role);
+            if !stays {
+                tracing::info!("{} is gone", attached.name);
+                if let Err(error) = crate::datapath::bpffs::remove_links(pin, *index) {
+                    tracing::warn!("{error}");
+                }
+            }
+            stays
+        });
+    }
+
+    async fn attach(&mut self, interface: &PlannedInterface, instance: &mut Instance) -> anyhow::Result<()> {
+        let hook = self.hook();
+        if hook == Hook::Clsact {
+            self.ensure_clsact(interface, instance).await?;
+        }
+        let target = Target { interface: &interface.name, ifindex: interface.index, role: interface.role };
+        let own_traffic = self.config.capture.own_traffic;
+        self.datapath.attach(&target, hook, own_traffic, &self.config.pin, &mut |made| {
+            instance.record(|journal| journal.filters.push(made)).map_err(std::io::Error::other)
+        })?;
+        tracing::info!("{} ({:?}): attached by {hook:?}", interface.name, interface.role);
+        let attached = Attached { name: interface.name.clone(), role: interface.role, hook };
+        self.attached.insert(interface.index, attached);
+        Ok(())
+    }
+
+    async fn ensure_clsact(
+        &self,
+        interface: &PlannedInterface,
+        instance: &mut Instance,
+    ) -> anyhow::Result<()> {
+        match clsact::qdisc(&self.handle, interface.index).await? {
+            clsact::Qdisc::Clsact => Ok(()),
+            clsact::Qdisc::Ingress => Err(Failure::conflict(format_args!(
+                "{0} has an ingress qdisc, which keeps clsact out; remove it (tc qdisc del dev {0} ingress) or use a kernel with tcx (6.6)",
+                interface.name
+            ))
+            .into()),
+            clsact::Qdisc::Absent => {
+                let made = QdiscMade { ifindex: interface.index, ifname: interface.name.clone() };
+                instance.record(|journal| journal.qdiscs.push(made))?;
+                crate::datapath::attach::add_clsact(&interface.name)
+                    .with_context(|| format!("cannot add a clsact qdisc to {}", interface.name))
+            }
+        }
+    }
+
+    fn hook(&self) -> Hook {
+        match self.config.steering.attach {
+            Attach::Tcx => Hook::Tcx,
+            Attach::Auto if self.datapath.features().tcx() => Hook::Tcx,
+            Attach::Auto | Attach::Clsact => Hook::Clsact,
+        }
+    }
+
+    /// Passes the log lines of the debugging build on.
+    fn log(&mut self) -> anyhow::Result<()> {
+        let logger = self.datapath.logger().context("cannot read the log of the eBPF programs")?;
+        // SAFETY: the logger owns its descriptor and keeps it until it is dropped.
+        let mut logger = unsafe { AsyncFd::register_with_interest(logger, tokio::io::Interest::READABLE) }?;
+        tokio::spawn(async move {
+            while let Ok(mut ready) = logger.readable_mut().await {
+                ready.get_inner_mut().flush();
+                ready.clear_ready();
+            }
+        });
+        Ok(())
+    }
+
+    /// Takes the listeners away from the programs: new flows fail open or
+    /// closed, those that run go on.
+    ///
+    /// # Errors
+    ///
+    /// Where the map cannot be changed.
+    pub fn stop(&mut self) -> anyhow::Result<()> {
+        Ok(self.datapath.clear_listeners(self.config.workers)?)
+    }
+
+    /// What is attached, for `status`.
+    pub fn attached(&self) -> impl Iterator<Item = &Attached> {
+        self.attached.values()
+    }
+
+    /// The captured interfaces in words.
+    #[must_use]
+    pub fn describe(&self) -> String {
+        let names: Vec<_> =
+            self.attached.values().filter(|a| a.role == Role::Capture).map(|a| a.name.as_str()).collect();
+        match (names.is_empty(), self.config.capture.own_traffic) {
+            (false, false) => names.join(", "),
+            (false, true) => format!("{} and this host's own traffic", names.join(", ")),
+            (true, true) => "this host's own traffic".to_owned(),
+            (true, false) => "no interface yet".to_owned(),
+        }
+    }
+}
+
+/// Refuses what was asked for and the kernel lacks.
+fn check(config: &Config, features: Features) -> Result<(), Failure> {
+    if config.steering.attach == Attach::Tcx && !features.tcx() {
+        return Err(Failure::unsupported("--attach tcx needs Linux 6.6; leave it out to attach by clsact"));
+    }
+    if config.steering.bpf_log && !features.ring_buffer() {
+        return Err(Failure::unsupported("--bpf-log needs the ring buffer of Linux 5.8"));
+    }
+    Ok(())
+}
+
+/// The constants of the programs.
+fn settings(config: &Config, plan: &Plan, features: Features, listeners: &[WorkerListeners]) -> Settings {
+    let capture = &config.capture;
+    let steering = &config.steering;
+    let mut settings = Settings {
+        abi_version: ABI_VERSION,
+        mark_value: steering.mark.value,
+        mark_mask: steering.mark.mask,
+        own_mark: steering.own_mark,
+        workers: config.workers.min(MAX_WORKERS),
+        lo_ifindex: interfaces::LOOPBACK_INDEX,
+        listen_v4: steering.on_ip4.octets(),
+        listen_v6: steering.on_ip6.octets(),
+        tcp: capture.tcp.into(),
+        udp: capture.udp.into(),
+        v4: plan.ipv4.into(),
+        v6: plan.ipv6.into(),
+        fail_open: (capture.fail == Fail::Open).into(),
+        listener_by_tuple: (!features.listeners_from_tc()).into(),
+        any_port: capture.ports.is_empty().into(),
+        any_source: (capture.from.is_empty() && capture.not_from.is_empty()).into(),
+        any_destination: (capture.to.is_empty() && capture.not_to.is_empty()).into(),
+        own_traffic: capture.own_traffic.into(),
+        ..Settings::default()
+    };
+    for (worker, listeners) in (0..).zip(listeners) {
+        for listener in listeners.iter() {
+            settings.listener_ports.0[listener_index(listener.kind, worker) as usize] = listener.addr.port();
+        }
+    }
+    settings
+}

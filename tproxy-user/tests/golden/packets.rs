@@ -1,0 +1,198 @@
+//! Packets as they stand on an Ethernet link.
+
+use std::net::{Ipv4Addr, Ipv6Addr};
+
+use etherparse::PacketBuilder;
+
+pub(crate) const CLIENT_V4: [u8; 4] = [192, 0, 2, 2];
+pub(crate) const SERVER_V4: [u8; 4] = [203, 0, 113, 7];
+const CLIENT_V6: &str = "2001:db8:1::2";
+const SERVER_V6: &str = "2001:db8:2::7";
+pub(crate) const CLIENT_PORT: u16 = 40_000;
+pub(crate) const SERVER_PORT: u16 = 4_433;
+
+const ETHERNET: usize = 14;
+
+fn v6(text: &str) -> [u8; 16] {
+    text.parse::<Ipv6Addr>().expect("an IPv6 address").octets()
+}
+
+/// In a test run the device is the loopback device, whose address is all zero.
+fn ethernet() -> etherparse::PacketBuilderStep<etherparse::Ethernet2Header> {
+    PacketBuilder::ethernet2([2, 0, 0, 0, 0, 1], [0; 6])
+}
+
+fn v4_to(destination: [u8; 4]) -> etherparse::PacketBuilderStep<etherparse::IpHeaders> {
+    ethernet().ipv4(CLIENT_V4, destination, 64)
+}
+
+fn v6_to(destination: &str) -> etherparse::PacketBuilderStep<etherparse::IpHeaders> {
+    ethernet().ipv6(v6(CLIENT_V6), v6(destination), 64)
+}
+
+fn tcp(
+    ip: etherparse::PacketBuilderStep<etherparse::IpHeaders>,
+    flags: impl FnOnce(
+        etherparse::PacketBuilderStep<etherparse::TcpHeader>,
+    ) -> etherparse::PacketBuilderStep<etherparse::TcpHeader>,
+) -> Vec<u8> {
+    let builder = flags(ip.tcp(CLIENT_PORT, SERVER_PORT, 1000, 65_000));
+    let mut packet = Vec::new();
+    builder.write(&mut packet, &[]).expect("a valid packet");
+    packet
+}
+
+fn udp(ip: etherparse::PacketBuilderStep<etherparse::IpHeaders>, payload: usize) -> Vec<u8> {
+    let mut packet = Vec::new();
+    ip.udp(CLIENT_PORT, SERVER_PORT).write(&mut packet, &vec![0x5a; payload]).expect("a valid packet");
+    packet
+}
+
+pub(crate) fn syn_v4() -> Vec<u8> {
+    tcp(v4_to(SERVER_V4), etherparse::PacketBuilderStep::syn)
+}
+
+pub(crate) fn syn_v6() -> Vec<u8> {
+    tcp(v6_to(SERVER_V6), etherparse::PacketBuilderStep::syn)
+}
+
+pub(crate) fn ack_v4() -> Vec<u8> {
+    tcp(v4_to(SERVER_V4), |t| t.ack(7))
+}
+
+pub(crate) fn syn_ack_v4() -> Vec<u8> {
+    tcp(v4_to(SERVER_V4), |t| t.syn().ack(7))
+}
+
+pub(crate) fn fin_v4() -> Vec<u8> {
+    tcp(v4_to(SERVER_V4), |t| t.fin().ack(7))
+}
+
+pub(crate) fn rst_v4() -> Vec<u8> {
+    tcp(v4_to(SERVER_V4), etherparse::PacketBuilderStep::rst)
+}
+
+pub(crate) fn udp_v4(payload: usize) -> Vec<u8> {
+    udp(v4_to(SERVER_V4), payload)
+}
+
+pub(crate) fn udp_v6(payload: usize) -> Vec<u8> {
+    udp(v6_to(SERVER_V6), payload)
+}
+
+pub(crate) fn udp_to_v4(destination: [u8; 4]) -> Vec<u8> {
+    udp(v4_to(destination), 4)
+}
+
+pub(crate) fn udp_to_v6(destination: &str) -> Vec<u8> {
+    udp(v6_to(destination), 4)
+}
+
+pub(crate) fn icmp_v4() -> Vec<u8> {
+    let mut packet = Vec::new();
+    v4_to(SERVER_V4).icmpv4_echo_request(1, 1).write(&mut packet, &[0; 32]).expect("a valid packet");
+    packet
+}
+
+pub(crate) fn icmp_v6() -> Vec<u8> {
+    let mut packet = Vec::new();
+    v6_to("2001:db8:2::7").icmpv6_raw(135, 0, [0; 4]).write(&mut packet, &[0; 16]).expect("a valid packet");
+    packet
+}
+
+pub(crate) fn with_protocol(mut packet: Vec<u8>, protocol: u8) -> Vec<u8> {
+    packet[ETHERNET + 9] = protocol;
+    packet
+}
+
+pub(crate) fn with_ethertype(mut packet: Vec<u8>, ethertype: u16) -> Vec<u8> {
+    packet[12..14].copy_from_slice(&ethertype.to_be_bytes());
+    packet
+}
+
+pub(crate) fn to_other_host(mut packet: Vec<u8>) -> Vec<u8> {
+    packet[..6].copy_from_slice(&[2, 0, 0, 0, 0, 9]);
+    packet
+}
+
+/// The packet with addresses and ports swapped (IPv4, no options).
+pub(crate) fn reply_of(packet: &[u8]) -> Vec<u8> {
+    let mut reply = packet.to_vec();
+    let (source, destination, ports) = (ETHERNET + 12, ETHERNET + 16, ETHERNET + 20);
+    reply[source..source + 4].copy_from_slice(&packet[destination..destination + 4]);
+    reply[destination..destination + 4].copy_from_slice(&packet[source..source + 4]);
+    reply[ports..ports + 2].copy_from_slice(&packet[ports + 2..ports + 4]);
+    reply[ports + 2..ports + 4].copy_from_slice(&packet[ports..ports + 2]);
+    reply
+}
+
+/// Record route, 40 bytes of options (RFC 791).
+pub(crate) fn syn_v4_with_options() -> Vec<u8> {
+    let plain = syn_v4();
+    let mut options = [1u8; 40];
+    options[0..3].copy_from_slice(&[7, 39, 4]);
+    let mut packet = plain[..ETHERNET + 20].to_vec();
+    packet[ETHERNET] = 0x4f;
+    packet.extend_from_slice(&options);
+    packet.extend_from_slice(&plain[ETHERNET + 20..]);
+    let total = u16::try_from(packet.len() - ETHERNET).expect("short");
+    packet[ETHERNET + 2..ETHERNET + 4].copy_from_slice(&total.to_be_bytes());
+    packet
+}
+
+/// Hop-by-hop options, a used-up routing header and destination options before UDP.
+pub(crate) fn udp_v6_with_extensions() -> Vec<u8> {
+    let plain = udp_v6(16);
+    let mut packet = plain[..ETHERNET + 40].to_vec();
+    packet[ETHERNET + 6] = 0;
+    packet.extend_from_slice(&[43, 0, 1, 4, 0, 0, 0, 0]);
+    packet.extend_from_slice(&[60, 0, 4, 0, 0, 0, 0, 0]);
+    packet.extend_from_slice(&[17, 1, 1, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+    packet.extend_from_slice(&plain[ETHERNET + 40..]);
+    let payload = u16::try_from(packet.len() - ETHERNET - 40).expect("short");
+    packet[ETHERNET + 4..ETHERNET + 6].copy_from_slice(&payload.to_be_bytes());
+    packet
+}
+
+/// Cuts an IPv4 packet into fragments with `size` bytes of payload (a multiple of 8).
+pub(crate) fn fragment_v4(packet: &[u8], size: usize, id: u16) -> Vec<Vec<u8>> {
+    let (header, payload) = packet.split_at(ETHERNET + 20);
+    let pieces: Vec<_> = payload.chunks(size).collect();
+    (0..pieces.len())
+        .map(|i| {
+            let mut fragment = header.to_vec();
+            let more = if i + 1 < pieces.len() { 0x2000 } else { 0 };
+            let field = u16::try_from(i * size / 8).expect("short") | more;
+            let total = u16::try_from(20 + pieces[i].len()).expect("short");
+            fragment[ETHERNET + 2..ETHERNET + 4].copy_from_slice(&total.to_be_bytes());
+            fragment[ETHERNET + 4..ETHERNET + 6].copy_from_slice(&id.to_be_bytes());
+            fragment[ETHERNET + 6..ETHERNET + 8].copy_from_slice(&field.to_be_bytes());
+            fragment.extend_from_slice(pieces[i]);
+            fragment
+        })
+        .collect()
+}
+
+/// Cuts an IPv6 packet into fragments with `size` bytes of payload (a multiple of 8).
+pub(crate) fn fragment_v6(packet: &[u8], size: usize, id: u32) -> Vec<Vec<u8>> {
+    let (header, payload) = packet.split_at(ETHERNET + 40);
+    let pieces: Vec<_> = payload.chunks(size).collect();
+    (0..pieces.len())
+        .map(|i| {
+            let mut fragment = header.to_vec();
+            let field = u16::try_from(i * size).expect("short") | u16::from(i + 1 < pieces.len());
+            let length = u16::try_from(8 + pieces[i].len()).expect("short");
+            fragment[ETHERNET + 4..ETHERNET + 6].copy_from_slice(&length.to_be_bytes());
+            fragment[ETHERNET + 6] = 44;
+            fragment.extend_from_slice(&[header[ETHERNET + 6], 0]);
+            fragment.extend_from_slice(&field.to_be_bytes());
+            fragment.extend_from_slice(&id.to_be_bytes());
+            fragment.extend_from_slice(pieces[i]);
+            fragment
+        })
+        .collect()
+}
+
+pub(crate) fn mapped(v4: [u8; 4]) -> [u8; 16] {
+    Ipv4Addr::from(v4).to_ipv6_mapped().octets()
+}

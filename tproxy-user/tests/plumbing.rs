@@ -1,0 +1,21 @@
+//! Rules, routes, qdiscs, settings and commands, each test in a network
+//! namespace of its own. Without root they are shown as ignored.
+
+mod plumbing {
+    pub(crate) mod commands;
+    pub(crate) mod network;
+    pub(crate) mod world;
+}
+
+use libtest_mimic::{Arguments, Failed, Trial};
+use plumbing::{commands, network, world};
+
+fn main() {
+    let root = nix::unistd::geteuid().is_root();
+    let mut trials = Vec::new();
+    for (name, test) in network::TESTS.iter().chain(commands::TESTS) {
+        let run = move || world::in_namespace(*test).map_err(Failed::from);
+        trials.push(Trial::test(*name, run).with_kind("needs root").with_ignored_flag(!root));
+    }
+    libtest_mimic::run(&Arguments::from_args(), trials).exit();
+}

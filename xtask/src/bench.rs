@@ -1,0 +1,223 @@
+//! `cargo xtask bench`: comparisons side by side, in one run.
+
+use std::fs;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use clap::ValueEnum;
+use serde_json::json;
+use xtask::lab::load::{self, Load, LoadServer};
+use xtask::lab::proxy::Launch;
+use xtask::lab::{Family, Lab, Proxy, reclaim};
+
+use crate::build::{self, Profile};
+use crate::{needs, packages, workspace};
+
+/// Flags of `cargo xtask bench`.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// What to measure
+    #[arg(value_name = "CASE", default_value = "steering")]
+    case: Case,
+    /// Rounds; each measures every candidate once
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100))]
+    rounds: u32,
+    /// Seconds that one measurement lasts
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=60))]
+    seconds: u64,
+}
+
+/// A comparison.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Case {
+    /// New connections a second: steered by eBPF, and by iptables TPROXY with the same relay
+    Steering,
+}
+
+/// What steers connections to the relay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Steered {
+    Direct,
+    Ebpf,
+    Iptables,
+}
+
+impl Steered {
+    const ALL: [Self; 3] = [Self::Direct, Self::Ebpf, Self::Iptables];
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Direct => "no proxy (plain forwarding)",
+            Self::Ebpf => "tproxy-user, its eBPF programs",
+            Self::Iptables => "tproxy-user, iptables TPROXY",
+        }
+    }
+
+    const fn key(self) -> &'static str {
+        match self {
+            Self::Direct => "direct",
+            Self::Ebpf => "ebpf",
+            Self::Iptables => "iptables",
+        }
+    }
+}
+
+/// One candidate, ready to be measured again and again.
+struct Candidate {
+    steered: Steered,
+    rates: Vec<f64>,
+    _proxy: Option<Proxy>,
+    server: LoadServer,
+    // Dropped last.
+    lab: Lab,
+}
+
+const PORT: u16 = 9000;
+
+/// Destinations: enough that no side runs out of ports while closed connections linger.
+const TARGETS: u16 = 64;
+
+const CONCURRENCY: usize = 64;
+
+/// Runs the task.
+pub(crate) fn run(args: &Args) -> Result<()> {
+    reclaim::on_signals()?;
+    ensure!(nix::unistd::geteuid().is_root(), "network namespaces need root");
+    load::raise_open_files()?;
+    packages::ensure(needs::BENCH)?;
+    let binary = build::ensure_all(Profile::Release)?.tproxy_user;
+    match args.case {
+        Case::Steering => steering(args, &binary),
+    }
+}
+
+fn steering(args: &Args, binary: &Path) -> Result<()> {
+    println!(
+        "New TCP connections a second: connect, 64 bytes each way, close; {CONCURRENCY} at a time,\n\
+         {} rounds of {} s, the candidates in turn.",
+        args.rounds, args.seconds
+    );
+    let mut candidates =
+        Steered::ALL.iter().map(|steered| prepare(*steered, binary)).collect::<Result<Vec<_>>>()?;
+    for round in 1..=args.rounds {
+        for candidate in &mut candidates {
+            let rate = measure(&candidate.lab, Duration::from_secs(args.seconds))
+                .with_context(|| format!("round {round}, {}", candidate.steered.name()))?;
+            candidate.rates.push(rate);
+        }
+        let rates: Vec<String> = candidates
+            .iter()
+            .map(|candidate| {
+                format!("{} {:.0}", candidate.steered.key(), candidate.rates[candidate.rates.len() - 1])
+            })
+            .collect();
+        println!("round {round}: {}", rates.join(", "));
+    }
+    for candidate in &candidates {
+        let strangers = candidate.server.foreign();
+        ensure!(
+            strangers == 0,
+            "{}: {strangers} connections did not keep the client's address",
+            candidate.steered.name()
+        );
+    }
+    report(args, &candidates)
+}
+
+fn prepare(steered: Steered, binary: &Path) -> Result<Candidate> {
+    let family = Family::V4;
+    let lab = Lab::new()?;
+    let server =
+        LoadServer::start(&lab.server, SocketAddr::new(family.unspecified(), PORT), family.client())?;
+    for namespace in [&lab.client, &lab.router] {
+        namespace.set_sysctls(&[("net/ipv4/ip_local_port_range", "10000 65535")])?;
+    }
+    let flags = match steered {
+        Steered::Direct => None,
+        Steered::Ebpf => Some("--iface lan -4 --proto tcp"),
+        Steered::Iptables => Some("--steer none -4 --proto tcp"),
+    };
+    if steered == Steered::Iptables {
+        iptables(&lab)?;
+    }
+    let proxy = flags.map(|flags| Launch::new(&lab, flags).binary(binary).start()).transpose()?;
+    Ok(Candidate { steered, rates: Vec::new(), _proxy: proxy, server, lab })
+}
+
+/// What Documentation/networking/tproxy.rst of the kernel tells to set up.
+fn iptables(lab: &Lab) -> Result<()> {
+    for command in [
+        "iptables -t mangle -N DIVERT",
+        "iptables -t mangle -A DIVERT -j MARK --set-mark 1",
+        "iptables -t mangle -A DIVERT -j ACCEPT",
+        "iptables -t mangle -A PREROUTING -p tcp -m socket --transparent -j DIVERT",
+        "iptables -t mangle -A PREROUTING -i lan -p tcp -j TPROXY --on-port 15001 --tproxy-mark 0x1/0x1",
+        "ip rule add fwmark 1 lookup 100",
+        "ip route add local 0.0.0.0/0 dev lo table 100",
+    ] {
+        lab.router.sh(command)?;
+    }
+    Ok(())
+}
+
+fn measure(lab: &Lab, duration: Duration) -> Result<f64> {
+    let targets = (1..=TARGETS).map(|n| SocketAddr::new(Family::V4.anywhere(n), PORT)).collect();
+    let load = Load { targets, concurrency: CONCURRENCY, connections: u64::MAX, duration, reset: false };
+    let report = load.run(&lab.client, &AtomicBool::new(false))?;
+    report.expect_all(report.completed)?;
+    Ok(report.rate())
+}
+
+/// Median and extremes.
+fn spread(rates: &[f64]) -> (f64, f64, f64) {
+    let mut sorted = rates.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let middle = sorted.len() / 2;
+    let median = if sorted.len() % 2 == 1 {
+        sorted[middle]
+    } else {
+        f64::midpoint(sorted[middle - 1], sorted[middle])
+    };
+    (median, sorted[0], sorted[sorted.len() - 1])
+}
+
+fn report(args: &Args, candidates: &[Candidate]) -> Result<()> {
+    let reference = candidates.iter().find(|candidate| candidate.steered == Steered::Iptables);
+    let (reference, _, _) = spread(&reference.context("nothing to compare with")?.rates);
+    println!(
+        "\n{:<32} {:>10} {:>10} {:>10} {:>12}",
+        "connections a second", "median", "least", "most", "of iptables"
+    );
+    let mut results = Vec::new();
+    for candidate in candidates {
+        let (median, least, most) = spread(&candidate.rates);
+        let ratio = median / reference;
+        println!("{:<32} {median:>10.0} {least:>10.0} {most:>10.0} {ratio:>12.2}", candidate.steered.name());
+        results.push(json!({
+            "candidate": candidate.steered.key(), "rounds": candidate.rates,
+            "median": median, "least": least, "most": most, "ratio_to_iptables": ratio,
+        }));
+    }
+    let path = workspace::target().join("bench/steering.json");
+    fs::create_dir_all(workspace::target().join("bench"))?;
+    let result = json!({
+        "case": "new TCP connections a second", "unit": "1/s", "seconds": args.seconds, "concurrency": CONCURRENCY, "results": results,
+    });
+    fs::write(&path, format!("{result:#}\n")).with_context(|| format!("cannot write {}", path.display()))?;
+    println!("\nas JSON: {}", path.display());
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_median_is_in_the_middle() {
+        assert_eq!(spread(&[5.0, 1.0, 3.0]), (3.0, 1.0, 5.0));
+        assert_eq!(spread(&[4.0, 1.0, 2.0, 9.0]), (3.0, 1.0, 9.0));
+    }
+}

@@ -1,0 +1,154 @@
+//! Real servers in a namespace: nginx, dnsmasq, iperf3, socat.
+
+use std::fs;
+use std::net::IpAddr;
+
+use anyhow::Result;
+
+use super::daemon::Daemon;
+use super::namespace::Namespace;
+use super::sockets::Protocol;
+use super::{Family, Lab};
+
+/// The name that [`dns`] knows.
+pub const NAME: &str = "service.example.test";
+
+/// A web server on the given ports of every address. `/` tells what it sees:
+/// the client's address and port, its own address and port. `/files/` holds
+/// [`Lab::dir`]`/www`.
+///
+/// # Errors
+/// Where it does not start.
+pub fn web(lab: &Lab, namespace: &Namespace, ports: &[u16]) -> Result<Daemon> {
+    let dir = lab.dir().join(format!("nginx-{}", namespace.role()));
+    fs::create_dir_all(&dir)?;
+    fs::create_dir_all(lab.dir().join("www"))?;
+    let listen: Vec<String> = ports
+        .iter()
+        .map(|port| format!("listen {port} backlog=4096; listen [::]:{port} backlog=4096 ipv6only=on;"))
+        .collect();
+    let listen = listen.concat();
+    let (here, www) = (dir.display(), lab.dir().display());
+    let temporary = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
+        .map(|kind| format!("{kind}_temp_path {here}/{kind};\n"));
+    let temporary = temporary.concat();
+    let config = format!(
+        "user root; worker_processes 1; error_log stderr; pid {here}/pid;\n\
+         events {{ worker_connections 1024; }}\n\
+         http {{\n\
+           {temporary}\
+           log_format seen '$remote_addr $remote_port -> $server_addr $server_port \"$request\" $status $body_bytes_sent';\n\
+           access_log /dev/stdout seen;\n\
+           default_type application/octet-stream;\n\
+           server {{\n\
+             {listen}\n\
+             location = / {{ default_type text/plain; return 200 \"$remote_addr $remote_port $server_addr $server_port\\n\"; }}\n\
+             location /files/ {{ alias {www}/www/; }}\n\
+           }}\n\
+         }}\n"
+    );
+    let path = dir.join("nginx.conf");
+    fs::write(&path, config)?;
+    let command = namespace.cmd("nginx").arg("-p").arg(&dir).arg("-c").arg(&path).args([
+        "-e",
+        "stderr",
+        "-g",
+        "daemon off;",
+    ]);
+    let mut daemon = Daemon::start(lab, "nginx", &command)?;
+    for port in ports {
+        daemon.wait_bound(namespace, Protocol::Tcp, *port)?;
+    }
+    Ok(daemon)
+}
+
+/// A DNS server on port 53 of every address (`0.0.0.0` and `[::]`), that answers
+/// for [`NAME`] with these addresses and logs each query with its client.
+///
+/// # Errors
+/// Where it does not start.
+pub fn dns(lab: &Lab, namespace: &Namespace, answers: [IpAddr; 2]) -> Result<Daemon> {
+    let mut command = namespace.cmd("dnsmasq").args([
+        "--keep-in-foreground",
+        "--conf-file=/dev/null",
+        "--no-resolv",
+        "--no-hosts",
+        "--user=root",
+        "--pid-file=",
+        "--log-queries=extra",
+        "--log-facility=-",
+    ]);
+    for answer in answers {
+        command = command.arg(format!("--address=/{NAME}/{answer}"));
+    }
+    let mut daemon = Daemon::start(lab, "dnsmasq", &command)?;
+    daemon.wait_bound(namespace, Protocol::Udp, 53)?;
+    daemon.wait_bound(namespace, Protocol::Tcp, 53)?;
+    Ok(daemon)
+}
+
+/// `dig` for [`NAME`] at a server, from a namespace: the answer.
+///
+/// # Errors
+/// Where no answer comes.
+pub fn dig(from: &Namespace, at: IpAddr, family: Family, over: Protocol) -> Result<IpAddr> {
+    let output = from
+        .cmd("dig")
+        .args([family.flag(), "+short", "+tries=2", "+time=2", "+nocookie", family.pick("A", "AAAA")])
+        .arg(match over {
+            Protocol::Tcp => "+tcp",
+            Protocol::Udp => "+notcp",
+        })
+        .arg(format!("@{at}"))
+        .arg(NAME)
+        .check()?;
+    output
+        .stdout
+        .trim()
+        .parse()
+        .map_err(|_| anyhow::anyhow!("the answer is no address, {}", output.describe()))
+}
+
+/// An iperf3 server.
+///
+/// # Errors
+/// Where it does not start.
+pub fn iperf(lab: &Lab, namespace: &Namespace, port: u16) -> Result<Daemon> {
+    let command = namespace.cmd("iperf3").args(["--server", "--forceflush", "--port"]).arg(port.to_string());
+    let mut daemon = Daemon::start(lab, "iperf3", &command)?;
+    daemon.wait_bound(namespace, Protocol::Tcp, port)?;
+    Ok(daemon)
+}
+
+/// A socat that serves each TCP connection to `port`, of one family, with a shell command.
+///
+/// # Errors
+/// Where it does not start.
+pub fn socat_tcp(lab: &Lab, namespace: &Namespace, family: Family, port: u16, shell: &str) -> Result<Daemon> {
+    let listen = format!("{}:{port},fork,reuseaddr", family.pick("TCP4-LISTEN", "TCP6-LISTEN"));
+    let command = namespace.cmd("socat").arg(listen).arg(format!("SYSTEM:{shell}"));
+    let mut daemon = Daemon::start(lab, "socat", &command)?;
+    daemon.wait_bound(namespace, Protocol::Tcp, port)?;
+    Ok(daemon)
+}
+
+/// A socat that answers each datagram to one address and port with the output of a shell command.
+///
+/// # Errors
+/// Where it does not start.
+pub fn socat_udp(
+    lab: &Lab,
+    namespace: &Namespace,
+    address: IpAddr,
+    port: u16,
+    shell: &str,
+) -> Result<Daemon> {
+    let listen = match address {
+        IpAddr::V4(address) => format!("UDP4-RECVFROM:{port},bind={address},fork"),
+        IpAddr::V6(address) => format!("UDP6-RECVFROM:{port},bind=[{address}],fork"),
+    };
+    let command = namespace.cmd("socat").arg(listen).arg(format!("SYSTEM:{shell}"));
+    let mut daemon = Daemon::start(lab, "socat", &command)?;
+    daemon.wait_bound(namespace, Protocol::Udp, port)?;
+    Ok(daemon)
+}

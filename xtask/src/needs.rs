@@ -1,0 +1,36 @@
+//! Programs that the tasks run besides the compiler, and why.
+
+use crate::packages::Need;
+
+const IP: Need = Need::new("ip", "iproute2", "network namespaces, routes and rules");
+const BPFTOOL: Need = Need::new("bpftool", "bpftool", "showing the pinned maps");
+const CURL: Need = Need::new("curl", "curl", "web requests, the TCP client");
+const NGINX: Need = Need::new("nginx", "nginx-light", "the web server, which tells whose address it sees")
+    .service("nginx.service");
+const DIG: Need = Need::new("dig", "bind9-dnsutils", "DNS questions, the UDP client");
+const DNSMASQ: Need = Need::new("dnsmasq", "dnsmasq-base", "the DNS server, which logs who asks");
+const NFT: Need = Need::new("nft", "nftables", "showing that there is no packet filter rule");
+
+/// What the demo runs.
+pub(crate) const DEMO: &[Need] = &[IP, BPFTOOL, CURL, NGINX, DIG, DNSMASQ, NFT];
+
+/// What the end-to-end tests run.
+pub(crate) const NETNS: &[Need] = &[
+    IP,
+    BPFTOOL,
+    CURL,
+    NGINX,
+    DIG,
+    DNSMASQ,
+    NFT,
+    Need::new("nc", "netcat-openbsd", "connections that are half closed, datagrams from a shell"),
+    Need::new("socat", "socat", "small servers, over TCP and UDP"),
+    Need::new("iperf3", "iperf3", "bulk transfers"),
+    Need::new("ping", "iputils-ping", "ICMP"),
+    Need::new("ethtool", "ethtool", "switching segmentation offload off"),
+    Need::new("sysctl", "procps", "comparing sysctls before and after"),
+    Need::new("setpriv", "util-linux", "running without root"),
+];
+
+/// What the comparison with iptables runs.
+pub(crate) const BENCH: &[Need] = &[IP, Need::new("iptables", "iptables", "the TPROXY rule to compare with")];

@@ -1,0 +1,336 @@
+//! `cargo xtask test`: builds the tests, runs them, counts.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::{BufRead as _, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use clap::ValueEnum;
+use serde_json::Value;
+use xtask::lab::{proxy, reclaim};
+
+use crate::build::{self, Profile};
+use crate::term::{Step, say};
+use crate::{needs, packages, workspace};
+
+/// Flags of `cargo xtask test`.
+#[derive(clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Args {
+    /// Parts to run [default: all]
+    #[arg(value_name = "PART")]
+    parts: Vec<Part>,
+    /// Run only tests whose name contains one of these; flags of libtest such as --list
+    #[arg(last = true, value_name = "FILTER")]
+    filters: Vec<String>,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  cargo xtask test                 everything
+  cargo xtask test unit golden     two parts
+  cargo xtask test netns -- T7     the end-to-end scenarios that are called T7…
+
+The last line says how many passed, failed and, if any, were skipped. A test that
+cannot run on this machine is skipped with its reason, and never counts as passed.
+Parts `golden` and `netns` need root.";
+
+/// A group of tests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Part {
+    /// Pure logic, and sockets on loopback: unit and property tests of all crates
+    Unit,
+    /// The eBPF programs on prepared packets, run by the kernel itself
+    Golden,
+    /// The whole proxy with real programs in network namespaces
+    Netns,
+}
+
+impl Part {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Unit => "unit",
+            Self::Golden => "golden",
+            Self::Netns => "netns",
+        }
+    }
+
+    /// The part that an executable of cargo's belongs to.
+    fn of(target: &str) -> Self {
+        match target {
+            "golden" => Self::Golden,
+            "netns" => Self::Netns,
+            _ => Self::Unit,
+        }
+    }
+
+    /// How long one of its executables may run.
+    const fn limit(self) -> Duration {
+        Duration::from_secs(match self {
+            Self::Unit => 180,
+            Self::Golden => 120,
+            Self::Netns => 720,
+        })
+    }
+
+    /// Arguments of `cargo test` that build it.
+    const fn selection(self) -> &'static [&'static str] {
+        match self {
+            // `netns` is built on its own: it needs nothing that is not there anyway.
+            Self::Unit => &["--workspace", "--exclude", "tproxy-ebpf", "--lib", "--bins", "--tests"],
+            Self::Golden => &["--package", "tproxy-user", "--test", "golden"],
+            Self::Netns => &["--package", "xtask", "--test", "netns"],
+        }
+    }
+}
+
+/// A test executable that cargo has built.
+struct Executable {
+    name: String,
+    path: PathBuf,
+    /// The directory of its package, where cargo would run it.
+    home: PathBuf,
+}
+
+/// What came of tests.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Totals {
+    passed: u64,
+    failed: u64,
+    skipped: u64,
+}
+
+/// Runs the task.
+pub(crate) fn run(args: &Args) -> Result<()> {
+    reclaim::on_signals()?;
+    let mut parts = args.parts.clone();
+    if parts.is_empty() {
+        parts = Part::value_variants().to_vec();
+    }
+    let mut totals = Totals::default();
+    match prepare(&parts) {
+        Ok(proxy) => {
+            for part in parts {
+                totals.add(run_part(part, &args.filters, proxy.as_deref()));
+            }
+        }
+        Err(error) => {
+            say(&format!("error: cannot build what is to be tested: {error:#}"));
+            totals.failed += 1;
+        }
+    }
+    println!("{}", totals.line());
+    // The line above stays the last one: no error message follows it.
+    std::process::exit(i32::from(totals.failed > 0));
+}
+
+impl Totals {
+    fn add(&mut self, other: Self) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.skipped += other.skipped;
+    }
+
+    fn line(self) -> String {
+        let skipped = if self.skipped > 0 { format!(", {} skipped", self.skipped) } else { String::new() };
+        format!("{} passed, {} failed{skipped}", self.passed, self.failed)
+    }
+
+    /// Reads the line that ends the output of a test executable.
+    fn parse(line: &str) -> Option<Self> {
+        let counts = line.strip_prefix("test result: ")?.split_once(". ")?.1;
+        let count = |what: &str| {
+            let piece = counts.split("; ").find(|piece| piece.ends_with(what))?;
+            piece.split(' ').next()?.parse().ok()
+        };
+        Some(Self { passed: count(" passed")?, failed: count(" failed")?, skipped: count(" ignored")? })
+    }
+}
+
+/// Builds what the tests themselves do not; gives the proxy to be tested.
+fn prepare(parts: &[Part]) -> Result<Option<PathBuf>> {
+    if parts.contains(&Part::Netns) {
+        if is_root() {
+            packages::ensure(needs::NETNS)?;
+        }
+        // The build that users run is the one that is tested.
+        return Ok(Some(build::ensure_all(Profile::Release)?.tproxy_user));
+    }
+    let (_lock, toolchain) = build::prepare()?;
+    build::objects(&toolchain)?;
+    Ok(None)
+}
+
+fn is_root() -> bool {
+    nix::unistd::geteuid().is_root()
+}
+
+fn run_part(part: Part, filters: &[String], proxy: Option<&Path>) -> Totals {
+    if part != Part::Unit && !is_root() {
+        println!("{}: skipped: needs root (run `sudo -E env PATH=\"$PATH\" cargo xtask test`)", part.name());
+        return Totals { skipped: 1, ..Totals::default() };
+    }
+    let executables = match compile(part) {
+        Ok(executables) => executables,
+        Err(error) => {
+            println!("{}: FAILED: {error:#}", part.name());
+            return Totals { failed: 1, ..Totals::default() };
+        }
+    };
+    let mut totals = Totals::default();
+    for executable in executables {
+        match execute(part, &executable, filters, proxy) {
+            Ok(counts) => totals.add(counts),
+            Err(error) => {
+                println!("{}: FAILED: {}: {error:#}", part.name(), executable.name);
+                totals.failed += 1;
+            }
+        }
+    }
+    totals
+}
+
+/// Builds the executables of a part.
+fn compile(part: Part) -> Result<Vec<Executable>> {
+    let messages = workspace::target().join(format!("log/test-{}.json", part.name()));
+    fs::create_dir_all(workspace::target().join("log"))?;
+    let label = format!("building the tests of part {}", part.name());
+    let mut cargo = workspace::cargo("test");
+    cargo
+        .args(["--locked", "--no-run", "--message-format", "json-render-diagnostics"])
+        .args(part.selection());
+    Step::new(&label, &format!("test-{}", part.name())).stdout(&messages).run(&mut cargo)?;
+    let messages = fs::read_to_string(&messages)?;
+    let executables: Vec<_> = messages
+        .lines()
+        .filter_map(executable)
+        .filter(|(of, _)| *of == part)
+        .map(|(_, found)| found)
+        .collect();
+    if executables.is_empty() {
+        bail!("cargo built no test of part {}", part.name());
+    }
+    Ok(executables)
+}
+
+/// Reads the test executable that one of cargo's messages tells of.
+fn executable(message: &str) -> Option<(Part, Executable)> {
+    let message: Value = serde_json::from_str(message).ok()?;
+    if message["profile"]["test"] != true {
+        return None;
+    }
+    let target = message["target"]["name"].as_str()?;
+    let kinds: BTreeSet<_> = message["target"]["kind"].as_array()?.iter().filter_map(Value::as_str).collect();
+    let manifest = Path::new(message["manifest_path"].as_str()?);
+    let home = manifest.parent()?.to_owned();
+    let package = home.file_name()?.to_string_lossy().into_owned();
+    let name = match kinds.first() {
+        Some(&"test") => format!("{package}, tests/{target}"),
+        Some(&"bin") => format!("{package}, program {target}"),
+        _ => package,
+    };
+    Some((Part::of(target), Executable { name, path: message["executable"].as_str()?.into(), home }))
+}
+
+/// Runs one executable and shows what it prints, once it has shown a test.
+fn execute(part: Part, executable: &Executable, filters: &[String], proxy: Option<&Path>) -> Result<Totals> {
+    let mut command = Command::new(&executable.path);
+    command.args(filters).current_dir(&executable.home).stdin(Stdio::null()).stdout(Stdio::piped());
+    if let Some(proxy) = proxy {
+        command.env(proxy::BINARY, proxy);
+    }
+    let started = Instant::now();
+    let mut child = command.spawn().with_context(|| format!("cannot run {}", executable.path.display()))?;
+    let _signals = reclaim::supervise(child.id());
+    let stdout = child.stdout.take().context("no output")?;
+    let (tell, lines) = mpsc::channel();
+    thread::spawn(move || {
+        for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+            if tell.send(line).is_err() {
+                return;
+            }
+        }
+    });
+    let mut totals = None;
+    let mut shown = false;
+    loop {
+        let left = part.limit().saturating_sub(started.elapsed());
+        match lines.recv_timeout(left) {
+            Ok(line) => {
+                totals = Totals::parse(&line).or(totals);
+                let nothing =
+                    line.is_empty() || line.starts_with("running ") || line.starts_with("test result:");
+                if !shown && !nothing {
+                    println!("\n{}: {}", part.name(), executable.name);
+                    shown = true;
+                }
+                if shown {
+                    println!("{line}");
+                }
+            }
+            Err(mpsc::RecvTimeoutError::Disconnected) => break,
+            Err(mpsc::RecvTimeoutError::Timeout) => {
+                end(&mut child)?;
+                bail!("stopped: not done within {} s", part.limit().as_secs());
+            }
+        }
+    }
+    judge(child.wait()?, totals)
+}
+
+/// SIGTERM first: the end-to-end tests then remove their network namespaces.
+fn end(child: &mut Child) -> Result<()> {
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id())?);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM)?;
+    for _ in 0..200 {
+        if child.try_wait()?.is_some() {
+            return Ok(());
+        }
+        thread::sleep(Duration::from_millis(50));
+    }
+    child.kill()?;
+    child.wait()?;
+    Ok(())
+}
+
+/// An executable that ends otherwise than its tests say has not run them all.
+fn judge(status: ExitStatus, totals: Option<Totals>) -> Result<Totals> {
+    match totals {
+        Some(totals) if status.success() == (totals.failed == 0) => Ok(totals),
+        // `--list`, `--help`: no test was to run.
+        None if status.success() => Ok(Totals::default()),
+        _ => bail!("ended with {status} before its tests were done"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_are_read() {
+        let line = "test result: FAILED. 79 passed; 11 failed; 120 ignored; 0 measured; 0 filtered out; finished in 5s";
+        assert_eq!(Totals::parse(line), Some(Totals { passed: 79, failed: 11, skipped: 120 }));
+        assert_eq!(Totals::parse("test a ... ok"), None);
+    }
+
+    #[test]
+    fn the_last_line_is_as_documented() {
+        assert_eq!(Totals { passed: 3, failed: 0, skipped: 0 }.line(), "3 passed, 0 failed");
+        assert_eq!(Totals { passed: 3, failed: 1, skipped: 2 }.line(), "3 passed, 1 failed, 2 skipped");
+    }
+
+    #[test]
+    fn executables_are_found_and_named() {
+        let message = r#"{"reason":"compiler-artifact","manifest_path":"/w/tproxy-user/Cargo.toml","target":{"kind":["test"],
+            "name":"golden"},"profile":{"test":true},"executable":"/t/golden-1"}"#;
+        let (part, found) = executable(&message.replace('\n', "")).expect("a test executable");
+        assert_eq!((part, found.name.as_str()), (Part::Golden, "tproxy-user, tests/golden"));
+        assert!(executable(r#"{"reason":"build-finished","success":true}"#).is_none());
+    }
+}

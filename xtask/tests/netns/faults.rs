@@ -1,0 +1,275 @@
+//! Limits, crashes and ends under load (F1, F2, F10).
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
+use xtask::lab::daemon::wait_for;
+use xtask::lab::load::{Load, LoadServer, Report};
+use xtask::lab::peer;
+use xtask::lab::proxy::{self, Launch};
+use xtask::lab::{Family, Lab};
+
+use crate::common::{Scenarios, at, expect_service, expect_tcp_service, needs_proxy, service, start_proxy};
+use crate::host::counters_named;
+use crate::snapshot::Snapshot;
+
+pub(crate) const SCENARIOS: Scenarios = &[
+    ("F1_open_file_limit", open_file_limit),
+    ("F2_kill_9_under_load_fail_open", |lab, family| {
+        killed(lab, family, "--iface lan --fail open", Fail::Open)
+    }),
+    ("F2_kill_9_under_load_fail_closed", |lab, family| {
+        killed(lab, family, "--iface lan --fail closed", Fail::Closed)
+    }),
+    ("F2_kill_9_with_own_traffic", |lab, family| {
+        killed(lab, family, "--iface lan --own-traffic --fail open", Fail::Open)
+    }),
+    ("F10_sigterm_under_load", |lab, family| terminated(lab, family, "--iface lan", Signal::SIGTERM)),
+    ("F10_sigint_under_load", |lab, family| {
+        terminated(lab, family, "--iface lan --own-traffic", Signal::SIGINT)
+    }),
+    ("F10_open_connections_are_drained", drained),
+    ("F10_a_second_signal_ends_at_once", second_signal),
+    ("clsact_F2_kill_9_under_load_fail_open", |lab, family| {
+        killed(lab, family, "--iface lan --attach clsact --fail open", Fail::Open)
+    }),
+    ("clsact_F2_kill_9_under_load_fail_closed", |lab, family| {
+        killed(lab, family, "--iface lan --attach clsact --fail closed", Fail::Closed)
+    }),
+    ("clsact_F10_sigterm_under_load", |lab, family| {
+        terminated(lab, family, "--iface lan --attach clsact", Signal::SIGTERM)
+    }),
+];
+
+const PORT: u16 = 9300;
+
+fn open_file_limit(lab: &Lab, family: Family) -> Result<()> {
+    needs_proxy()?;
+    let _service = service(lab, family)?;
+    let to = at(family.anywhere(7), crate::common::SERVICE_PORT);
+    let proxy = Launch::new(lab, "--iface lan --workers 1").open_files(64).start()?;
+    expect_service(lab, family)?;
+    let lines_before = proxy.daemon.log().lines().count();
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", proxy.daemon.pid()))?;
+    let limit = limits.lines().find(|line| line.starts_with("Max open files")).unwrap_or_default();
+    ensure!(
+        limit.split_whitespace().any(|word| word == "64"),
+        "the proxy runs with another limit than the 64 it was given: {limit}"
+    );
+
+    let crowd: Vec<TcpStream> = (0..200)
+        .map(|_| peer::connect(&lab.client, None, to, Duration::from_secs(5)))
+        .collect::<Result<_>>()?;
+    std::thread::sleep(Duration::from_millis(500));
+    let before = proxy.daemon.cpu_time()?;
+    std::thread::sleep(Duration::from_secs(3));
+    let used = proxy.daemon.cpu_time()?.saturating_sub(before);
+    ensure!(
+        used < Duration::from_millis(600),
+        "at its limit of open files the proxy used {used:?} of processor time in 3 s: it spins"
+    );
+    let log = proxy.daemon.log();
+    let lines: Vec<&str> = log.lines().skip(lines_before).collect();
+    ensure!(
+        lines.len() <= 20,
+        "at its limit of open files the proxy wrote {} lines in 3.5 s, the last: {:?}",
+        lines.len(),
+        lines.last()
+    );
+    ensure!(
+        lines.iter().any(|line| line.contains("64") && line.to_lowercase().contains("open file")),
+        "no log line names the limit of 64 open files: {lines:#?}"
+    );
+    let counted = ["accept", "limit", "emfile"]
+        .iter()
+        .map(|part| counters_named(&proxy, part))
+        .collect::<Result<Vec<_>>>()?;
+    ensure!(
+        counted.iter().any(|(_, sum)| *sum > 0),
+        "no counter tells of it: {}",
+        proxy.status()?["counters"]
+    );
+
+    drop(crowd);
+    let started = Instant::now();
+    wait_for("service after the crowd had gone", Duration::from_secs(10), || {
+        Ok(expect_tcp_service(lab, family).is_ok())
+    })?;
+    expect_service(lab, family).with_context(|| format!("{:?} after the crowd had gone", started.elapsed()))
+}
+
+/// Runs `during` while connections come and go.
+fn under_load<T>(lab: &Lab, family: Family, during: impl FnOnce() -> Result<T>) -> Result<(T, Report)> {
+    let load = Load {
+        targets: vec![at(family.anywhere(1), PORT), at(family.anywhere(2), PORT)],
+        concurrency: 16,
+        connections: u64::MAX,
+        duration: Duration::from_secs(30),
+        reset: false,
+    };
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let running = scope.spawn(|| load.run(&lab.client, &stop));
+        std::thread::sleep(Duration::from_millis(500));
+        let done = during();
+        stop.store(true, Ordering::Relaxed);
+        let report = running.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        Ok((done?, report))
+    })
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Fail {
+    Open,
+    Closed,
+}
+
+fn killed(lab: &Lab, family: Family, flags: &str, fail: Fail) -> Result<()> {
+    needs_proxy()?;
+    let before = Snapshot::take(lab)?;
+    let server = LoadServer::start(&lab.server, at(family.unspecified(), PORT), family.client())?;
+    let _service = service(lab, family)?;
+    let proxy = start_proxy(lab, flags)?;
+    expect_service(lab, family)?;
+    under_load(lab, family, || proxy.kill())?;
+    match fail {
+        Fail::Open => expect_service(lab, family)
+            .context("with `fail = open` and no proxy, traffic must be forwarded")?,
+        Fail::Closed => expect_nothing_passes(lab, family)?,
+    }
+
+    // A plain restart needs no help.
+    let proxy = start_proxy(lab, flags).context("a plain restart after kill -9")?;
+    expect_service(lab, family).context("after a plain restart")?;
+    ensure!(proxy.counter("steered_tcp_new")? > 0, "after a plain restart the traffic goes past the proxy");
+    under_load(lab, family, || proxy.kill())?;
+
+    // Neither does cleaning up, and once more is no error.
+    proxy::cleanup(lab)?;
+    Snapshot::take(lab)?.expect_same(&before).context("after kill -9 and `tproxy-user cleanup`")?;
+    proxy::cleanup(lab).context("a second `tproxy-user cleanup`")?;
+    expect_service(lab, family).context("after kill -9 and cleanup, traffic must be forwarded")?;
+    ensure!(server.foreign() == 0, "{} connections did not come from the client's address", server.foreign());
+    Ok(())
+}
+
+fn expect_nothing_passes(lab: &Lab, family: Family) -> Result<()> {
+    let to = at(family.anywhere(7), crate::common::SERVICE_PORT);
+    let connected = peer::connect(&lab.client, None, to, Duration::from_secs(2));
+    ensure!(connected.is_err(), "with `fail = closed` and no proxy, a connection reached the server");
+    let socket = peer::udp(&lab.client, at(family.client(), 0))?;
+    socket.set_read_timeout(Some(Duration::from_secs(1)))?;
+    ensure!(
+        peer::exchange(&socket, to, b"is anybody there?").is_err(),
+        "with `fail = closed` and no proxy, a datagram reached the server"
+    );
+    // What is not captured is none of its business.
+    lab.client.cmd("ping").args(["-n", "-c", "1", "-W", "2", &to.ip().to_string()]).check()?;
+    Ok(())
+}
+
+/// Things of other programs, which must be there afterwards.
+fn strangers(lab: &Lab) -> Result<()> {
+    lab.router.sh("tc qdisc add dev lan clsact")?;
+    for direction in ["ingress", "egress"] {
+        lab.router.sh(&format!(
+            "tc filter add dev lan {direction} pref 5 handle 5 protocol all matchall action ok"
+        ))?;
+    }
+    lab.router
+        .ip_batch(
+            "rule add pref 500 fwmark 0x500 lookup 500\n\
+         route add 100.64.0.0/10 dev wan table 500\n\
+         -6 rule add pref 500 fwmark 0x500 lookup 500\n",
+        )
+        .or_else(|_| {
+            lab.router.sh("ip rule add pref 500 fwmark 0x500 lookup 500")?;
+            lab.router.sh("ip -6 rule add pref 500 fwmark 0x500 lookup 500")?;
+            lab.router.sh("ip route add 100.64.0.0/10 dev wan table 500").map(drop)
+        })
+}
+
+fn terminated(lab: &Lab, family: Family, flags: &str, signal: Signal) -> Result<()> {
+    needs_proxy()?;
+    strangers(lab)?;
+    let before = Snapshot::take(lab)?;
+    let _server = LoadServer::start(&lab.server, at(family.unspecified(), PORT), family.client())?;
+    let mut proxy = start_proxy(lab, flags)?;
+    let (code, report) = under_load(lab, family, || {
+        let ended = proxy.daemon.stop(signal, Duration::from_secs(15))?;
+        // What comes now is forwarded.
+        std::thread::sleep(Duration::from_millis(500));
+        Ok(ended)
+    })?;
+    ensure!(code.0 == 0, "exit code {} after {signal}, {}", code.0, proxy.daemon.describe());
+    Snapshot::take(lab)?.expect_same(&before).with_context(|| format!("after {signal}"))?;
+    ensure!(
+        report.completed > 50,
+        "only {} connections completed before and after {signal}",
+        report.completed
+    );
+    ensure!(
+        report.failed.is_empty(),
+        "{signal} broke some of {} connections: {:?}",
+        report.completed,
+        report.failed
+    );
+    Ok(())
+}
+
+/// A connection that is open at SIGTERM goes on until its end; the proxy then ends.
+fn drained(lab: &Lab, family: Family) -> Result<()> {
+    let _service = service(lab, family)?;
+    let before = Snapshot::take(lab)?;
+    let mut proxy = start_proxy(lab, "--iface lan --drain-timeout 10s")?;
+    let to = at(family.anywhere(7), crate::common::SERVICE_PORT);
+    let mut stream = peer::connect(&lab.client, None, to, Duration::from_secs(5))?;
+    peer::ask(&mut stream, "before")?;
+    proxy.daemon.signal(Signal::SIGTERM)?;
+    for _ in 0..5 {
+        std::thread::sleep(Duration::from_millis(200));
+        let (echo, _) = peer::ask(&mut stream, "during")
+            .context("an open connection was cut, 10 s of drain time notwithstanding")?;
+        ensure!(echo == "during", "the echo was {echo:?}");
+        ensure!(
+            proxy.daemon.ended()?.is_none(),
+            "the proxy ended while a connection was open, {}",
+            proxy.daemon.describe()
+        );
+    }
+    expect_service(lab, family).context("new connections while the proxy drains")?;
+    drop(stream);
+    let started = Instant::now();
+    wait_for("the end of the proxy after its last connection", Duration::from_secs(3), || {
+        Ok(proxy.daemon.ended()?.is_some())
+    })?;
+    let status = proxy.daemon.ended()?.context("the proxy is still there")?;
+    ensure!(status.code() == Some(0), "the drained proxy ended with {status} after {:?}", started.elapsed());
+    Snapshot::take(lab)?.expect_same(&before)
+}
+
+fn second_signal(lab: &Lab, family: Family) -> Result<()> {
+    let _service = service(lab, family)?;
+    let before = Snapshot::take(lab)?;
+    let mut proxy = start_proxy(lab, "--iface lan --drain-timeout 60s")?;
+    let to = at(family.anywhere(7), crate::common::SERVICE_PORT);
+    let mut stream = peer::connect(&lab.client, None, to, Duration::from_secs(5))?;
+    peer::ask(&mut stream, "hello")?;
+    proxy.daemon.signal(Signal::SIGTERM)?;
+    std::thread::sleep(Duration::from_millis(300));
+    ensure!(
+        proxy.daemon.ended()?.is_none(),
+        "the proxy did not wait for its open connection, {}",
+        proxy.daemon.describe()
+    );
+    let (_, took) = proxy.daemon.stop(Signal::SIGTERM, Duration::from_secs(5))?;
+    ensure!(took < Duration::from_secs(2), "the second signal took {took:?}");
+    let mut rest = Vec::new();
+    let end = stream.write_all(b"still there?\n").and_then(|()| stream.read_to_end(&mut rest));
+    ensure!(rest.is_empty(), "the connection outlived its proxy: {end:?}");
+    Snapshot::take(lab)?.expect_same(&before).context("after a second SIGTERM")
+}
