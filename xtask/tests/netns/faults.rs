@@ -84,6 +84,11 @@ fn open_file_limit(lab: &Lab, family: Family) -> Result<()> {
         lines.iter().any(|line| line.contains("64") && line.to_lowercase().contains("open file")),
         "no log line names the limit of 64 open files: {lines:#?}"
     );
+    drop(crowd);
+    let started = Instant::now();
+    wait_for("service after the crowd had gone", Duration::from_secs(10), || {
+        Ok(expect_tcp_service(lab, family).is_ok())
+    })?;
     let counted = ["accept", "limit", "emfile"]
         .iter()
         .map(|part| counters_named(&proxy, part))
@@ -93,12 +98,6 @@ fn open_file_limit(lab: &Lab, family: Family) -> Result<()> {
         "no counter tells of it: {}",
         proxy.status()?["counters"]
     );
-
-    drop(crowd);
-    let started = Instant::now();
-    wait_for("service after the crowd had gone", Duration::from_secs(10), || {
-        Ok(expect_tcp_service(lab, family).is_ok())
-    })?;
     expect_service(lab, family).with_context(|| format!("{:?} after the crowd had gone", started.elapsed()))
 }
 
