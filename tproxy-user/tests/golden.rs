@@ -120,6 +120,17 @@ fn without_a_listener_fail_decides() {
 }
 
 #[test]
+fn a_port_used_again_while_no_proxy_listens_stays_passed() {
+    let mut kernel = Kernel::new(&usual());
+    kernel.run(CAPTURE, &p::syn_v4());
+    kernel.run(CAPTURE, &p::rst_v4());
+    kernel.remove_listeners();
+    kernel.run(CAPTURE, &p::syn_v4()).expect(PASS, "fail_open");
+    // Were it still taken for a proxied one, the client would get a reset.
+    kernel.run(CAPTURE, &p::ack_v4()).expect(PASS, "pass_policy");
+}
+
+#[test]
 fn listeners_are_found_by_port_too() {
     // What Linux 5.7 does; the listeners of this kernel answer as well.
     for packet in [p::syn_v4(), p::syn_v6(), p::udp_v4(3), p::udp_v6(3)] {

@@ -124,6 +124,11 @@ impl Kernel {
         Self { datapath: load(settings), _sockets: Vec::new() }
     }
 
+    /// The proxy goes.
+    pub(crate) fn remove_listeners(&mut self) {
+        self.datapath.clear_listeners(1).expect("listeners");
+    }
+
     /// With listeners that are not in the socket map.
     pub(crate) fn by_tuple() -> Self {
         enter_namespace();
