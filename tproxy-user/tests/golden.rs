@@ -23,6 +23,15 @@ fn capture(packet: &[u8]) -> Outcome {
 }
 
 #[test]
+fn the_verifier_takes_every_program_of_both_builds() {
+    for log in [false, true] {
+        for own_traffic in [0, 1] {
+            golden::kernel::load_all(&Settings { own_traffic, ..usual() }, log);
+        }
+    }
+}
+
+#[test]
 fn a_new_tcp_flow_goes_to_the_listener() {
     for packet in [p::syn_v4(), p::syn_v6()] {
         let mut kernel = Kernel::new(&usual());

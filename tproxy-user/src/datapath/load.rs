@@ -86,20 +86,14 @@ impl Datapath {
         Ok(Self { ebpf, features })
     }
 
-    /// Loads every program without pinning or attaching anything, for tests.
+    /// Makes the maps alone: pins nothing and loads no program. For tests,
+    /// which load what they run.
     ///
     /// # Errors
     ///
     /// [`LoadError`].
-    pub fn load_unpinned(settings: &Settings, features: Features) -> Result<Self, LoadError> {
-        let mut ebpf = loader(settings, 1024, None).load(OBJECT)?;
-        for name in TC_PROGRAMS {
-            tc_program(&mut ebpf, name)?.load().map_err(|source| LoadError::Program { name, source })?;
-        }
-        if features.sk_lookup() {
-            let name = program::LOOKUP;
-            lookup_program(&mut ebpf)?.load().map_err(|source| LoadError::Program { name, source })?;
-        }
+    pub fn maps_only(settings: &Settings, features: Features, log: bool) -> Result<Self, LoadError> {
+        let ebpf = loader(settings, 1024, None).load(if log { OBJECT_LOG } else { OBJECT })?;
         Ok(Self { ebpf, features })
     }
 
