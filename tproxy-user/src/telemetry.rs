@@ -16,13 +16,14 @@ use crate::config::AccessLog;
 /// `tproxy_user::relay=trace` (syntax of `tracing_subscriber::EnvFilter`).
 pub const VARIABLE: &str = "TPROXY_LOG";
 
-/// The filter of the flags. Libraries are heard one step later than the program.
+/// The filter of the flags. Libraries are heard one step later than the program;
+/// `tproxy` is the eBPF object, which only speaks where `--bpf-log` asked for it.
 fn filter(verbose: u8, quiet: u8) -> &'static str {
     match (verbose, quiet) {
-        (0, 0) => "warn,tproxy_user=info",
+        (0, 0) => "warn,tproxy_user=info,tproxy=debug",
         (0, 1) => "warn",
         (0, _) => "error",
-        (1, _) => "info,tproxy_user=debug",
+        (1, _) => "info,tproxy_user=debug,tproxy=debug",
         (_, _) => "debug,tproxy_user=trace",
     }
 }

@@ -125,18 +125,16 @@ impl Datapath {
             .map_err(|source| LoadError::Map { name, source })
     }
 
-    /// Takes all listeners away: new flows fail open or closed from here on.
+    /// Takes the listeners of one kind away: its new flows fail open or closed from here on.
     ///
     /// # Errors
     ///
     /// [`LoadError::Map`].
-    pub fn clear_listeners(&mut self, workers: u32) -> Result<(), LoadError> {
+    pub fn clear_listeners(&mut self, kind: ListenerKind, workers: u32) -> Result<(), LoadError> {
         let mut listeners = self.listeners()?;
-        for kind in ListenerKind::ALL {
-            for worker in 0..workers {
-                // A family that the host does not have was never there.
-                let _: Result<(), _> = listeners.clear_index(&listener_index(kind, worker));
-            }
+        for worker in 0..workers {
+            // A family that the host does not have was never there.
+            let _: Result<(), _> = listeners.clear_index(&listener_index(kind, worker));
         }
         Ok(())
     }

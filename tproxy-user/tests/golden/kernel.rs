@@ -142,7 +142,9 @@ impl Kernel {
 
     /// The proxy goes.
     pub(crate) fn remove_listeners(&mut self) {
-        self.datapath.clear_listeners(1).expect("listeners");
+        for kind in ListenerKind::ALL {
+            self.datapath.clear_listeners(kind, 1).expect("listeners");
+        }
     }
 
     /// With listeners that are not in the socket map.
