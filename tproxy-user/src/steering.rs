@@ -37,6 +37,8 @@ pub struct Steering {
 /// An interface with programs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Attached {
+    /// Its index.
+    pub index: u32,
     /// Its name.
     pub name: String,
     /// What it is to the proxy.
@@ -172,7 +174,8 @@ impl Steering {
             instance.record(|journal| journal.filters.push(made)).map_err(std::io::Error::other)
         })?;
         tracing::info!("{} ({:?}): attached by {hook:?}", interface.name, interface.role);
-        let attached = Attached { name: interface.name.clone(), role: interface.role, hook };
+        let attached =
+            Attached { index: interface.index, name: interface.name.clone(), role: interface.role, hook };
         self.attached.insert(interface.index, attached);
         Ok(())
     }
