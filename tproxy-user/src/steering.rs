@@ -6,11 +6,12 @@ use std::collections::BTreeMap;
 use anyhow::Context as _;
 use rtnetlink::Handle;
 use tokio::io::unix::AsyncFd;
-use tproxy_common::abi::{ABI_VERSION, MAX_WORKERS, Settings, listener_index, map};
+use tproxy_common::abi::{ABI_VERSION, ListenerKind, MAX_WORKERS, Settings, listener_index, map};
 
 use crate::clsact;
 use crate::config::{Attach, Config, Fail};
 use crate::datapath::attach::{Hook, Target};
+use crate::datapath::bpffs;
 use crate::datapath::features::Features;
 use crate::datapath::load::Datapath;
 use crate::failure::Failure;
@@ -65,8 +66,7 @@ impl Steering {
             return Err(Failure::Conflict(conflict).into());
         }
         instance.claim_routing(table, mark)?;
-        // What is pinned without a journal, such as by another version.
-        crate::datapath::bpffs::remove(&config.pin)?;
+        bpffs::set_aside(&config.pin)?;
         let settings = settings(config, plan, features, listeners);
         let mut datapath = Datapath::load(
             &settings,
@@ -107,7 +107,10 @@ impl Steering {
                  and a client port that is used again at once costs a retry"
             );
         }
-        self.apply(instance).await
+        self.apply(instance).await?;
+        // Only now: until here the programs of a killed run decided over new flows.
+        bpffs::remove_replaced(&self.config.pin)?;
+        Ok(())
     }
 
     /// Follows a change of interfaces, addresses, routes or rules.
@@ -150,7 +153,7 @@ impl Steering {
                 .any(|i| i.index == *index && i.name == attached.name && i.role == attached.role);
             if !stays {
                 tracing::info!("{} is gone", attached.name);
-                if let Err(error) = crate::datapath::bpffs::remove_links(pin, *index) {
+                if let Err(error) = bpffs::remove_links(pin, *index) {
                     tracing::warn!("{error}");
                 }
             }
@@ -217,14 +220,18 @@ impl Steering {
         Ok(())
     }
 
-    /// Takes the listeners away from the programs: new flows fail open or
-    /// closed, those that run go on.
+    /// Takes the TCP listeners away from the programs: new connections fail
+    /// open or closed, those that run go on. UDP has no openings: its flows,
+    /// new ones too, are served until the end.
     ///
     /// # Errors
     ///
     /// Where the map cannot be changed.
     pub fn stop(&mut self) -> anyhow::Result<()> {
-        Ok(self.datapath.clear_listeners(self.config.workers)?)
+        for kind in [ListenerKind::Tcp4, ListenerKind::Tcp6] {
+            self.datapath.clear_listeners(kind, self.config.workers)?;
+        }
+        Ok(())
     }
 
     /// What is attached, for `status`.

@@ -1,6 +1,7 @@
 //! The BPF file system and the pin directory.
 
 use std::io;
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MsFlags, mount};
@@ -43,7 +44,7 @@ pub fn create(pin: &Path) -> Result<(), PinError> {
             .map_err(PinError::Mount)?;
     }
     let links = links(pin);
-    std::fs::create_dir_all(&links).map_err(|source| PinError::Io { path: links.clone(), source })?;
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&links).map_err(error(&links))?;
     if is_bpffs(&links) { Ok(()) } else { Err(PinError::NotBpf(pin.to_owned())) }
 }
 
@@ -65,11 +66,53 @@ pub fn remove(pin: &Path) -> Result<Vec<String>, PinError> {
         return Err(PinError::NotBpf(pin.to_owned()));
     }
     // Programs first, then the maps that they use.
-    let mut removed = remove_files(&links(pin), |_| true)?;
+    let mut removed = remove_replaced(pin)?;
+    removed.extend(remove_files(&links(pin), |_| true)?);
     remove_dir(&links(pin))?;
-    removed.extend(remove_files(pin, |_| true)?);
+    removed.extend(remove_maps(pin)?);
     remove_dir(pin)?;
     Ok(removed)
+}
+
+/// Makes room for the pins of a new run. The programs of a killed one stay
+/// attached, so that `fail = closed` has no gap, until [`remove_replaced`].
+///
+/// # Errors
+///
+/// [`PinError`].
+pub fn set_aside(pin: &Path) -> Result<(), PinError> {
+    if !pin.exists() {
+        return Ok(());
+    }
+    if !is_bpffs(pin) {
+        return Err(PinError::NotBpf(pin.to_owned()));
+    }
+    remove_replaced(pin)?;
+    match std::fs::rename(links(pin), replaced(pin)) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(error(&links(pin))(e)),
+        _ => {}
+    }
+    remove_maps(pin)?;
+    Ok(())
+}
+
+/// Removes the links that were set aside: their programs are detached.
+///
+/// # Errors
+///
+/// [`PinError::Io`] names the pin that would not go.
+pub fn remove_replaced(pin: &Path) -> Result<Vec<String>, PinError> {
+    let removed = remove_files(&replaced(pin), |_| true)?;
+    remove_dir(&replaced(pin))?;
+    Ok(removed)
+}
+
+fn replaced(pin: &Path) -> PathBuf {
+    pin.join("replaced")
+}
+
+fn remove_maps(pin: &Path) -> Result<Vec<String>, PinError> {
+    remove_files(pin, |name| name != "links" && name != "replaced")
 }
 
 /// Removes the pinned links of one interface, which is gone or has another part now.
