@@ -1,8 +1,12 @@
 //! The program from its start to its end, and what it leaves.
 
+use std::io::{BufRead as _, BufReader};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use tproxy_user::datapath::bpffs;
 
 use super::world::{Outcome, Test, ensure, expect_as_before, picture, sh};
@@ -10,9 +14,63 @@ use super::world::{Outcome, Test, ensure, expect_as_before, picture, sh};
 pub(crate) const TESTS: &[(&str, Test)] = &[
     ("pins_of_others_stay", pins_of_others_stay),
     ("a_pin_directory_elsewhere_leaves_nothing", a_pin_directory_elsewhere_leaves_nothing),
+    ("a_hangup_ends_in_order", a_hangup_ends_in_order),
+    ("nohup_is_respected", nohup_is_respected),
 ];
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_tproxy-user");
+
+/// A running proxy; killed where a test fails.
+struct Proxy(Child);
+
+impl Proxy {
+    /// Starts it and waits until it captures.
+    fn start(args: &[&str]) -> Result<Self, String> {
+        Self::start_as(&[&[PROGRAM], args].concat())
+    }
+
+    /// The same, by way of another program that becomes it.
+    fn start_as(words: &[&str]) -> Result<Self, String> {
+        let mut child = Command::new(words[0])
+            .args(&words[1..])
+            .stdin(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .map_err(|error| error.to_string())?;
+        let mut log = BufReader::new(child.stderr.take().ok_or("no standard error")?).lines();
+        let mut proxy = Self(child);
+        let mut said = String::new();
+        for line in log.by_ref().map_while(Result::ok) {
+            said = said + &line + "\n";
+            if line.contains("ready: ") {
+                // A full pipe would stop the proxy.
+                std::thread::spawn(move || log.for_each(drop));
+                return Ok(proxy);
+            }
+        }
+        Err(format!("not ready: {:?}: {said}", proxy.0.wait()))
+    }
+
+    fn signal(&self, signal: Signal) -> Outcome {
+        let pid = i32::try_from(self.0.id()).map_err(|error| error.to_string())?;
+        kill(Pid::from_raw(pid), signal).map_err(|error| error.to_string())
+    }
+
+    fn end(mut self, signal: Signal) -> Outcome {
+        self.signal(signal)?;
+        let status = self.0.wait().map_err(|error| error.to_string())?;
+        ensure!(status.code() == Some(0), "{status} after {signal}");
+        Ok(())
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        // Gone already where the test went well.
+        drop(self.0.kill());
+        drop(self.0.wait());
+    }
+}
 
 fn run(args: &[&str]) -> (Option<i32>, String) {
     let output = Command::new(PROGRAM).args(args).stdin(Stdio::null()).output().expect("program");
@@ -65,4 +123,26 @@ fn a_pin_directory_elsewhere_leaves_nothing() -> Outcome {
     let (exit, text) = run(&["cleanup", &flag]);
     ensure!(exit == Some(0) && pin.join("FLOWS").exists(), "exit {exit:?}: {text}");
     expect_as_before(&before)
+}
+
+const ROUTER: &str = "ip link add lan0 type bridge; ip link set lan0 up; ip addr add 10.1.0.1/24 dev lan0; \
+    ip link add wan0 type bridge; ip link set wan0 up; ip addr add 192.0.2.1/24 dev wan0";
+
+/// The terminal that it was started from is closed.
+fn a_hangup_ends_in_order() -> Outcome {
+    sh(ROUTER);
+    let before = picture();
+    Proxy::start(&["-i", "lan0", "-4", "--pin=/sys/fs/bpf/plumbing-hangup"])?.end(Signal::SIGHUP)?;
+    ensure!(!Path::new("/sys/fs/bpf/plumbing-hangup").exists(), "pins stayed");
+    expect_as_before(&before)
+}
+
+fn nohup_is_respected() -> Outcome {
+    sh(ROUTER);
+    let args = ["nohup", PROGRAM, "-i", "lan0", "-4", "--pin=/sys/fs/bpf/plumbing-nohup"];
+    let proxy = Proxy::start_as(&args)?;
+    proxy.signal(Signal::SIGHUP)?;
+    std::thread::sleep(Duration::from_millis(500));
+    ensure!(sh("ip rule").contains("lookup 100"), "it ended");
+    proxy.end(Signal::SIGTERM)
 }
