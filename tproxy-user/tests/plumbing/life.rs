@@ -3,7 +3,7 @@
 use std::io::{BufRead as _, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -16,6 +16,7 @@ pub(crate) const TESTS: &[(&str, Test)] = &[
     ("a_pin_directory_elsewhere_leaves_nothing", a_pin_directory_elsewhere_leaves_nothing),
     ("a_hangup_ends_in_order", a_hangup_ends_in_order),
     ("nohup_is_respected", nohup_is_respected),
+    ("clsact_interfaces_come_and_go", clsact_interfaces_come_and_go),
 ];
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_tproxy-user");
@@ -70,6 +71,16 @@ impl Drop for Proxy {
         drop(self.0.kill());
         drop(self.0.wait());
     }
+}
+
+/// Looks again for 5 s until it is so.
+fn wait_for(what: &str, mut so: impl FnMut() -> bool) -> Outcome {
+    let begun = Instant::now();
+    while !so() {
+        ensure!(begun.elapsed() < Duration::from_secs(5), "waited 5 s for: {what}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    Ok(())
 }
 
 fn run(args: &[&str]) -> (Option<i32>, String) {
@@ -145,4 +156,41 @@ fn nohup_is_respected() -> Outcome {
     std::thread::sleep(Duration::from_millis(500));
     ensure!(sh("ip rule").contains("lookup 100"), "it ended");
     proxy.end(Signal::SIGTERM)
+}
+
+/// Filters of clsact stay when an interface leaves the plan for a while: it is
+/// down, loses its addresses, gets another name. They must not pile up.
+fn clsact_interfaces_come_and_go() -> Outcome {
+    sh(ROUTER);
+    let before = picture();
+    let flags = ["-i", "lan*", "-4", "--attach", "clsact", "--pin=/sys/fs/bpf/plumbing-flap"];
+    let proxy = Proxy::start(&flags)?;
+    let filters = |interface: &str| {
+        let show =
+            |side| sh(&format!("tc filter show dev {interface} {side}")).matches(" name tproxy_").count();
+        (show("ingress"), show("egress"))
+    };
+    ensure!((filters("lan0"), filters("wan0")) == ((1, 1), (1, 0)), "at the start");
+    for (away, back) in [
+        ("ip link set wan0 down", "ip link set wan0 up"),
+        ("ip addr flush dev wan0", "ip addr add 192.0.2.1/24 dev wan0"),
+    ] {
+        sh(away);
+        wait_for(&format!("no filter after {away}"), || filters("wan0") == (0, 0))?;
+        sh(back);
+        wait_for(&format!("one filter after {back}"), || filters("wan0") == (1, 0))?;
+    }
+    // Another name, and what it is to the proxy changes with it.
+    for (name, next, expected) in [("lan0", "lan1", (1, 1)), ("lan1", "up0", (1, 0)), ("up0", "lan0", (1, 1))]
+    {
+        sh(&format!("ip link set {name} down; ip link set {name} name {next}; ip link set {next} up"));
+        let rule = format!("iif {next} lookup 100");
+        wait_for(&format!("{next} to be attached"), || {
+            filters(next) == expected && sh("ip rule").contains(&rule)
+        })?;
+        std::thread::sleep(Duration::from_millis(300));
+        ensure!(filters(next) == expected, "{next}: {:?}", filters(next));
+    }
+    proxy.end(Signal::SIGTERM)?;
+    expect_as_before(&before)
 }
