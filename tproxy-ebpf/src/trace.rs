@@ -6,8 +6,17 @@ use crate::skb::Skb;
 
 /// Logs what was decided over a packet.
 #[cfg(feature = "log")]
+#[inline(always)]
+pub(crate) fn trace(skb: &Skb, packet: &Packet, at: &'static str, action: i32) {
+    // From memory the verifier does not know what the action is, and follows
+    // the long way through the formatting once for all of them.
+    line(skb, packet, at, core::hint::black_box(action));
+}
+
+/// Writes the line. A call: its variables would not fit beside those of the program.
+#[cfg(feature = "log")]
 #[inline(never)]
-pub(crate) fn trace(skb: &Skb, packet: &Packet, at: &str, action: i32) {
+fn line(skb: &Skb, packet: &Packet, at: &'static str, action: i32) {
     use aya_ebpf::programs::TcContext;
     let ctx = TcContext::new(skb.as_ptr());
     aya_log_ebpf::debug!(
