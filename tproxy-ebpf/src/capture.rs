@@ -93,14 +93,21 @@ fn tcp(skb: &Skb, packet: &Packet) -> i32 {
         }
         return pass(Counter::PassPolicy);
     }
-    // A SYN on a TIME_WAIT socket goes to that socket: the stack checks the
-    // sequence number, then looks for a listener, where `tproxy_lookup` answers.
-    // The listener instead would refuse the duplicate and time the client out.
-    let Some(sock) = time_wait.or_else(|| sock::listener(skb, packet)) else { return fail() };
+    let Some(listener) = sock::listener(skb, packet) else {
+        // An entry of an earlier, proxied connection would have the packets
+        // that follow answered with a reset.
+        if proxied && settings::fail_open() == 1 {
+            FlowRef::open(skb, &key, Verdict::Pass, Origin::Captured);
+        }
+        return fail();
+    };
     if let Some(flow) = FlowRef::open(skb, &key, Verdict::Proxy, Origin::Captured) {
         flow.up(skb, packet);
     }
-    to_socket(skb, sock, Mark::Tproxy, Counter::SteeredTcpNew)
+    // A SYN on a TIME_WAIT socket goes to that socket: the stack checks the
+    // sequence number, then looks for a listener, where `tproxy_lookup` answers.
+    // The listener instead would refuse the duplicate and time the client out.
+    to_socket(skb, time_wait.unwrap_or(listener), Mark::Tproxy, Counter::SteeredTcpNew)
 }
 
 #[inline(never)]

@@ -6,7 +6,7 @@ use crate::skb::Skb;
 
 /// Logs what was decided over a packet.
 #[cfg(feature = "log")]
-#[inline(always)]
+#[inline(never)]
 pub(crate) fn trace(skb: &Skb, packet: &Packet, at: &str, action: i32) {
     use aya_ebpf::programs::TcContext;
     let ctx = TcContext::new(skb.as_ptr());

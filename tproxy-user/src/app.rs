@@ -51,7 +51,7 @@ async fn serve(
     instance: &mut Instance,
     signals: &mut Signals,
 ) -> anyhow::Result<()> {
-    reclaim(handle, instance).await?;
+    reclaim(config, handle, instance).await?;
     let files = limits::raise_open_files().context("cannot raise the limit of open files")?;
     // Before the first look, so that no change between is missed.
     let mut watch = netlink::Watch::new().context("cannot watch for changes of the network")?;
@@ -85,10 +85,23 @@ async fn serve(
     end(config, steering, controller, workers, signals).await
 }
 
-/// Removes what a killed run of this instance left.
-async fn reclaim(handle: &Handle, instance: &mut Instance) -> anyhow::Result<()> {
+/// Removes what a killed run of this instance left, but for what this run
+/// takes over: its programs decide over new flows, and its rules deliver late
+/// packets, until those of this run are there.
+async fn reclaim(config: &Config, handle: &Handle, instance: &mut Instance) -> anyhow::Result<()> {
     let Some(leftover) = instance.leftover() else { return Ok(()) };
-    let report = undo::everything(leftover, handle).await;
+    let takes_over = config.steering.by == Steer::Ebpf
+        && leftover.journal_netns == instance.state().netns
+        && leftover.pin == config.pin;
+    let report = if takes_over {
+        let mut journal = leftover.journal.clone();
+        journal.routing = journal.routing.filter(|claim| claim.table != config.steering.table);
+        let mut report = undo::Report::default();
+        undo::network(&journal, handle, &mut report).await;
+        report
+    } else {
+        undo::everything(leftover, handle).await
+    };
     for line in &report.done {
         tracing::info!("left by a killed run: {line}");
     }

@@ -131,7 +131,7 @@ pub struct LoggingArgs {
     #[arg(short, long, action = ArgAction::Count, global = true)]
     pub quiet: u8,
     /// Form of the log on standard error
-    #[arg(long, value_name = "FORM", default_value = "text", global = true,
+    #[arg(long, value_name = "FORM", default_value = "text", global = true, action = ArgAction::Set,
           value_parser = PossibleValuesParser::new(["text", "json"]).map(|form| form == "json"))]
     pub log_format: bool,
 }

@@ -12,6 +12,7 @@ pub const OLDEST: Kernel = Kernel { major: 5, minor: 7 };
 const NET_ADMIN: u32 = 12;
 const NET_RAW: u32 = 13;
 const SYS_ADMIN: u32 = 21;
+const PERFMON: u32 = 38;
 const BPF: u32 = 39;
 
 /// The kernel that runs.
@@ -85,9 +86,10 @@ fn check(config: &Config, kernel: Kernel, capabilities: u64) -> Result<(), Failu
     if !has(NET_RAW) {
         missing.push("CAP_NET_RAW (UDP replies from the original destination)");
     }
-    // CAP_BPF split off in 5.8.
-    if steers && !has(SYS_ADMIN) && !(has(BPF) && kernel >= Kernel { major: 5, minor: 8 }) {
-        missing.push("CAP_BPF, or CAP_SYS_ADMIN before Linux 5.8 (loading programs)");
+    // Both split off from CAP_SYS_ADMIN in 5.8.
+    let split = kernel >= Kernel { major: 5, minor: 8 };
+    if steers && !has(SYS_ADMIN) && !(split && has(BPF) && has(PERFMON)) {
+        missing.push("CAP_BPF and CAP_PERFMON, or CAP_SYS_ADMIN before Linux 5.8 (loading programs)");
     }
     if missing.is_empty() {
         return Ok(());
@@ -118,7 +120,8 @@ mod tests {
         }
         let net = 1 << NET_ADMIN | 1 << NET_RAW;
         assert!(check(&none, new, net).is_ok());
-        assert!(check(&ebpf, new, net | 1 << BPF).is_ok());
+        assert!(check(&ebpf, new, net | 1 << BPF).is_err());
+        assert!(check(&ebpf, new, net | 1 << BPF | 1 << PERFMON).is_ok());
         assert!(check(&ebpf, OLDEST, net | 1 << BPF).is_err());
         assert!(check(&ebpf, OLDEST, net | 1 << SYS_ADMIN).is_ok());
         let old = Kernel { major: 5, minor: 4 };

@@ -174,8 +174,6 @@ stats! {
         udp_no_destination,
         /// UDP datagrams dropped because no socket towards upstream could be had.
         udp_no_socket,
-        /// UDP datagrams of new flows dropped because the run was ending.
-        udp_refused_draining,
     }
 }
 

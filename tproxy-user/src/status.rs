@@ -1,14 +1,13 @@
 //! What the running proxy tells of itself.
 
 use std::cell::RefCell;
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
 
 use crate::cmd;
 use crate::config::Config;
-use crate::datapath::counters;
+use crate::datapath::counters::CounterMap;
 use crate::instance::Instance;
 use crate::instance::control::Request;
 use crate::stats::Stats;
@@ -18,7 +17,8 @@ use crate::steering::{Attached, Steering};
 #[derive(Debug)]
 pub struct Reporter {
     basics: Map<String, Value>,
-    pin: PathBuf,
+    /// Opened at the start: later there may be no descriptor left.
+    counters: Option<CounterMap>,
     listeners: Vec<String>,
     stats: Arc<Stats>,
     attached: RefCell<Vec<Attached>>,
@@ -30,7 +30,8 @@ impl Reporter {
     pub fn new(config: &Config, instance: &Instance, listeners: Vec<String>, stats: Arc<Stats>) -> Self {
         Self {
             basics: cmd::status::basics(instance),
-            pin: config.pin.clone(),
+            // Without steering there are no programs that count.
+            counters: CounterMap::open(&config.pin).ok(),
             listeners,
             stats,
             attached: RefCell::default(),
@@ -57,11 +58,10 @@ impl Reporter {
             .attached
             .borrow()
             .iter()
-            .map(|a| json!({"name": a.name, "attach": a.hook, "role": a.role}))
+            .map(|a| json!({"name": a.name, "index": a.index, "attach": a.hook, "role": a.role}))
             .collect();
         let mut all = Map::new();
-        // Without steering there are no counters of programs.
-        if let Ok(kernel) = counters::read(&self.pin) {
+        if let Some(Ok(kernel)) = self.counters.as_ref().map(CounterMap::read) {
             all.extend(kernel.entries().map(|(name, value, _)| (name.to_owned(), value.into())));
         }
         all.extend(snapshot.entries().map(|entry| (entry.name.to_owned(), entry.value.into())));

@@ -6,11 +6,12 @@ use std::collections::BTreeMap;
 use anyhow::Context as _;
 use rtnetlink::Handle;
 use tokio::io::unix::AsyncFd;
-use tproxy_common::abi::{ABI_VERSION, MAX_WORKERS, Settings, listener_index, map};
+use tproxy_common::abi::{ABI_VERSION, ListenerKind, MAX_WORKERS, Settings, listener_index, map};
 
 use crate::clsact;
 use crate::config::{Attach, Config, Fail};
 use crate::datapath::attach::{Hook, Target};
+use crate::datapath::bpffs;
 use crate::datapath::features::Features;
 use crate::datapath::load::Datapath;
 use crate::failure::Failure;
@@ -37,6 +38,8 @@ pub struct Steering {
 /// An interface with programs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Attached {
+    /// Its index.
+    pub index: u32,
     /// Its name.
     pub name: String,
     /// What it is to the proxy.
@@ -66,8 +69,7 @@ impl Steering {
             return Err(Failure::Conflict(conflict).into());
         }
         instance.claim_routing(table, mark)?;
-        // What is pinned without a journal, such as by another version.
-        crate::datapath::bpffs::remove(&config.pin)?;
+        bpffs::set_aside(&config.pin)?;
         let settings = settings(config, plan, features, listeners);
         let mut datapath = Datapath::load(
             &settings,
@@ -108,7 +110,10 @@ impl Steering {
                  and a client port that is used again at once costs a retry"
             );
         }
-        self.apply(instance).await
+        self.apply(instance).await?;
+        // Only now: until here the programs of a killed run decided over new flows.
+        bpffs::remove_replaced(&self.config.pin)?;
+        Ok(())
     }
 
     /// Follows a change of interfaces, addresses, routes or rules.
@@ -162,7 +167,7 @@ impl Steering {
         self.attached = stay;
         for (index, attached) in stale {
             tracing::info!("{}: detached", attached.name);
-            if let Err(error) = crate::datapath::bpffs::remove_links(&self.config.pin, index) {
+            if let Err(error) = bpffs::remove_links(&self.config.pin, index) {
                 tracing::warn!("{error}");
             }
             if let Err(error) = undo::detached(instance, index, &self.handle).await {
@@ -182,7 +187,8 @@ impl Steering {
             instance.record(|journal| journal.filters.push(made)).map_err(std::io::Error::other)
         })?;
         tracing::info!("{} ({:?}): attached by {hook:?}", interface.name, interface.role);
-        let attached = Attached { name: interface.name.clone(), role: interface.role, hook };
+        let attached =
+            Attached { index: interface.index, name: interface.name.clone(), role: interface.role, hook };
         self.attached.insert(interface.index, attached);
         Ok(())
     }
@@ -230,14 +236,18 @@ impl Steering {
         Ok(())
     }
 
-    /// Takes the listeners away from the programs: new flows fail open or
-    /// closed, those that run go on.
+    /// Takes the TCP listeners away from the programs: new connections fail
+    /// open or closed, those that run go on. UDP has no openings: its flows,
+    /// new ones too, are served until the end.
     ///
     /// # Errors
     ///
     /// Where the map cannot be changed.
     pub fn stop(&mut self) -> anyhow::Result<()> {
-        Ok(self.datapath.clear_listeners(self.config.workers)?)
+        for kind in [ListenerKind::Tcp4, ListenerKind::Tcp6] {
+            self.datapath.clear_listeners(kind, self.config.workers)?;
+        }
+        Ok(())
     }
 
     /// What is attached, for `status`.

@@ -1,38 +1,81 @@
-//! Logging, to standard error.
+//! Logging, to standard error, and the access log, to standard output.
 
 use std::io::IsTerminal as _;
 
-use tracing_subscriber::EnvFilter;
-use tracing_subscriber::fmt;
+use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
+use tracing_subscriber::filter::filter_fn;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::registry::LookupSpan;
+use tracing_subscriber::util::SubscriberInitExt as _;
+use tracing_subscriber::{EnvFilter, Layer, fmt};
 
 use crate::cli::LoggingArgs;
+use crate::config::AccessLog;
 
 /// Environment variable with a filter that goes before `-v` and `-q`, such as
 /// `tproxy_user::relay=trace` (syntax of `tracing_subscriber::EnvFilter`).
 pub const VARIABLE: &str = "TPROXY_LOG";
 
-/// The filter of the flags. Libraries are heard one step later than the program.
+/// The filter of the flags. Libraries are heard one step later than the program;
+/// `tproxy` is the eBPF object, which only speaks where `--bpf-log` asked for it.
 fn filter(verbose: u8, quiet: u8) -> &'static str {
     match (verbose, quiet) {
-        (0, 0) => "warn,tproxy_user=info",
+        (0, 0) => "warn,tproxy_user=info,tproxy=debug",
         (0, 1) => "warn",
         (0, _) => "error",
-        (1, _) => "info,tproxy_user=debug",
+        (1, _) => "info,tproxy_user=debug,tproxy=debug",
         (_, _) => "debug,tproxy_user=trace",
     }
 }
 
-/// Starts logging. A second call in one process changes nothing.
-pub fn init(args: &LoggingArgs) {
+/// Target of the events that are the access log's lines.
+pub const ACCESS: &str = "access";
+
+/// Lines of the access log that may wait for a slow reader of standard output;
+/// more are lost rather than that the relay waits.
+const ACCESS_LINES: usize = 65_536;
+
+/// Starts logging to standard error, and the access log to standard output.
+/// A second call in one process changes nothing.
+///
+/// The access log is written as long as the guard is kept; what waits is
+/// flushed when it is dropped.
+pub fn init(args: &LoggingArgs, access_log: AccessLog) -> Option<WorkerGuard> {
     let filter = match EnvFilter::try_from_env(VARIABLE) {
         Ok(filter) => filter,
         Err(_) => EnvFilter::new(filter(args.verbose, args.quiet)),
     };
-    let builder = fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    // Fails only where a logger is there already, as in tests.
-    drop(if args.log_format {
-        builder.json().flatten_event(true).try_init()
+    let not_access = filter_fn(|event| event.target() != ACCESS);
+    let stderr = fmt::layer().with_writer(std::io::stderr);
+    let messages = if args.log_format {
+        stderr.json().flatten_event(true).with_filter(filter).with_filter(not_access).boxed()
     } else {
-        builder.with_ansi(std::io::stderr().is_terminal()).with_target(false).try_init()
-    });
+        let colours = std::io::stderr().is_terminal();
+        stderr.with_ansi(colours).with_target(false).with_filter(filter).with_filter(not_access).boxed()
+    };
+    let (access, guard) = access_layer(access_log);
+    // Fails only where a logger is there already, as in tests.
+    drop(tracing_subscriber::registry().with(messages).with(access).try_init());
+    guard
+}
+
+type BoxedLayer<S> = Box<dyn Layer<S> + Send + Sync>;
+
+fn access_layer<S>(access_log: AccessLog) -> (Option<BoxedLayer<S>>, Option<WorkerGuard>)
+where
+    S: tracing::Subscriber + for<'a> LookupSpan<'a>,
+{
+    if access_log == AccessLog::Off {
+        return (None, None);
+    }
+    let (writer, guard) =
+        NonBlockingBuilder::default().buffered_lines_limit(ACCESS_LINES).finish(std::io::stdout());
+    let layer = fmt::layer().with_writer(writer).with_ansi(false).with_target(false).with_level(false);
+    let only_access = filter_fn(|event| event.target() == ACCESS);
+    let layer = if access_log == AccessLog::Json {
+        layer.json().flatten_event(true).with_filter(only_access).boxed()
+    } else {
+        layer.with_filter(only_access).boxed()
+    };
+    (Some(layer), Some(guard))
 }

@@ -23,6 +23,15 @@ fn capture(packet: &[u8]) -> Outcome {
 }
 
 #[test]
+fn the_verifier_takes_every_program_of_both_builds() {
+    for log in [false, true] {
+        for own_traffic in [0, 1] {
+            golden::kernel::load_all(&Settings { own_traffic, ..usual() }, log);
+        }
+    }
+}
+
+#[test]
 fn a_new_tcp_flow_goes_to_the_listener() {
     for packet in [p::syn_v4(), p::syn_v6()] {
         let mut kernel = Kernel::new(&usual());
@@ -117,6 +126,17 @@ fn without_a_listener_fail_decides() {
             kernel.run(CAPTURE, &packet).expect(action, counter);
         }
     }
+}
+
+#[test]
+fn a_port_used_again_while_no_proxy_listens_stays_passed() {
+    let mut kernel = Kernel::new(&usual());
+    kernel.run(CAPTURE, &p::syn_v4());
+    kernel.run(CAPTURE, &p::rst_v4());
+    kernel.remove_listeners();
+    kernel.run(CAPTURE, &p::syn_v4()).expect(PASS, "fail_open");
+    // Were it still taken for a proxied one, the client would get a reset.
+    kernel.run(CAPTURE, &p::ack_v4()).expect(PASS, "pass_policy");
 }
 
 #[test]

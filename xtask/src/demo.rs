@@ -266,9 +266,9 @@ fn counters(lab: &Lab, proxy: &Proxy) -> Result<()> {
     quote(&proxy.cmd("flows")?.check()?.stdout);
     say(&format!("router $ bpftool map dump pinned {PIN}/FLOWS      (its first entry)"));
     let text = lab.router.cmd("bpftool").args(&dump).check()?.stdout;
-    let entry: Vec<&str> = text.lines().take(60).collect();
-    let end = entry.iter().skip(1).position(|line| line.contains("\"key\"")).map_or(entry.len(), |at| at + 1);
-    quote(&entry[..end].join("\n"));
+    // An entry ends where its object does, four columns in.
+    let entry: Vec<&str> = text.lines().take_while(|line| !line.starts_with("    }")).collect();
+    quote(&entry.join("\n"));
     ensure!(rows.0 == rows.1, "the two differ:\n`flows`: {:?}\nbpftool: {:?}", rows.0, rows.1);
     ensure!(
         rows.0.len() >= 6,

@@ -28,8 +28,8 @@ pub fn run(dir: &Path) -> anyhow::Result<()> {
 }
 
 fn write(command: &Command, page: &str, dir: &Path) -> anyhow::Result<()> {
-    let path = dir.join(format!("{page}.1"));
+    let path = dir.join(format!("{page}.8"));
     let mut text = Vec::new();
-    Man::new(command.clone()).title(page).render(&mut text)?;
+    Man::new(command.clone()).title(page).section("8").render(&mut text)?;
     fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
 }

@@ -14,6 +14,7 @@ use clap::Parser as _;
 use clap::error::ErrorKind;
 
 use crate::cli::{Cli, Command, RunArgs, resolve};
+use crate::config::AccessLog;
 use crate::failure::Failure;
 use crate::{instance, privilege, telemetry};
 
@@ -24,7 +25,12 @@ pub fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return usage(&error),
     };
-    telemetry::init(&cli.logging);
+    let access_log = match &cli.command {
+        None => cli.run.source.access_log,
+        Some(Command::Run(run)) => run.source.access_log,
+        Some(_) => AccessLog::Off,
+    };
+    let _guard = telemetry::init(&cli.logging, access_log);
     match dispatch(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -13,6 +13,7 @@ use crate::instance::control::{self, Request};
 use crate::instance::state::State;
 use crate::instance::{Instance, Paths};
 use crate::output::{self, Align, Table, span};
+use crate::stats::Snapshot;
 
 /// Prints it.
 ///
@@ -139,11 +140,13 @@ fn text(status: &Value, now: SystemTime) -> String {
 /// The counters that are not zero, in the order of the list, with what they mean.
 fn counter_table(counters: &Map<String, Value>) -> String {
     let mut table = Table::new([("COUNTER", Align::Left), ("VALUE", Align::Right), ("MEANING", Align::Left)]);
-    let known = Counters::default().entries();
-    let known_ones = known.iter().filter_map(|(name, _, help)| Some((*name, counters.get(*name)?, *help)));
+    let of_programs = Counters::default().entries().map(|(name, _, help)| (name, help));
+    let of_relay = Snapshot::default().entries().map(|entry| (entry.name, entry.help));
+    let known: Vec<_> = of_programs.into_iter().chain(of_relay).collect();
+    let known_ones = known.iter().filter_map(|(name, help)| Some((*name, counters.get(*name)?, *help)));
     let others = counters
         .iter()
-        .filter(|(name, _)| known.iter().all(|(other, ..)| other != name))
+        .filter(|(name, _)| known.iter().all(|(other, _)| other != name))
         .map(|(name, value)| (&**name, value, ""));
     let mut empty = true;
     for (name, value, help) in known_ones.chain(others).filter(|(_, value, _)| value.as_u64() != Some(0)) {

@@ -1,6 +1,7 @@
 //! The BPF file system and the pin directory.
 
 use std::io;
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MsFlags, mount};
@@ -53,7 +54,7 @@ pub fn create(pin: &Path) -> Result<(), PinError> {
         ))));
     }
     let links = links(pin);
-    std::fs::create_dir_all(&links).map_err(error(&links))
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&links).map_err(error(&links))
 }
 
 /// Where the links are pinned.
@@ -75,9 +76,10 @@ pub fn remove(pin: &Path) -> Result<Vec<String>, PinError> {
         return Ok(Vec::new());
     }
     // Programs first, then the maps that they use.
-    let mut removed = remove_files(&links(pin), is_link)?;
+    let mut removed = remove_replaced(pin)?;
+    removed.extend(remove_files(&links(pin), is_link)?);
     remove_dir(&links(pin))?;
-    removed.extend(remove_files(pin, |name| map::ALL.contains(&name))?);
+    removed.extend(remove_maps(pin)?);
     remove_dir(pin)?;
     Ok(removed)
 }
@@ -90,6 +92,44 @@ fn is_link(name: &str) -> bool {
         _ => return name == program::LOOKUP,
     };
     [program::CAPTURE, program::UPLINK, program::REPLY, program::OWN, program::LOOPBACK].contains(&program)
+}
+
+/// Makes room for the pins of a new run. The programs of a killed one stay
+/// attached, so that `fail = closed` has no gap, until [`remove_replaced`].
+///
+/// # Errors
+///
+/// [`PinError`].
+pub fn set_aside(pin: &Path) -> Result<(), PinError> {
+    if !is_bpffs(pin) {
+        return Ok(());
+    }
+    remove_replaced(pin)?;
+    match std::fs::rename(links(pin), replaced(pin)) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(error(&links(pin))(e)),
+        _ => {}
+    }
+    remove_maps(pin)?;
+    Ok(())
+}
+
+/// Removes the links that were set aside: their programs are detached.
+///
+/// # Errors
+///
+/// [`PinError::Io`] names the pin that would not go.
+pub fn remove_replaced(pin: &Path) -> Result<Vec<String>, PinError> {
+    let removed = remove_files(&replaced(pin), is_link)?;
+    remove_dir(&replaced(pin))?;
+    Ok(removed)
+}
+
+fn replaced(pin: &Path) -> PathBuf {
+    pin.join("replaced")
+}
+
+fn remove_maps(pin: &Path) -> Result<Vec<String>, PinError> {
+    remove_files(pin, |name| map::ALL.contains(&name))
 }
 
 /// Removes the pinned links of one interface, which is gone or has another part now.

@@ -6,17 +6,36 @@ use aya::maps::{Map, MapData, MapError, PerCpuArray};
 use tproxy_common::abi::map;
 use tproxy_common::counter::Counters;
 
-/// The counters, summed over all CPUs, of the instance with this pin directory.
-///
-/// # Errors
-///
-/// The map is not pinned there, or cannot be read.
-pub fn read(pin: &Path) -> Result<Counters, MapError> {
-    let map = Map::PerCpuArray(MapData::from_pin(pin.join(map::COUNTERS))?);
-    let array: PerCpuArray<_, Counters> = PerCpuArray::try_from(map)?;
-    let mut sum = Counters::default();
-    for of_cpu in array.get(&0, 0)?.iter() {
-        sum.add(of_cpu);
+/// The pinned map, open.
+pub struct CounterMap(PerCpuArray<MapData, Counters>);
+
+impl std::fmt::Debug for CounterMap {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("CounterMap").finish_non_exhaustive()
     }
-    Ok(sum)
+}
+
+impl CounterMap {
+    /// Opens the map of the instance with this pin directory.
+    ///
+    /// # Errors
+    ///
+    /// It is not pinned there.
+    pub fn open(pin: &Path) -> Result<Self, MapError> {
+        let map = Map::PerCpuArray(MapData::from_pin(pin.join(map::COUNTERS))?);
+        Ok(Self(PerCpuArray::try_from(map)?))
+    }
+
+    /// The counters, summed over all CPUs.
+    ///
+    /// # Errors
+    ///
+    /// The map cannot be read.
+    pub fn read(&self) -> Result<Counters, MapError> {
+        let mut sum = Counters::default();
+        for of_cpu in self.0.get(&0, 0)?.iter() {
+            sum.add(of_cpu);
+        }
+        Ok(sum)
+    }
 }

@@ -86,20 +86,14 @@ impl Datapath {
         Ok(Self { ebpf, features })
     }
 
-    /// Loads every program without pinning or attaching anything, for tests.
+    /// Makes the maps alone: pins nothing and loads no program. For tests,
+    /// which load what they run.
     ///
     /// # Errors
     ///
     /// [`LoadError`].
-    pub fn load_unpinned(settings: &Settings, features: Features) -> Result<Self, LoadError> {
-        let mut ebpf = loader(settings, 1024, None).load(OBJECT)?;
-        for name in TC_PROGRAMS {
-            tc_program(&mut ebpf, name)?.load().map_err(|source| LoadError::Program { name, source })?;
-        }
-        if features.sk_lookup() {
-            let name = program::LOOKUP;
-            lookup_program(&mut ebpf)?.load().map_err(|source| LoadError::Program { name, source })?;
-        }
+    pub fn maps_only(settings: &Settings, features: Features, log: bool) -> Result<Self, LoadError> {
+        let ebpf = loader(settings, 1024, None).load(if log { OBJECT_LOG } else { OBJECT })?;
         Ok(Self { ebpf, features })
     }
 
@@ -131,18 +125,16 @@ impl Datapath {
             .map_err(|source| LoadError::Map { name, source })
     }
 
-    /// Takes all listeners away: new flows fail open or closed from here on.
+    /// Takes the listeners of one kind away: its new flows fail open or closed from here on.
     ///
     /// # Errors
     ///
     /// [`LoadError::Map`].
-    pub fn clear_listeners(&mut self, workers: u32) -> Result<(), LoadError> {
+    pub fn clear_listeners(&mut self, kind: ListenerKind, workers: u32) -> Result<(), LoadError> {
         let mut listeners = self.listeners()?;
-        for kind in ListenerKind::ALL {
-            for worker in 0..workers {
-                // A family that the host does not have was never there.
-                let _: Result<(), _> = listeners.clear_index(&listener_index(kind, worker));
-            }
+        for worker in 0..workers {
+            // A family that the host does not have was never there.
+            let _: Result<(), _> = listeners.clear_index(&listener_index(kind, worker));
         }
         Ok(())
     }

@@ -1,6 +1,7 @@
 //! The control socket: one request line of JSON, one answer line of JSON.
 //! It is for root alone.
 
+use std::fs::File;
 use std::future::Future;
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
 use std::os::unix::net::UnixStream;
@@ -15,6 +16,8 @@ use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::UnixListener;
 use tokio::time::{sleep, timeout};
 use tracing::{debug, warn};
+
+use crate::limits::{self, Alarm};
 
 /// A question to the running proxy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -53,18 +56,29 @@ pub fn bind(path: &Path) -> io::Result<UnixListener> {
 }
 
 /// Answers requests, for ever. Nothing that a peer does ends it.
+///
+/// It keeps a descriptor in reserve: when connections have used up all others,
+/// `status` is what tells the administrator.
 pub async fn serve<H, F>(listener: UnixListener, handler: H)
 where
     H: Fn(Request) -> F,
     F: Future<Output = Value>,
 {
     let mut connections = FuturesUnordered::new();
+    let mut reserve = Reserve::new();
+    let trouble = Alarm::default();
     loop {
+        if connections.is_empty() {
+            reserve.refill();
+        }
         tokio::select! {
             accepted = listener.accept(), if connections.len() < CONNECTIONS => match accepted {
                 Ok((stream, _)) => connections.push(timeout(PATIENCE, answer(stream, &handler))),
+                Err(error) if limits::is_exhaustion(&error) && reserve.give_up() => {}
                 Err(error) => {
-                    warn!(%error, "control socket: cannot accept");
+                    if trouble.raise() {
+                        warn!(%error, "control socket: cannot accept");
+                    }
                     sleep(Duration::from_secs(1)).await;
                 }
             },
@@ -74,6 +88,28 @@ where
                 Err(_) => debug!("control socket: a peer was too slow"),
             },
         }
+    }
+}
+
+/// A descriptor that can be given up for another.
+struct Reserve(Option<File>);
+
+impl Reserve {
+    fn new() -> Self {
+        let mut reserve = Self(None);
+        reserve.refill();
+        reserve
+    }
+
+    fn refill(&mut self) {
+        if self.0.is_none() {
+            self.0 = File::open("/dev/null").ok();
+        }
+    }
+
+    /// Whether there was one.
+    fn give_up(&mut self) -> bool {
+        self.0.take().is_some()
     }
 }
 

@@ -301,3 +301,6 @@ impl Direction<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

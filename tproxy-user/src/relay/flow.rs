@@ -93,10 +93,6 @@ impl Flows {
     /// A new flow, unless a limit forbids it.
     fn open(self: &Rc<Self>, client: ClientAddr, destination: OrigDst) -> Option<Rc<Flow>> {
         let (shared, stats) = (&self.worker.shared, self.worker.stats());
-        if self.worker.draining.get() {
-            stats.udp_refused_draining.inc();
-            return None;
-        }
         let Some(slot) = shared.clients.admit(client.ip()) else {
             stats.client_limit_udp.inc();
             return None;

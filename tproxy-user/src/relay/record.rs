@@ -146,7 +146,7 @@ impl Drop for Record {
         }
         let upstream = self.upstream.get();
         tracing::info!(
-            target: "access",
+            target: crate::telemetry::ACCESS,
             protocol = if self.protocol == Protocol::Tcp { "tcp" } else { "udp" },
             client = %self.client,
             destination = %self.destination,

@@ -52,11 +52,15 @@ async fn accept_all(worker: &Rc<Worker>, listener: &AsyncFd<OwnedFd>) {
             Ok(ready) => ready,
             Err(error) => return tracing::error!(%error, "a listener can no longer be waited for"),
         };
+        let mut more = true;
         for _ in 0..BATCH {
             // Before accepting: what is over the limit waits in the kernel's queue.
             let Some(permit) = permit(worker).await else { return };
             match ready.try_io(|listener| sockopt::accept(listener.get_ref().as_fd())) {
-                Err(_would_block) => break,
+                Err(_would_block) => {
+                    more = false;
+                    break;
+                }
                 Ok(Ok((stream, peer))) => {
                     pause = PAUSE.0;
                     worker.shared.report_recovery();
@@ -72,7 +76,9 @@ async fn accept_all(worker: &Rc<Worker>, listener: &AsyncFd<OwnedFd>) {
                 }
             }
         }
-        yield_now().await;
+        if more {
+            yield_now().await;
+        }
     }
 }
 
@@ -130,7 +136,12 @@ fn admit(worker: &Rc<Worker>, stream: std::net::TcpStream, peer: SocketAddr, per
         return sockopt::reset_on_close(&stream);
     };
     match TcpStream::from_std(stream) {
-        Ok(stream) => drop(spawn_local(serve(Rc::clone(worker), stream, client, destination, permit, slot))),
+        Ok(stream) => {
+            let record = Record::new(worker, Protocol::Tcp, client, destination);
+            let stream = Connection::new(stream);
+            let task = serve(Rc::clone(worker), stream, record, (client, destination), (permit, slot));
+            drop(spawn_local(task));
+        }
         Err(error) => {
             stats.accept_exhausted.inc();
             worker.shared.report_exhaustion("cannot wait for a connection", &error);
@@ -138,17 +149,14 @@ fn admit(worker: &Rc<Worker>, stream: std::net::TcpStream, peer: SocketAddr, per
     }
 }
 
-/// One connection from its acceptance to its end.
+/// One connection from its acceptance to its end. `_shares` are its parts of the limits.
 async fn serve(
     worker: Rc<Worker>,
-    stream: TcpStream,
-    client: ClientAddr,
-    destination: OrigDst,
-    _permit: OwnedSemaphorePermit,
-    _slot: ClientSlot,
+    client_side: Connection,
+    record: Record,
+    (client, destination): (ClientAddr, OrigDst),
+    _shares: (OwnedSemaphorePermit, ClientSlot),
 ) {
-    let record = Record::new(&worker, Protocol::Tcp, client, destination);
-    let client_side = Connection::new(stream);
     let to = UpstreamAddr::from(destination);
     let stats = worker.stats();
     let connected = tokio::select! {

@@ -26,10 +26,10 @@ pub struct Direct {
 impl Direct {
     /// Connects to `to` on behalf of `client`.
     ///
-    /// Where the preferred source port is taken another is tried and counted: with
-    /// `client-port` one of the kernel's choice; with `client` the client's own port,
-    /// once the kernel has no free one left towards this destination (its range is
-    /// some 28,000 ports, which one busy client can use up).
+    /// Where the preferred source port is taken others are tried, and that is counted: with
+    /// `client-port` one of the kernel's choice; with `client` first the client's own,
+    /// once the kernel has none left towards this destination (its range is some 28,000
+    /// ports, which one busy client can use up); then ports out of the kernel's range.
     ///
     /// # Errors
     /// [`ConnectError`] with the reason; after `timeout` at the latest.
@@ -40,14 +40,20 @@ impl Direct {
         stats: &WorkerStats,
     ) -> Result<TcpStream, ConnectError> {
         let attempt = async {
-            let (first, second) = self.sources(client);
-            match self.connect_from(first, to).await {
-                Err(error) if error.reason == Reason::NoSource && second.is_some() => {
-                    stats.source_port_fallbacks.inc();
-                    self.connect_from(second, to).await
-                }
-                result => result,
+            if self.source == SourceMode::Proxy {
+                return self.connect_from(None, to).await;
             }
+            let mut result = self.connect_from(Some(self.preferred(client)), to).await;
+            let mut others = self.alternatives(client);
+            let mut counted = false;
+            while matches!(&result, Err(error) if error.reason == Reason::NoSource) {
+                let Some(source) = others.next() else { break };
+                if !std::mem::replace(&mut counted, true) {
+                    stats.source_port_fallbacks.inc();
+                }
+                result = self.connect_from(Some(source), to).await;
+            }
+            result
         };
         tokio::time::timeout(self.timeout, attempt).await.unwrap_or_else(|_| {
             let source = io::Error::from_raw_os_error(libc::ETIMEDOUT);
@@ -61,34 +67,32 @@ impl Direct {
     /// [`ConnectError`] with the reason. Must be called within a tokio runtime.
     pub fn udp(&self, client: ClientAddr, stats: &WorkerStats) -> Result<UdpSocket, ConnectError> {
         let socket = UpstreamSocket::udp(client.get(), self.mark)?;
-        // The kernel chooses a UDP port at `bind`, so only `client-port` has a second choice.
-        match (self.source, self.sources(client)) {
-            (SourceMode::ClientPort, (Some(first), Some(second))) => {
-                if let Err(error) = socket.bind_udp_source(first).map_err(ConnectError::from) {
-                    if error.reason != Reason::NoSource {
-                        return Err(error);
-                    }
+        if self.source != SourceMode::Proxy {
+            let mut result = socket.bind_udp_source(self.preferred(client)).map_err(ConnectError::from);
+            let mut others = self.alternatives(client);
+            let mut counted = false;
+            while matches!(&result, Err(error) if error.reason == Reason::NoSource) {
+                let Some(source) = others.next() else { break };
+                if !std::mem::replace(&mut counted, true) {
                     stats.source_port_fallbacks.inc();
-                    socket.bind_udp_source(second)?;
                 }
+                result = socket.bind_udp_source(source).map_err(ConnectError::from);
             }
-            (_, (Some(first), _)) => socket.bind_udp_source(first)?,
-            (_, (None, _)) => {}
+            result?;
         }
         UdpSocket::from_std(socket.into_udp())
             .map_err(|source| SocketError { call: "epoll_ctl", source }.into())
     }
 
-    /// The source to try first and the one to try where its port is taken. None: the kernel's choice.
-    fn sources(&self, client: ClientAddr) -> (Option<SocketAddr>, Option<SocketAddr>) {
-        let with_port = client.get();
-        let mut any_port = with_port;
-        any_port.set_port(0);
-        match self.source {
-            SourceMode::Client => (Some(any_port), Some(with_port)),
-            SourceMode::ClientPort => (Some(with_port), Some(any_port)),
-            SourceMode::Proxy => (None, None),
-        }
+    /// The client's address, with its own port or one of the kernel's choice.
+    fn preferred(&self, client: ClientAddr) -> SocketAddr {
+        with_port(client, if self.source == SourceMode::ClientPort { client.port() } else { 0 })
+    }
+
+    /// What to try where the preferred port is taken.
+    fn alternatives(&self, client: ClientAddr) -> impl Iterator<Item = SocketAddr> + use<> {
+        let second = if self.source == SourceMode::ClientPort { 0 } else { client.port() };
+        std::iter::once(second).chain(scattered(client.port())).map(move |port| with_port(client, port))
     }
 
     async fn connect_from(
@@ -113,6 +117,22 @@ impl Direct {
     }
 }
 
+fn with_port(client: ClientAddr, port: u16) -> SocketAddr {
+    let mut source = client.get();
+    source.set_port(port);
+    source
+}
+
+/// A few unprivileged ports, far from each other and from those of the client's next
+/// connections. Where half of all ports are taken, one of them is free but for 1 in 65,536.
+fn scattered(seed: u16) -> impl Iterator<Item = u16> {
+    const FIRST: u32 = 1024;
+    const COUNT: u32 = 65_536 - FIRST;
+    /// The golden section of `COUNT`, and without a common divisor: multiples spread evenly.
+    const STEP: u32 = 39_871;
+    (1..=16).filter_map(move |i| u16::try_from(FIRST + (u32::from(seed) + i * STEP) % COUNT).ok())
+}
+
 /// Whether a connection has met itself: source and destination on this host, nobody
 /// listens, and the kernel happens to choose the destination's port as the source port (TCP's
 /// simultaneous open). It would echo the client's bytes.
@@ -124,16 +144,27 @@ fn is_self_connected(stream: &TcpStream) -> bool {
 mod tests {
     use super::*;
 
-    fn sources(source: SourceMode) -> (Option<SocketAddr>, Option<SocketAddr>) {
-        let direct = Direct { source, mark: OwnMark(2), timeout: Duration::from_secs(1) };
-        direct.sources(ClientAddr::from(SocketAddr::from(([10, 0, 0, 1], 4000))))
+    fn direct(source: SourceMode) -> Direct {
+        Direct { source, mark: OwnMark(2), timeout: Duration::from_secs(1) }
     }
 
     #[test]
     fn source_modes_prefer_what_they_promise() {
+        let client = ClientAddr::from(SocketAddr::from(([10, 0, 0, 1], 4000)));
         let (any, own) = (([10, 0, 0, 1], 0).into(), ([10, 0, 0, 1], 4000).into());
-        assert_eq!(sources(SourceMode::Client), (Some(any), Some(own)));
-        assert_eq!(sources(SourceMode::ClientPort), (Some(own), Some(any)));
-        assert_eq!(sources(SourceMode::Proxy), (None, None));
+        assert_eq!(direct(SourceMode::Client).preferred(client), any);
+        assert_eq!(direct(SourceMode::Client).alternatives(client).next(), Some(own));
+        assert_eq!(direct(SourceMode::ClientPort).preferred(client), own);
+        assert_eq!(direct(SourceMode::ClientPort).alternatives(client).next(), Some(any));
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn scattered_ports_are_unprivileged_and_differ(seed: u16) {
+            let ports: Vec<u16> = scattered(seed).collect();
+            let distinct: std::collections::HashSet<_> = ports.iter().collect();
+            assert_eq!((ports.len(), distinct.len()), (16, 16));
+            assert!(ports.iter().all(|port| *port >= 1024));
+        }
     }
 }

@@ -4,7 +4,7 @@ use std::net::{TcpListener, UdpSocket};
 use std::os::fd::AsRawFd;
 
 use aya::maps::{HashMap, Map, MapData, PerCpuArray};
-use aya::programs::{SchedClassifier, TestRun as _, TestRunOptions};
+use aya::programs::{Program, SchedClassifier, TestRun as _, TestRunOptions};
 use tproxy_common::abi::{ABI_VERSION, Flow, FlowKey, ListenerKind, LpmKey, Settings, listener_index, map};
 use tproxy_common::counter::Counters;
 use tproxy_user::datapath::features::Features;
@@ -46,7 +46,7 @@ impl Outcome {
     }
 }
 
-/// The loaded programs, and listeners where they were asked for.
+/// The programs, each loaded when it first runs, and listeners where they were asked for.
 pub(crate) struct Kernel {
     datapath: Datapath,
     _sockets: Vec<Box<dyn AsRawFd>>,
@@ -62,7 +62,23 @@ fn enter_namespace() {
 fn load(settings: &Settings) -> Datapath {
     let features =
         Features::of(running_kernel().expect("a kernel version")).expect("a kernel that can steer");
-    Datapath::load_unpinned(settings, features).unwrap_or_else(|error| panic!("{error}"))
+    Datapath::maps_only(settings, features, false).unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// Loads every program of the default build or the debugging build.
+pub(crate) fn load_all(settings: &Settings, log: bool) {
+    let features =
+        Features::of(running_kernel().expect("a kernel version")).expect("a kernel that can steer");
+    let mut datapath = Datapath::maps_only(settings, features, log).unwrap_or_else(|error| panic!("{error}"));
+    for (name, program) in datapath.ebpf().programs_mut() {
+        match program {
+            Program::SchedClassifier(program) => program.load(),
+            Program::SkLookup(program) if features.sk_lookup() => program.load(),
+            Program::SkLookup(_) => Ok(()),
+            other => panic!("{name}: an unexpected kind of program: {other:?}"),
+        }
+        .unwrap_or_else(|error| panic!("{name}: {error}"));
+    }
 }
 
 /// Everything captured by one worker.
@@ -124,6 +140,13 @@ impl Kernel {
         Self { datapath: load(settings), _sockets: Vec::new() }
     }
 
+    /// The proxy goes.
+    pub(crate) fn remove_listeners(&mut self) {
+        for kind in ListenerKind::ALL {
+            self.datapath.clear_listeners(kind, 1).expect("listeners");
+        }
+    }
+
     /// With listeners that are not in the socket map.
     pub(crate) fn by_tuple() -> Self {
         enter_namespace();
@@ -166,6 +189,9 @@ impl Kernel {
         let before = self.counters();
         let classifier: &mut SchedClassifier =
             self.datapath.ebpf().program_mut(program).expect("a program").try_into().expect("a classifier");
+        if classifier.fd().is_err() {
+            classifier.load().unwrap_or_else(|error| panic!("{error}"));
+        }
         let result = classifier
             .test_run(TestRunOptions {
                 data_in: Some(packet),

@@ -1,7 +1,7 @@
 //! TCP: transparency, half-close, resets.
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use socket2::SockRef;
@@ -13,7 +13,14 @@ const PORT: u16 = 8080;
 
 /// A listener on the server, before anybody connects.
 pub(crate) fn listen(lab: &Lab, family: Family) -> TcpListener {
-    lab.on(Host::Server, || TcpListener::bind((family.server(), PORT)).unwrap())
+    listen_on(lab, family.server())
+}
+
+/// Its `accept` fails rather than wait for ever where a connection never comes.
+pub(crate) fn listen_on(lab: &Lab, ip: IpAddr) -> TcpListener {
+    let listener = lab.on(Host::Server, || TcpListener::bind((ip, PORT)).unwrap());
+    SockRef::from(&listener).set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    listener
 }
 
 pub(crate) fn connect(lab: &Lab, to: impl Into<SocketAddr>) -> TcpStream {

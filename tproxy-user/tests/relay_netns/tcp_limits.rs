@@ -1,14 +1,14 @@
 //! TCP: time-outs, limits, the end of the run.
 
 use std::io::{Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::{Shutdown, TcpStream};
 use std::time::{Duration, Instant};
 
 use tproxy_user::config::SourceMode;
 use tproxy_user::limits;
 
 use super::lab::{FAMILIES, Family, Host, Lab, config};
-use super::tcp::{connect, is_reset, listen, pair, read_until_reset};
+use super::tcp::{connect, is_reset, listen, listen_on, pair, read_until_reset};
 
 /// Of the namespace that the thread which opens it is in.
 const PORT_RANGE: &str = "/proc/sys/net/ipv4/ip_local_port_range";
@@ -146,8 +146,7 @@ fn sixty_thousand_connections_of_one_client() {
     config.limits.connections = 100_000;
     config.limits.per_client = 100_000;
     let proxy = lab.proxy(config);
-    let listeners = [Family::V4.server(), Family::V4.server2()]
-        .map(|ip| lab.on(Host::Server, || TcpListener::bind((ip, 8080)).unwrap()));
+    let listeners = [Family::V4.server(), Family::V4.server2()].map(|ip| listen_on(&lab, ip));
     let mut servers = Vec::with_capacity(2 * each);
     let mut clients = Vec::with_capacity(2 * each);
     for listener in &listeners {
@@ -174,6 +173,8 @@ fn sixty_thousand_connections_of_one_client() {
 fn ports_of_the_kernel_are_not_the_limit() {
     let lab = Lab::new("ports");
     lab.on(Host::Router, || std::fs::write(PORT_RANGE, "50000 50099").unwrap());
+    // Most of the client's own ports are taken, too, for connections to the same destination.
+    lab.on(Host::Client, || std::fs::write(PORT_RANGE, "50000 50269").unwrap());
     let proxy = lab.proxy(config(SourceMode::Client));
     for family in FAMILIES {
         let listener = listen(&lab, family);

@@ -25,10 +25,12 @@ mod tcp;
 mod tcp_end;
 mod udp;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::process::ExitCode;
 
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use serde_json::Value;
 use xtask::lab::{Family, Lab, load, proxy, reclaim};
 
 use common::{Scenario, Skip};
@@ -104,7 +106,7 @@ fn run(scenario: Scenario, family: Family) -> Result<Completion, Failed> {
         Ok(()) => Ok(Completion::Completed),
         Err(error) => match error.downcast_ref::<Skip>() {
             Some(skip) => Ok(Completion::ignored_with(skip.to_string())),
-            None => Err(format!("{error:#}\n{}", logs(&lab)).into()),
+            None => Err(format!("{error:#}\n{}{}", logs(&lab), counters(&lab)).into()),
         },
     }
 }
@@ -124,4 +126,23 @@ fn logs(lab: &Lab) -> String {
         text.extend(["  ", &name, ", its last lines:\n    ", &end, "\n"]);
     }
     text
+}
+
+/// What the eBPF programs of a failed scenario have counted. The proxy has been
+/// killed by now; its maps are still pinned.
+fn counters(lab: &Lab) -> String {
+    let read = || -> anyhow::Result<BTreeMap<String, u64>> {
+        let map = lab.pin().join("COUNTERS");
+        let output = lab.router.cmd("bpftool").args(["--json", "map", "dump", "pinned"]).arg(map).check()?;
+        let entries: Value = serde_json::from_str(&output.stdout)?;
+        let mut sums = BTreeMap::new();
+        let cores = entries[0]["formatted"]["values"].as_array().into_iter().flatten();
+        for (name, count) in cores.filter_map(|core| core["value"].as_object()).flatten() {
+            *sums.entry(name.clone()).or_default() += count.as_u64().unwrap_or(0);
+        }
+        sums.retain(|_, sum| *sum > 0);
+        Ok(sums)
+    };
+    // Without a proxy, or after one that ended in good order, there is no map.
+    read().map_or_else(|_| String::new(), |sums| format!("  counters: {sums:?}\n"))
 }

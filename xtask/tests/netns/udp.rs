@@ -91,7 +91,7 @@ fn source_proxy(lab: &Lab, family: Family) -> Result<()> {
 /// What socat on the server says that it sees, asked by nc.
 fn source(lab: &Lab, family: Family, flags: &str, expected: std::net::IpAddr) -> Result<()> {
     let to = family.anywhere(5);
-    let _socat = server::socat_udp(lab, &lab.server, to, PORT, "echo \"$SOCAT_PEERADDR\"")?;
+    let _socat = server::socat_udp(lab, &lab.server, to, PORT, "read line; echo \"$SOCAT_PEERADDR\"")?;
     let running = start(lab, &format!("--iface lan {flags}"))?;
     let nc = lab.client.cmd("nc").args(["-u", "-w", "2", family.flag(), &to.to_string(), &PORT.to_string()]);
     let output = nc.stdin("who am I?\n").check()?;
