@@ -93,9 +93,10 @@ async fn reclaim(config: &Config, handle: &Handle, instance: &mut Instance) -> a
     let takes_over = config.steering.by == Steer::Ebpf
         && leftover.journal_netns == instance.state().netns
         && leftover.pin == config.pin;
+    let mut journal = leftover.journal.clone();
+    let mut routing = None;
     let report = if takes_over {
-        let mut journal = leftover.journal.clone();
-        journal.routing = journal.routing.filter(|claim| claim.table != config.steering.table);
+        routing = journal.routing.take_if(|claim| claim.table == config.steering.table);
         let mut report = undo::Report::default();
         undo::network(&journal, handle, &mut report).await;
         report
@@ -106,7 +107,7 @@ async fn reclaim(config: &Config, handle: &Handle, instance: &mut Instance) -> a
         tracing::info!("left by a killed run: {line}");
     }
     report.into_result().context("cannot remove what a killed run left")?;
-    instance.forget_leftover()?;
+    instance.forget_leftover(routing)?;
     Ok(())
 }
 

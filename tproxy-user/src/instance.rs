@@ -215,13 +215,14 @@ impl Instance {
         self.write()
     }
 
-    /// Forgets the journal of the run before, once it is undone.
+    /// Forgets the journal of the run before, once it is undone, but for the
+    /// `routing` that this run takes over: it is this run's to undo from here on.
     ///
     /// # Errors
     /// Where the file cannot be written.
-    pub fn forget_leftover(&mut self) -> Result<(), Error> {
+    pub fn forget_leftover(&mut self, routing: Option<RoutingClaim>) -> Result<(), Error> {
         self.leftover = None;
-        self.state.journal = Journal::default();
+        self.state.journal = Journal { routing, ..Journal::default() };
         self.state.journal_netns = state::netns();
         self.write()
     }

@@ -84,6 +84,16 @@ pub fn remove(pin: &Path) -> Result<Vec<String>, PinError> {
     Ok(removed)
 }
 
+/// Whether a pin has a name as [`attach`](super::attach) gives: the user may
+/// name a directory in which others have pins too.
+fn is_link(name: &str) -> bool {
+    let program = match name.split_once('_') {
+        Some((index, program)) if index.parse::<u32>().is_ok() => program,
+        _ => return name == program::LOOKUP,
+    };
+    [program::CAPTURE, program::UPLINK, program::REPLY, program::OWN, program::LOOPBACK].contains(&program)
+}
+
 /// Makes room for the pins of a new run. The programs of a killed one stay
 /// attached, so that `fail = closed` has no gap, until [`remove_replaced`].
 ///
@@ -120,16 +130,6 @@ fn replaced(pin: &Path) -> PathBuf {
 
 fn remove_maps(pin: &Path) -> Result<Vec<String>, PinError> {
     remove_files(pin, |name| map::ALL.contains(&name))
-}
-
-/// Whether a pin has a name as [`attach`](super::attach) gives: the user may
-/// name a directory in which others have pins too.
-fn is_link(name: &str) -> bool {
-    let program = match name.split_once('_') {
-        Some((index, program)) if index.parse::<u32>().is_ok() => program,
-        _ => return name == program::LOOKUP,
-    };
-    [program::CAPTURE, program::UPLINK, program::REPLY, program::OWN, program::LOOPBACK].contains(&program)
 }
 
 /// Removes the pinned links of one interface, which is gone or has another part now.

@@ -47,7 +47,7 @@ fn the_journal_of_a_killed_run_is_kept_until_undone() {
     drop(Instance::acquire_in(base.path(), &config).expect("second"));
     let mut third = Instance::acquire_in(base.path(), &config).expect("third");
     assert_eq!(third.leftover().map(|state| &state.journal), Some(&journal));
-    third.forget_leftover().expect("write");
+    third.forget_leftover(None).expect("write");
     drop(third);
     let paths = Paths::under(base.path(), &config.pin);
     assert_eq!(paths.read_state().expect("state").map(|state| state.journal), Some(Journal::default()));

@@ -17,6 +17,7 @@ pub(crate) const TESTS: &[(&str, Test)] = &[
     ("a_hangup_ends_in_order", a_hangup_ends_in_order),
     ("nohup_is_respected", nohup_is_respected),
     ("clsact_interfaces_come_and_go", clsact_interfaces_come_and_go),
+    ("a_failed_restart_leaves_nothing", a_failed_restart_leaves_nothing),
 ];
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_tproxy-user");
@@ -192,5 +193,21 @@ fn clsact_interfaces_come_and_go() -> Outcome {
         ensure!(filters(next) == expected, "{next}: {:?}", filters(next));
     }
     proxy.end(Signal::SIGTERM)?;
+    expect_as_before(&before)
+}
+
+/// What a killed run left is taken over by the next, even by one that fails.
+fn a_failed_restart_leaves_nothing() -> Outcome {
+    sh(ROUTER);
+    let before = picture();
+    let flags = ["-i", "lan0", "-4", "--pin=/sys/fs/bpf/plumbing-restart"];
+    // Dropped: killed.
+    drop(Proxy::start(&flags)?);
+    ensure!(picture() != before, "the killed run left nothing");
+    let taken = std::net::TcpListener::bind("127.0.0.1:15001").expect("free");
+    let (exit, text) = run(&flags);
+    ensure!(exit == Some(5) && text.contains("15001"), "exit {exit:?}: {text}");
+    drop(taken);
+    ensure!(!Path::new("/sys/fs/bpf/plumbing-restart").exists(), "pins stayed");
     expect_as_before(&before)
 }
