@@ -32,20 +32,18 @@ pub enum Skip {
 }
 
 /// Where a packet stands in its datagram.
+///
+/// The identification is not in here but in [`Packet::fragment_id`]: what only
+/// some variants have is not initialised in the others, and the verifier of
+/// Linux before 6.3 refuses to copy such a piece of the stack.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fragment {
     /// Not fragmented.
     Whole,
     /// The first fragment, which has the ports.
-    First {
-        /// Identification of the datagram.
-        id: u32,
-    },
+    First,
     /// A later fragment: no ports.
-    Later {
-        /// Identification of the datagram.
-        id: u32,
-    },
+    Later,
 }
 
 /// TCP flags, with the values of the header's low byte (RFC 9293, section 3.1).
@@ -85,9 +83,26 @@ pub struct Packet {
     pub tcp_flags: u8,
     /// Where it stands in its datagram.
     pub fragment: Fragment,
+    /// Identification of the datagram; means nothing for a whole one.
+    pub fragment_id: u32,
 }
 
 impl Packet {
+    /// What a parser fills in.
+    pub const EMPTY: Self = Self {
+        source: [0; 16],
+        destination: [0; 16],
+        ip_len: 0,
+        header_len: 0,
+        source_port: 0,
+        destination_port: 0,
+        family: Family::V4,
+        protocol: 0,
+        tcp_flags: 0,
+        fragment: Fragment::Whole,
+        fragment_id: 0,
+    };
+
     /// Whether it opens a TCP connection.
     #[inline(always)]
     #[must_use]
@@ -132,8 +147,8 @@ pub fn parse_v4(from: &impl Load) -> Result<Packet, Skip> {
     }
     let id = u32::from(u16::from_be_bytes([h[4], h[5]]));
     let fragment = match u16::from_be_bytes([h[6], h[7]]) {
-        field if field & 0x1fff != 0 => Fragment::Later { id },
-        field if field & 0x2000 != 0 => Fragment::First { id },
+        field if field & 0x1fff != 0 => Fragment::Later,
+        field if field & 0x2000 != 0 => Fragment::First,
         _ => Fragment::Whole,
     };
     let ip = Ip {
@@ -142,7 +157,7 @@ pub fn parse_v4(from: &impl Load) -> Result<Packet, Skip> {
         total_len: ip_len,
         family: Family::V4,
     };
-    transport(from, &ip, h[9], header_len, fragment)
+    transport(from, &ip, h[9], header_len, fragment, id)
 }
 
 /// Parses an IPv6 packet and its extension headers (RFC 8200).
@@ -171,6 +186,7 @@ pub fn parse_v6(from: &impl Load) -> Result<Packet, Skip> {
     let mut next = fixed[6];
     let mut offset = IPV6_HEADER;
     let mut fragment = Fragment::Whole;
+    let mut id = 0;
     for _ in 0..MAX_EXTENSION_HEADERS {
         let len = match next {
             TCP | UDP => break,
@@ -196,13 +212,13 @@ pub fn parse_v6(from: &impl Load) -> Result<Packet, Skip> {
             next_header::FRAGMENT => {
                 let h: [u8; 8] = from.load(offset).ok_or(Skip::Truncated)?;
                 next = h[0];
-                let id = u32::from_be_bytes([h[4], h[5], h[6], h[7]]);
+                id = u32::from_be_bytes([h[4], h[5], h[6], h[7]]);
                 match u16::from_be_bytes([h[2], h[3]]) {
                     // What follows is the middle of a datagram, not headers.
                     field if field & 0xfff8 != 0 => {
-                        return transport(from, &ip, next, offset + 8, Fragment::Later { id });
+                        return transport(from, &ip, next, offset + 8, Fragment::Later, id);
                     }
-                    field if field & 1 != 0 => fragment = Fragment::First { id },
+                    field if field & 1 != 0 => fragment = Fragment::First,
                     // An atomic fragment is a whole datagram (RFC 6946).
                     _ => {}
                 }
@@ -212,7 +228,7 @@ pub fn parse_v6(from: &impl Load) -> Result<Packet, Skip> {
         };
         offset += len;
     }
-    transport(from, &ip, next, offset, fragment)
+    transport(from, &ip, next, offset, fragment, id)
 }
 
 /// The part of [`Packet`] that the IP header gives.
@@ -230,6 +246,7 @@ fn transport(
     protocol: u8,
     offset: u32,
     fragment: Fragment,
+    fragment_id: u32,
 ) -> Result<Packet, Skip> {
     let mut packet = Packet {
         source: ip.source,
@@ -242,11 +259,12 @@ fn transport(
         protocol,
         tcp_flags: 0,
         fragment,
+        fragment_id,
     };
     if protocol != TCP && protocol != UDP {
         return Err(Skip::Protocol);
     }
-    if matches!(fragment, Fragment::Later { .. }) {
+    if fragment == Fragment::Later {
         return Ok(packet);
     }
     let ports: [u8; 4] = from.load(offset).ok_or(Skip::Truncated)?;

@@ -201,10 +201,9 @@ pub(crate) fn down_key(packet: &Packet) -> FlowKey {
 /// TC egress of a captured interface: counts replies, changes nothing.
 #[inline(always)]
 pub(crate) fn egress(skb: &Skb) -> i32 {
-    if let Ok(packet) = &mut skb.parse()
-        && fragment::resolve_ports(packet)
-    {
-        reply(skb, packet);
+    let mut packet = Packet::EMPTY;
+    if skb.parse(&mut packet).is_ok() && fragment::resolve_ports(&mut packet) {
+        reply(skb, &packet);
     }
     NEXT
 }

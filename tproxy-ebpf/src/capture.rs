@@ -22,7 +22,7 @@ pub(crate) fn ingress(skb: &Skb) -> i32 {
         let action = match packet.fragment {
             Fragment::Whole if packet.protocol == UDP => udp(skb, packet),
             Fragment::Whole => tcp(skb, packet),
-            Fragment::First { id } | Fragment::Later { id } => fragment::ingress::<Captured>(skb, packet, id),
+            Fragment::First | Fragment::Later => fragment::ingress::<Captured>(skb, packet),
         };
         trace(skb, packet, "capture", action);
         action
@@ -39,15 +39,16 @@ pub(crate) fn admitted(skb: &Skb, decide: impl FnOnce(&Packet) -> i32) -> i32 {
     if skb.vlan_present() != 0 {
         return pass(Counter::PassVlan);
     }
-    match &skb.parse() {
-        Ok(packet)
+    let mut packet = Packet::EMPTY;
+    match skb.parse(&mut packet) {
+        Ok(())
             if is_special(&packet.destination, packet.family)
                 || is_special(&packet.source, packet.family) =>
         {
             pass(Counter::PassSpecial)
         }
-        Ok(packet) => decide(packet),
-        Err(skip) => pass(skip_counter(*skip)),
+        Ok(()) => decide(&packet),
+        Err(skip) => pass(skip_counter(skip)),
     }
 }
 

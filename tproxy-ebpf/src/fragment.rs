@@ -26,11 +26,11 @@ pub(crate) trait Side {
 }
 
 #[inline(always)]
-fn key(packet: &Packet, id: u32) -> FragmentKey {
+fn key(packet: &Packet) -> FragmentKey {
     FragmentKey {
         source: packet.source,
         destination: packet.destination,
-        id,
+        id: packet.fragment_id,
         protocol: packet.protocol,
         pad: [0; 3],
     }
@@ -38,15 +38,15 @@ fn key(packet: &Packet, id: u32) -> FragmentKey {
 
 /// Decides over a fragment at TC ingress.
 #[inline(never)]
-pub(crate) fn ingress<S: Side>(skb: &Skb, packet: &Packet, id: u32) -> i32 {
-    let is_first = matches!(packet.fragment, Fragment::First { .. });
+pub(crate) fn ingress<S: Side>(skb: &Skb, packet: &Packet) -> i32 {
+    let is_first = packet.fragment == Fragment::First;
     if policy::is_local(&packet.destination) {
         if is_first && packet.protocol == UDP {
             note_request_to_host(skb, packet);
         }
         return pass(Counter::PassLocal);
     }
-    let key = key(packet, id);
+    let key = key(packet);
     let known = FRAGMENTS.get_ptr_mut(&key);
     let proxied =
         if is_first { first::<S>(skb, packet, &key, known) } else { later::<S>(skb, packet, &key, known) };
@@ -134,19 +134,19 @@ fn later<S: Side>(skb: &Skb, packet: &Packet, key: &FragmentKey, known: Option<*
 pub(crate) fn resolve_ports(packet: &mut Packet) -> bool {
     match packet.fragment {
         Fragment::Whole => true,
-        Fragment::First { id } => {
+        Fragment::First => {
             let info = FragmentInfo {
                 source_port: packet.source_port,
                 destination_port: packet.destination_port,
                 has_ports: 1,
                 ..FragmentInfo::default()
             };
-            if FRAGMENTS.insert(&key(packet, id), &info, 0).is_err() {
+            if FRAGMENTS.insert(&key(packet), &info, 0).is_err() {
                 count(Counter::FlowInsertFailed);
             }
             true
         }
-        Fragment::Later { id } => match FRAGMENTS.get_ptr(&key(packet, id)) {
+        Fragment::Later => match FRAGMENTS.get_ptr(&key(packet)) {
             // SAFETY: entries of an LRU map are never unmapped while a program runs.
             Some(info) => unsafe {
                 packet.source_port = (*info).source_port;

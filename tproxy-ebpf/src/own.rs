@@ -19,8 +19,9 @@ use crate::trace::trace;
 /// TC egress of every interface that the host's own traffic may leave by.
 #[inline(always)]
 pub(crate) fn egress(skb: &Skb) -> i32 {
-    match &mut skb.parse() {
-        Ok(packet) => leaving(skb, packet),
+    let mut packet = Packet::EMPTY;
+    match skb.parse(&mut packet) {
+        Ok(()) => leaving(skb, &mut packet),
         Err(_) => NEXT,
     }
 }
@@ -90,15 +91,16 @@ fn own(skb: &Skb, packet: &Packet) -> i32 {
 /// traffic; the others were turned back.
 #[inline(always)]
 pub(crate) fn loopback(skb: &Skb) -> i32 {
-    match &skb.parse() {
-        Ok(packet) if is_special(&packet.destination, packet.family) => pass(Counter::PassSpecial),
-        Ok(packet) if policy::is_local(&packet.destination) => pass(Counter::PassLocal),
-        Ok(packet) => {
-            let action = turned_back(skb, packet);
-            trace(skb, packet, "lo", action);
+    let mut packet = Packet::EMPTY;
+    match skb.parse(&mut packet) {
+        Ok(()) if is_special(&packet.destination, packet.family) => pass(Counter::PassSpecial),
+        Ok(()) if policy::is_local(&packet.destination) => pass(Counter::PassLocal),
+        Ok(()) => {
+            let action = turned_back(skb, &packet);
+            trace(skb, &packet, "lo", action);
             action
         }
-        Err(skip) => pass(skip_counter(*skip)),
+        Err(skip) => pass(skip_counter(skip)),
     }
 }
 

@@ -78,9 +78,9 @@ impl Skb {
     /// a raw socket has only its IP header in it. What looks cut short is
     /// pulled together and read once more.
     #[inline(always)]
-    pub(crate) fn parse(&self) -> Result<Packet, Skip> {
-        match self.parse_linear() {
-            Err(Skip::Truncated) if self.pull_headers() => self.parse_linear(),
+    pub(crate) fn parse(&self, packet: &mut Packet) -> Result<(), Skip> {
+        match self.parse_linear(packet) {
+            Err(Skip::Truncated) if self.pull_headers() => self.parse_linear(packet),
             parsed => parsed,
         }
     }
@@ -95,13 +95,16 @@ impl Skb {
         unsafe { bpf_skb_pull_data(self.0, len) == 0 }
     }
 
+    /// Writes to memory of the caller: a `Result<Packet, _>` keeps its tag in a
+    /// gap of `Packet`, and the kernel refuses type information of such a union.
     #[inline(never)]
-    fn parse_linear(&self) -> Result<Packet, Skip> {
-        match u32::from((self.protocol() as u16).swap_bytes()) {
+    fn parse_linear(&self, packet: &mut Packet) -> Result<(), Skip> {
+        *packet = match u32::from((self.protocol() as u16).swap_bytes()) {
             ETH_P_IP => parse_v4(self),
             ETH_P_IPV6 => parse_v6(self),
             _ => Err(Skip::Protocol),
-        }
+        }?;
+        Ok(())
     }
 
     /// Packets and IP-layer bytes that this buffer is on the wire.

@@ -22,7 +22,7 @@ pub(crate) fn ingress(skb: &Skb) -> i32 {
     admitted(skb, |packet| {
         let action = match packet.fragment {
             Fragment::Whole => whole(skb, packet),
-            Fragment::First { id } | Fragment::Later { id } => fragment::ingress::<Uplink>(skb, packet, id),
+            Fragment::First | Fragment::Later => fragment::ingress::<Uplink>(skb, packet),
         };
         trace(skb, packet, "uplink", action);
         action

@@ -1,6 +1,7 @@
 //! The composition root: configuration → running proxy → nothing left behind.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use futures_util::stream::{FuturesUnordered, StreamExt as _};
@@ -184,6 +185,12 @@ async fn until_a_signal(
     }
 }
 
+/// How long the listeners stay open once no SYN reaches them any more: clients
+/// whose SYN was answered believe themselves connected, and their
+/// acknowledgements are under way. The time after which TCP itself takes one for
+/// lost (RFC 6298, section 2.1).
+const HANDSHAKES: Duration = Duration::from_secs(1);
+
 /// No new flows; what is there may finish until the drain time-out.
 async fn end(
     config: &Config,
@@ -192,12 +199,24 @@ async fn end(
     workers: Vec<WorkerHandle>,
     signals: &mut Signals,
 ) -> anyhow::Result<()> {
+    let mut patience = Duration::ZERO;
     if let Some(mut steering) = steering {
         steering.stop()?;
+        if config.capture.tcp {
+            patience = HANDSHAKES.min(config.timeouts.drain);
+        }
+    }
+    tokio::select! {
+        () = tokio::time::sleep(patience) => {}
+        name = signals.recv() => {
+            tracing::info!("{name} again: stopping at once");
+            controller.stop();
+        }
     }
     let mut running: FuturesUnordered<_> = workers.into_iter().map(WorkerHandle::finished).collect();
     let mut outcome = Ok(());
-    controller.drain_then_stop(config.timeouts.drain, signals, join(&mut running, &mut outcome)).await;
+    let rest = config.timeouts.drain.saturating_sub(patience);
+    controller.drain_then_stop(rest, signals, join(&mut running, &mut outcome)).await;
     join(&mut running, &mut outcome).await;
     outcome.map_err(Into::into)
 }

@@ -86,11 +86,14 @@ impl Shutdown {
     }
 }
 
-/// SIGTERM and SIGINT.
+/// SIGTERM, SIGINT, and SIGHUP: a terminal that is closed must not leave
+/// programs and rules behind.
 #[derive(Debug)]
 pub struct Signals {
     terminate: Signal,
     interrupt: Signal,
+    /// None where it was ignored from the start, as `nohup` has it.
+    hangup: Option<Signal>,
 }
 
 impl Signals {
@@ -99,16 +102,35 @@ impl Signals {
     /// # Errors
     /// What `sigaction(2)` answers. Must be called within a tokio runtime.
     pub fn new() -> io::Result<Self> {
-        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+        let hangup = (!is_ignored(libc::SIGHUP)).then(|| signal(SignalKind::hangup())).transpose()?;
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            hangup,
+        })
     }
 
     /// Waits for the next one and names it.
     pub async fn recv(&mut self) -> &'static str {
+        let hangup = async {
+            match &mut self.hangup {
+                Some(hangup) => hangup.recv().await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
             _ = self.terminate.recv() => "SIGTERM",
             _ = self.interrupt.recv() => "SIGINT",
+            _ = hangup => "SIGHUP",
         }
     }
+}
+
+/// Whether this process ignores a signal; where there is no `/proc`, it does not.
+fn is_ignored(signal: libc::c_int) -> bool {
+    procfs::process::Process::myself()
+        .and_then(|process| process.status())
+        .is_ok_and(|status| status.sigign >> (signal - 1) & 1 == 1)
 }
 
 #[cfg(test)]

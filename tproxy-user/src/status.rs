@@ -58,7 +58,7 @@ impl Reporter {
             .attached
             .borrow()
             .iter()
-            .map(|a| json!({"name": a.name, "attach": a.hook, "role": a.role}))
+            .map(|a| json!({"name": a.name, "index": a.index, "attach": a.hook, "role": a.role}))
             .collect();
         let mut all = Map::new();
         if let Some(Ok(kernel)) = self.counters.as_ref().map(CounterMap::read) {

@@ -22,6 +22,7 @@ use crate::listener::WorkerListeners;
 use crate::plan::{Plan, PlannedInterface, Role};
 use crate::privilege;
 use crate::routing::{self, Routing};
+use crate::undo;
 
 /// The running kernel side.
 #[derive(Debug)]
@@ -37,6 +38,8 @@ pub struct Steering {
 /// An interface with programs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Attached {
+    /// Its index.
+    pub index: u32,
     /// Its name.
     pub name: String,
     /// What it is to the proxy.
@@ -132,33 +135,45 @@ impl Steering {
         let routing = Routing::new(self.handle.clone(), self.config.steering.table);
         let changes = routing.apply(&self.plan.rules, &self.plan.routes).await?;
         tracing::debug!(?changes, "rules and routes");
-        self.detach_stale();
+        self.detach_stale(instance).await;
+        let mut outcome = Ok(());
         for interface in self.plan.interfaces.clone() {
-            if !self.attached.contains_key(&interface.index) {
-                self.attach(&interface, instance).await?;
+            if self.attached.contains_key(&interface.index) {
+                continue;
+            }
+            // One that cannot be had must not keep the others from their programs.
+            match self.attach(&interface, instance).await {
+                Err(error) if outcome.is_ok() => outcome = Err(error),
+                Err(error) => tracing::warn!("{error:#}"),
+                Ok(()) => {}
             }
         }
-        Ok(())
+        outcome
     }
 
-    /// Forgets interfaces that are gone or changed their part. With an
-    /// interface go its programs; only the pins of its links are left.
-    fn detach_stale(&mut self) {
+    /// Detaches from interfaces that are gone or changed their part. Links are
+    /// detached by removing their pins; filters would stay, and be joined by
+    /// others once the interface is back.
+    async fn detach_stale(&mut self, instance: &mut Instance) {
         let plan = &self.plan;
-        let pin = &self.config.pin;
-        self.attached.retain(|index, attached| {
-            let stays = plan
-                .interfaces
+        let stays = |index: u32, attached: &Attached| {
+            plan.interfaces
                 .iter()
-                .any(|i| i.index == *index && i.name == attached.name && i.role == attached.role);
-            if !stays {
-                tracing::info!("{} is gone", attached.name);
-                if let Err(error) = bpffs::remove_links(pin, *index) {
-                    tracing::warn!("{error}");
-                }
+                .any(|i| i.index == index && i.name == attached.name && i.role == attached.role)
+        };
+        let (stay, stale): (BTreeMap<_, _>, BTreeMap<_, _>) = std::mem::take(&mut self.attached)
+            .into_iter()
+            .partition(|(index, attached)| stays(*index, attached));
+        self.attached = stay;
+        for (index, attached) in stale {
+            tracing::info!("{}: detached", attached.name);
+            if let Err(error) = bpffs::remove_links(&self.config.pin, index) {
+                tracing::warn!("{error}");
             }
-            stays
-        });
+            if let Err(error) = undo::detached(instance, index, &self.handle).await {
+                tracing::warn!("{}: {error:#}", attached.name);
+            }
+        }
     }
 
     async fn attach(&mut self, interface: &PlannedInterface, instance: &mut Instance) -> anyhow::Result<()> {
@@ -172,7 +187,8 @@ impl Steering {
             instance.record(|journal| journal.filters.push(made)).map_err(std::io::Error::other)
         })?;
         tracing::info!("{} ({:?}): attached by {hook:?}", interface.name, interface.role);
-        let attached = Attached { name: interface.name.clone(), role: interface.role, hook };
+        let attached =
+            Attached { index: interface.index, name: interface.name.clone(), role: interface.role, hook };
         self.attached.insert(interface.index, attached);
         Ok(())
     }

@@ -3,11 +3,12 @@
 use std::path::Path;
 
 use anyhow::Context as _;
-use nix::net::if_::if_nametoindex;
+use nix::net::if_::{if_indextoname, if_nametoindex};
 use rtnetlink::Handle;
 
 use crate::clsact;
 use crate::datapath::bpffs;
+use crate::instance::Instance;
 use crate::instance::state::{FilterMade, Journal, QdiscMade, State, SysctlChange, netns};
 use crate::routing::Routing;
 use crate::sysctl;
@@ -103,6 +104,20 @@ pub async fn network(journal: &Journal, handle: &Handle, report: &mut Report) {
     }
 }
 
+/// Removes the filters of one interface of a running instance, and forgets them.
+///
+/// # Errors
+/// Where the kernel refuses, or the journal cannot be written.
+pub async fn detached(instance: &mut Instance, ifindex: u32, handle: &Handle) -> anyhow::Result<()> {
+    let journal = &instance.state().journal;
+    for made in ours(&journal.filters).filter(|made| made.ifindex == ifindex) {
+        filter(made, handle).await?;
+    }
+    let name = if_indextoname(ifindex).ok().and_then(|name| name.into_string().ok());
+    instance.record(|journal| journal.detached(ifindex, name.as_deref()))?;
+    Ok(())
+}
+
 /// The filters that are ours: the last that was recorded for each side of an
 /// interface. Those before it were tried, and found taken by another.
 fn ours(filters: &[FilterMade]) -> impl Iterator<Item = &FilterMade> {
@@ -120,10 +135,10 @@ fn is_still(ifname: &str, ifindex: u32) -> bool {
     if_nametoindex(ifname) == Ok(ifindex)
 }
 
+/// Removes a filter that we made. It is known by its place and the name of its
+/// program; the interface may have another name by now.
 async fn filter(made: &FilterMade, handle: &Handle) -> anyhow::Result<bool> {
-    if !is_still(&made.ifname, made.ifindex)
-        || !clsact::filters(handle, made.ifindex).await?.contains(&made.filter)
-    {
+    if !clsact::filters(handle, made.ifindex).await?.contains(&made.filter) {
         return Ok(false);
     }
     clsact::del_filter(handle, made.ifindex, &made.filter).await?;

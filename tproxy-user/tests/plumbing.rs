@@ -3,17 +3,18 @@
 
 mod plumbing {
     pub(crate) mod commands;
+    pub(crate) mod life;
     pub(crate) mod network;
     pub(crate) mod world;
 }
 
 use libtest_mimic::{Arguments, Failed, Trial};
-use plumbing::{commands, network, world};
+use plumbing::{commands, life, network, world};
 
 fn main() {
     let root = nix::unistd::geteuid().is_root();
     let mut trials = Vec::new();
-    for (name, test) in network::TESTS.iter().chain(commands::TESTS) {
+    for (name, test) in network::TESTS.iter().chain(commands::TESTS).chain(life::TESTS) {
         let run = move || world::in_namespace(*test).map_err(Failed::from);
         trials.push(Trial::test(*name, run).with_kind("needs root").with_ignored_flag(!root));
     }

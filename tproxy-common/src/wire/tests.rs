@@ -53,10 +53,10 @@ fn ipv4_options_move_the_ports() {
 #[test]
 fn later_fragment_has_no_ports() {
     let parsed = parse_v4(&v4(5, 28, 0x00b9, UDP, &UDP_53).as_slice()).expect("valid");
-    assert_eq!(parsed.fragment, Fragment::Later { id: 0x1234 });
+    assert_eq!((parsed.fragment, parsed.fragment_id), (Fragment::Later, 0x1234));
     assert_eq!((parsed.source_port, parsed.destination_port), (0, 0));
     let parsed = parse_v4(&v4(5, 28, 0x2000, UDP, &UDP_53).as_slice()).expect("valid");
-    assert_eq!(parsed.fragment, Fragment::First { id: 0x1234 });
+    assert_eq!((parsed.fragment, parsed.fragment_id), (Fragment::First, 0x1234));
     assert_eq!(parsed.destination_port, 53);
 }
 
@@ -91,9 +91,9 @@ fn ipv6_fragments() {
         parse_v6(&v6(44, &payload).as_slice()).expect("valid")
     };
     assert_eq!(fragment(0).fragment, Fragment::Whole);
-    assert_eq!(fragment(1).fragment, Fragment::First { id: 7 });
+    assert_eq!((fragment(1).fragment, fragment(1).fragment_id), (Fragment::First, 7));
     assert_eq!(fragment(1).destination_port, 53);
-    assert_eq!(fragment(8).fragment, Fragment::Later { id: 7 });
+    assert_eq!((fragment(8).fragment, fragment(8).fragment_id), (Fragment::Later, 7));
     assert_eq!(fragment(9).destination_port, 0);
 }
 

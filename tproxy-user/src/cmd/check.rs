@@ -6,7 +6,7 @@ use crate::instance::{self, Paths};
 use crate::interfaces::{self, Host};
 use crate::output;
 use crate::plan::Plan;
-use crate::{netlink, routing};
+use crate::{netlink, owner, routing};
 
 /// Prints the plan.
 ///
@@ -28,10 +28,26 @@ pub fn run(config: &Config, json: bool) -> anyhow::Result<()> {
         }
     }
     plan.require_present(&host)?;
-    if let Some(conflict) = conflict {
-        return Err(Failure::Conflict(conflict).into());
+    match conflict.or_else(|| port_taken(config, &plan, &paths)) {
+        Some(conflict) => Err(Failure::Conflict(conflict).into()),
+        None => Ok(()),
     }
-    Ok(())
+}
+
+/// Who has a port that `run` needs, as far as it can be seen; the running
+/// instance of this very configuration does not count.
+fn port_taken(config: &Config, plan: &Plan, paths: &Paths) -> Option<String> {
+    if config.steering.on_port == 0 || paths.running().ok().flatten().is_some() {
+        return None;
+    }
+    plan.sockets.iter().find_map(|socket| {
+        let protocol = if socket.protocol == "tcp" { owner::Protocol::Tcp } else { owner::Protocol::Udp };
+        let owner = owner::of_port(protocol, socket.address)?;
+        Some(format!(
+            "cannot listen on {} {}: {owner} has it; choose another port with --on-port",
+            socket.protocol, socket.address
+        ))
+    })
 }
 
 async fn look(config: &Config) -> anyhow::Result<(Host, Option<String>)> {

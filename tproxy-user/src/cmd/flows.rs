@@ -1,10 +1,13 @@
 //! `flows`: the flow table, for people and as JSON.
 
-use std::io::ErrorKind;
+use std::collections::HashMap;
+use std::io::{self, ErrorKind};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
+use aya::maps::MapError;
+use aya::pin::PinError;
 use nix::net::if_::if_indextoname;
 use nix::time::{ClockId, clock_gettime};
 use serde::Serialize;
@@ -13,6 +16,9 @@ use tproxy_common::abi::{Addr, Flow, FlowKey, Origin, TCP, UDP, Verdict, map};
 use crate::cli::DataArgs;
 use crate::datapath;
 use crate::failure::Failure;
+use crate::instance::Paths;
+use crate::instance::control::{self, Request};
+use crate::instance::state::netns;
 use crate::output::{self, Align, Table, bytes, span};
 
 /// Prints the flow table.
@@ -22,9 +28,11 @@ use crate::output::{self, Align, Table, bytes, span};
 pub fn run(args: &DataArgs) -> anyhow::Result<()> {
     require_pinned(&args.pin)?;
     let clock = Clock::now()?;
-    let mut flows: Vec<Row> = datapath::flows::read(&args.pin)?
+    let interface_name = interface_names(&args.pin)?;
+    let mut flows: Vec<Row> = datapath::flows::read(&args.pin)
+        .map_err(|error| explain(error, &args.pin))?
         .iter()
-        .map(|(key, flow)| Row::new(key, flow, &clock, interface_name))
+        .map(|(key, flow)| Row::new(key, flow, &clock, &interface_name))
         .collect();
     flows.sort_by_key(|row| std::cmp::Reverse(row.last_seen_at));
     if args.json {
@@ -52,9 +60,36 @@ fn require_pinned(pin: &Path) -> Result<(), Failure> {
     }
 }
 
-fn interface_name(index: u32) -> String {
-    let name = if_indextoname(index).ok().and_then(|name| name.into_string().ok());
-    name.unwrap_or_else(|| format!("if{index}"))
+/// Reading a map takes a privilege of its own.
+fn explain(error: MapError, pin: &Path) -> anyhow::Error {
+    let denied = |error: &io::Error| error.kind() == ErrorKind::PermissionDenied;
+    match &error {
+        MapError::PinError { error: PinError::SyscallError(call), .. } | MapError::SyscallError(call)
+            if denied(&call.io_error) =>
+        {
+            let path = pin.join(map::FLOWS);
+            Failure::unsupported(format_args!("may not read {}; run as root", path.display())).into()
+        }
+        _ => error.into(),
+    }
+}
+
+/// Names interfaces by index: as the proxy's network namespace has them, where
+/// it runs in another one than this process.
+fn interface_names(pin: &Path) -> anyhow::Result<impl Fn(u32) -> String> {
+    let paths = Paths::of(pin);
+    let elsewhere = paths.read_state()?.is_some_and(|state| state.netns != netns());
+    let status = elsewhere.then(|| control::ask(&paths.control(), Request::Status).ok()).flatten();
+    let names: HashMap<u32, String> = status
+        .iter()
+        .flat_map(|status| status["interfaces"].as_array().into_iter().flatten())
+        .filter_map(|i| Some((u32::try_from(i["index"].as_u64()?).ok()?, i["name"].as_str()?.to_owned())))
+        .collect();
+    Ok(move |index| {
+        let here = || if_indextoname(index).ok()?.into_string().ok();
+        let name = if elsewhere { names.get(&index).cloned() } else { here() };
+        name.unwrap_or_else(|| format!("if{index}"))
+    })
 }
 
 /// Both clocks at one moment: the kernel stamps flows with `CLOCK_MONOTONIC`.

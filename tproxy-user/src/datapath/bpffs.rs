@@ -6,6 +6,9 @@ use std::path::{Path, PathBuf};
 
 use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+use tproxy_common::abi::{map, program};
+
+use crate::failure::Failure;
 
 /// A pin directory that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -14,8 +17,8 @@ pub enum PinError {
     #[error("cannot mount the BPF file system on /sys/fs/bpf: {0}; mount it: mount -t bpf bpf /sys/fs/bpf")]
     Mount(#[source] nix::Error),
     /// The directory is on another file system.
-    #[error("{0} is not on a BPF file system; choose a pin directory below /sys/fs/bpf")]
-    NotBpf(PathBuf),
+    #[error("--pin")]
+    NotBpf(#[source] Failure),
     /// A file operation failed.
     #[error("{path}: {source}")]
     Io {
@@ -43,9 +46,15 @@ pub fn create(pin: &Path) -> Result<(), PinError> {
         mount(Some("bpf"), MOUNT_POINT, Some("bpf"), MsFlags::empty(), None::<&str>)
             .map_err(PinError::Mount)?;
     }
+    // Before anything is made.
+    if !pin.ancestors().find(|path| path.exists()).is_some_and(is_bpffs) {
+        return Err(PinError::NotBpf(Failure::usage(format_args!(
+            "{} is not on a BPF file system; choose a directory below {MOUNT_POINT}",
+            pin.display()
+        ))));
+    }
     let links = links(pin);
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&links).map_err(error(&links))?;
-    if is_bpffs(&links) { Ok(()) } else { Err(PinError::NotBpf(pin.to_owned())) }
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&links).map_err(error(&links))
 }
 
 /// Where the links are pinned.
@@ -54,20 +63,21 @@ pub fn links(pin: &Path) -> PathBuf {
     pin.join("links")
 }
 
-/// Removes every pin below the directory and the directory. A link of which
-/// this was the last reference detaches its program. Returns the pins in words;
-/// a directory that does not exist has none.
+/// Removes all that this program pins below the directory, and the directory
+/// once it is empty. A link of which this was the last reference detaches its
+/// program. Returns the pins in words; a directory that does not exist, or is
+/// on another file system, has none.
 ///
 /// # Errors
 ///
 /// [`PinError::Io`] names the pin that would not go.
 pub fn remove(pin: &Path) -> Result<Vec<String>, PinError> {
-    if pin.exists() && !is_bpffs(pin) {
-        return Err(PinError::NotBpf(pin.to_owned()));
+    if !is_bpffs(pin) {
+        return Ok(Vec::new());
     }
     // Programs first, then the maps that they use.
     let mut removed = remove_replaced(pin)?;
-    removed.extend(remove_files(&links(pin), |_| true)?);
+    removed.extend(remove_files(&links(pin), is_link)?);
     remove_dir(&links(pin))?;
     removed.extend(remove_maps(pin)?);
     remove_dir(pin)?;
@@ -81,11 +91,8 @@ pub fn remove(pin: &Path) -> Result<Vec<String>, PinError> {
 ///
 /// [`PinError`].
 pub fn set_aside(pin: &Path) -> Result<(), PinError> {
-    if !pin.exists() {
-        return Ok(());
-    }
     if !is_bpffs(pin) {
-        return Err(PinError::NotBpf(pin.to_owned()));
+        return Ok(());
     }
     remove_replaced(pin)?;
     match std::fs::rename(links(pin), replaced(pin)) {
@@ -102,7 +109,7 @@ pub fn set_aside(pin: &Path) -> Result<(), PinError> {
 ///
 /// [`PinError::Io`] names the pin that would not go.
 pub fn remove_replaced(pin: &Path) -> Result<Vec<String>, PinError> {
-    let removed = remove_files(&replaced(pin), |_| true)?;
+    let removed = remove_files(&replaced(pin), is_link)?;
     remove_dir(&replaced(pin))?;
     Ok(removed)
 }
@@ -112,7 +119,17 @@ fn replaced(pin: &Path) -> PathBuf {
 }
 
 fn remove_maps(pin: &Path) -> Result<Vec<String>, PinError> {
-    remove_files(pin, |name| name != "links" && name != "replaced")
+    remove_files(pin, |name| map::ALL.contains(&name))
+}
+
+/// Whether a pin has a name as [`attach`](super::attach) gives: the user may
+/// name a directory in which others have pins too.
+fn is_link(name: &str) -> bool {
+    let program = match name.split_once('_') {
+        Some((index, program)) if index.parse::<u32>().is_ok() => program,
+        _ => return name == program::LOOKUP,
+    };
+    [program::CAPTURE, program::UPLINK, program::REPLY, program::OWN, program::LOOPBACK].contains(&program)
 }
 
 /// Removes the pinned links of one interface, which is gone or has another part now.
@@ -148,9 +165,26 @@ fn remove_files(dir: &Path, which: impl Fn(&str) -> bool) -> Result<Vec<String>,
     Ok(removed)
 }
 
+/// Removes a directory, unless it is not there, holds pins of others, or is the mount point.
 fn remove_dir(dir: &Path) -> Result<(), PinError> {
+    use io::ErrorKind::{DirectoryNotEmpty, NotFound, ResourceBusy};
     match std::fs::remove_dir(dir) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(error(dir)(e)),
+        Err(e) if !matches!(e.kind(), NotFound | DirectoryNotEmpty | ResourceBusy) => Err(error(dir)(e)),
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn own_links_are_told_from_others() {
+        for own in ["tproxy_lookup", "2_tproxy_capture", "4294967295_tproxy_lo", "7_tproxy_own"] {
+            assert!(is_link(own), "{own}");
+        }
+        for other in ["", "_", "2_", "lookup", "x_tproxy_capture", "2_tproxy_captured", "2_tproxy_lookup"] {
+            assert!(!is_link(other), "{other}");
+        }
     }
 }

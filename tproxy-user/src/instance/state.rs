@@ -68,6 +68,18 @@ pub struct Journal {
     pub qdiscs: Vec<QdiscMade>,
 }
 
+impl Journal {
+    /// Forgets the filters of an interface. `name` is what it is called now;
+    /// `None`: it is gone, and its qdisc went with it.
+    pub fn detached(&mut self, ifindex: u32, name: Option<&str>) {
+        self.filters.retain(|made| made.ifindex != ifindex);
+        self.qdiscs.retain(|made| name.is_some() || made.ifindex != ifindex);
+        for made in self.qdiscs.iter_mut().filter(|made| made.ifindex == ifindex) {
+            name.unwrap_or_default().clone_into(&mut made.ifname);
+        }
+    }
+}
+
 /// The content of the state file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {

@@ -5,7 +5,7 @@ use std::net::TcpStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
 use xtask::lab::daemon::wait_for;
 use xtask::lab::load::{Load, LoadServer, Report};
@@ -13,7 +13,9 @@ use xtask::lab::peer;
 use xtask::lab::proxy::{self, Launch};
 use xtask::lab::{Family, Lab};
 
-use crate::common::{Scenarios, at, expect_service, expect_tcp_service, needs_proxy, service, start_proxy};
+use crate::common::{
+    SERVICE_PORT, Scenarios, Skip, at, expect_service, expect_tcp_service, needs_proxy, service, start_proxy,
+};
 use crate::host::counters_named;
 use crate::snapshot::Snapshot;
 
@@ -33,6 +35,7 @@ pub(crate) const SCENARIOS: Scenarios = &[
         terminated(lab, family, "--iface lan --own-traffic", Signal::SIGINT)
     }),
     ("F10_open_connections_are_drained", drained),
+    ("F10_handshakes_under_way_are_served", handshake),
     ("F10_a_second_signal_ends_at_once", second_signal),
     ("clsact_F2_kill_9_under_load_fail_open", |lab, family| {
         killed(lab, family, "--iface lan --attach clsact --fail open", Fail::Open)
@@ -252,6 +255,28 @@ fn drained(lab: &Lab, family: Family) -> Result<()> {
     let status = proxy.daemon.ended()?.context("the proxy is still there")?;
     ensure!(status.code() == Some(0), "the drained proxy ended with {status} after {:?}", started.elapsed());
     Snapshot::take(lab)?.expect_same(&before)
+}
+
+/// The proxy has answered a SYN when SIGTERM comes; the client believes itself
+/// connected, and its acknowledgement is still on its way.
+fn handshake(lab: &Lab, family: Family) -> Result<()> {
+    let _service = service(lab, family)?;
+    let mut proxy = start_proxy(lab, "--iface lan")?;
+    let rules = "add table inet hold; \
+        add chain inet hold out { type filter hook output priority 0; }; \
+        add rule inet hold out tcp flags & (syn | ack) == ack drop";
+    if lab.client.cmd("nft").arg(rules).run()?.code() != 0 {
+        bail!(Skip("nft, which holds packets back here, does not work".into()));
+    }
+    let to = at(family.anywhere(7), SERVICE_PORT);
+    let mut stream = peer::connect(&lab.client, None, to, Duration::from_secs(5))?;
+    proxy.daemon.signal(Signal::SIGTERM)?;
+    std::thread::sleep(Duration::from_millis(100));
+    lab.client.cmd("nft").args(["delete", "table", "inet", "hold"]).check()?;
+    let (echo, _) = peer::ask(&mut stream, "late, but here").context("a connection begun before SIGTERM")?;
+    ensure!(echo == "late, but here", "the echo was {echo:?}");
+    drop(stream);
+    wait_for("the end of the proxy", Duration::from_secs(5), || Ok(proxy.daemon.ended()?.is_some()))
 }
 
 fn second_signal(lab: &Lab, family: Family) -> Result<()> {
