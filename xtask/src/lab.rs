@@ -227,6 +227,17 @@ impl Lab {
         }
         self.router.set_sysctls(&[("net/ipv4/ip_forward", "1"), ("net/ipv6/conf/all/forwarding", "1")])?;
         self.server.set_sysctls(&[("net/ipv6/ip_nonlocal_bind", "1")])?;
+        // Namespaces of one kernel pick ephemeral ports by the same secret, so the
+        // client and a proxy that acts for it would pick the same ones, far more
+        // often than two hosts do. That matters when a client's next connection is
+        // forwarded: while a closed one of the proxy with the same addresses and
+        // ports is in TIME_WAIT, early demux finds it, and the kernel drops what is
+        // to be forwarded (`ip_forward`: an skb that has a socket).
+        for (namespace, ports) in
+            [(&self.client, "2000 19999"), (&self.guest, "2000 19999"), (&self.router, "30000 60999")]
+        {
+            namespace.set_sysctls(&[("net/ipv4/ip_local_port_range", ports)])?;
+        }
         let (client, server, guest) = (self.client.name(), self.server.name(), self.guest.name());
         self.router.ip_batch(&format!(
             "link set lo up\n\

@@ -164,7 +164,7 @@ fn connections(lab: &Lab, family: Family, ports_of_router: &str, count: u64) -> 
         targets: vec![at(family.anywhere(1), PORT), at(family.anywhere(2), PORT)],
         concurrency: 64,
         connections: count,
-        duration: Duration::from_secs(58),
+        duration: Duration::from_secs(150),
         reset: false,
     };
     load.run(&lab.client, &AtomicBool::new(false))?.expect_all(count)?;
