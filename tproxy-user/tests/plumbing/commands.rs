@@ -146,8 +146,8 @@ fn pages_and_completions() -> Outcome {
         std::fs::read_dir(dir.path()).expect("pages").flatten().map(|page| page.file_name()).collect();
     pages.sort();
     let commands = ["check", "cleanup", "completions", "flows", "run", "status"];
-    let mut expected: Vec<_> = commands.iter().map(|name| format!("tproxy-user-{name}.1")).collect();
-    expected.push("tproxy-user.1".to_owned());
+    let mut expected: Vec<_> = commands.iter().map(|name| format!("tproxy-user-{name}.8")).collect();
+    expected.push("tproxy-user.8".to_owned());
     expected.sort();
     ensure!(pages == expected.iter().map(std::ffi::OsString::from).collect::<Vec<_>>(), "{pages:?}");
     for shell in ["bash", "zsh", "fish"] {
