@@ -286,8 +286,10 @@ pub struct Settings {
     pub any_destination: u8,
     /// 1: the host's own traffic is captured.
     pub own_traffic: u8,
+    /// 1: the `sk_lookup` program is attached, so reassembled fragments find their socket.
+    pub sk_lookup: u8,
     /// Zero.
-    pub pad: [u8; 2],
+    pub pad: u8,
     /// Ports of the listeners, by [`listener_index`]; for `listener_by_tuple`.
     pub listener_ports: ListenerPorts,
 }

@@ -75,6 +75,8 @@ counters! {
     PassNoSocket => pass_no_socket,
     /// Passed: a packet that the proxy itself sent.
     PassOwnMark => pass_own_mark,
+    /// Dropped: a datagram that the proxy itself had sent came back, because the route to its destination leads in again.
+    LoopDropped => loop_dropped,
     /// Passed: no proxy was listening and `fail = open`.
     FailOpen => fail_open,
     /// Dropped: no proxy was listening and `fail = closed`.

@@ -4,7 +4,7 @@ use core::intrinsics::{AtomicOrdering, atomic_xadd};
 
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use aya_ebpf::helpers::bpf_ktime_get_ns;
-use tproxy_common::abi::{Flow, FlowKey, Origin, Verdict};
+use tproxy_common::abi::{Flow, FlowKey, Origin, UDP, Verdict};
 use tproxy_common::classify::is_reopened;
 use tproxy_common::counter::Counter;
 use tproxy_common::flow::tcp_seen;
@@ -101,6 +101,15 @@ impl FlowRef {
     pub(crate) fn is_from_uplink(&self) -> bool {
         // SAFETY: see `FlowRef`.
         unsafe { (*self.0).origin == Origin::Uplink as u8 }
+    }
+
+    /// Whether a packet of it was seen within the time that connection tracking
+    /// gives a UDP stream (`nf_conntrack_udp_timeout_stream`, 120 s).
+    #[inline(always)]
+    pub(crate) fn is_recent(&self) -> bool {
+        const UDP_STREAM: u64 = 120_000_000_000;
+        // SAFETY: see `FlowRef`.
+        now().saturating_sub(unsafe { (*self.0).last_seen }) < UDP_STREAM
     }
 
     /// Counts a packet of the client.
@@ -213,5 +222,22 @@ pub(crate) fn egress(skb: &Skb) -> i32 {
 pub(crate) fn reply(skb: &Skb, packet: &Packet) {
     if let Some(flow) = FlowRef::find(&down_key(packet)) {
         flow.down(skb, packet);
+    } else if packet.protocol == UDP && skb.ingress_ifindex() != 0 {
+        note_request_from_outside(skb, packet);
+    }
+}
+
+/// Remembers that an outside host asked a UDP server behind this one: the
+/// server's answers are no flows of a client. Here, where the request leaves,
+/// its destination is the server's own address, whatever NAT there is.
+#[inline(never)]
+fn note_request_from_outside(skb: &Skb, packet: &Packet) {
+    let key = up_key(packet);
+    // A client's flow, on its way out.
+    if FlowRef::find(&key).is_some_and(|flow| !flow.is_from_uplink()) {
+        return;
+    }
+    if let Some(flow) = FlowRef::open(skb, &key, Verdict::Pass, Origin::Uplink) {
+        flow.up(skb, packet);
     }
 }

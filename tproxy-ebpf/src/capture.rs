@@ -12,8 +12,11 @@ use crate::policy;
 use crate::settings;
 use crate::skb::Skb;
 use crate::sock;
-use crate::steer::{Mark, fail, pass, to_socket, to_stack};
+use crate::steer::{Mark, drop, fail, pass, to_socket, to_stack};
 use crate::trace::trace;
+
+/// The identifier in a VLAN tag (IEEE 802.1Q).
+const VLAN_ID: u32 = 0x0fff;
 
 /// Decides over a packet.
 #[inline(always)]
@@ -36,7 +39,8 @@ pub(crate) fn admitted(skb: &Skb, decide: impl FnOnce(&Packet) -> i32) -> i32 {
     if !skb.is_for_host() {
         return pass(Counter::PassNotForUs);
     }
-    if skb.vlan_present() != 0 {
+    // Identifier 0 carries a priority alone; the stack takes it off.
+    if skb.vlan_present() != 0 && skb.vlan_tci() & VLAN_ID != 0 {
         return pass(Counter::PassVlan);
     }
     let mut packet = Packet::EMPTY;
@@ -83,6 +87,10 @@ fn tcp(skb: &Skb, packet: &Packet) -> i32 {
             // server a client that it does not know; the stack answers with a reset.
             Some(flow) if proxied => {
                 flow.up(skb, packet);
+                // Without a proxy nobody answers here.
+                if sock::listener(skb, packet).is_none() {
+                    return fail();
+                }
                 to_stack(skb, Mark::Tproxy, Counter::SteeredLate)
             }
             _ => pass(Counter::PassMidstream),
@@ -131,6 +139,7 @@ fn udp(skb: &Skb, packet: &Packet) -> i32 {
             }
             if let Some(request) = FlowRef::find(&down_key(packet))
                 && request.is_from_uplink()
+                && request.is_recent()
             {
                 request.down(skb, packet);
                 return pass(Counter::PassReply);
@@ -142,6 +151,11 @@ fn udp(skb: &Skb, packet: &Packet) -> i32 {
                 return pass(Counter::PassPolicy);
             }
             let Some(sock) = sock::listener(skb, packet) else { return fail() };
+            // The route of its destination leads back in here. Taken again it
+            // would be sent again, with a new TTL and without end.
+            if sock::is_sent_by_own_udp(skb, packet) {
+                return drop(Counter::LoopDropped);
+            }
             note_host_pair(packet);
             if let Some(flow) = FlowRef::open(skb, &key, Verdict::Proxy, Origin::Captured) {
                 flow.up(skb, packet);

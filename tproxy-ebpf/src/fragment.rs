@@ -10,8 +10,10 @@ use crate::account::{FlowRef, count, up_key};
 use crate::capture::{note_host_pair, note_request_to_host};
 use crate::maps::FRAGMENTS;
 use crate::policy;
+use crate::settings;
 use crate::skb::Skb;
-use crate::steer::{Mark, pass, to_stack};
+use crate::sock;
+use crate::steer::{Mark, fail, pass, to_stack};
 
 /// What differs between the two sides of the proxy. Neither is asked about
 /// packets for this host.
@@ -46,10 +48,18 @@ pub(crate) fn ingress<S: Side>(skb: &Skb, packet: &Packet) -> i32 {
         }
         return pass(Counter::PassLocal);
     }
+    // After reassembly nothing would hand the datagram to the proxy.
+    if settings::sk_lookup() == 0 {
+        return pass(Counter::PassPolicy);
+    }
     let key = key(packet);
     let known = FRAGMENTS.get_ptr_mut(&key);
     let proxied =
         if is_first { first::<S>(skb, packet, &key, known) } else { later::<S>(skb, packet, &key, known) };
+    // All workers listen, or none does: the port does not matter here.
+    if proxied && S::COUNTS && sock::listener(skb, packet).is_none() {
+        return fail();
+    }
     if proxied { to_stack(skb, Mark::Tproxy, Counter::SteeredFragment) } else { pass(Counter::PassPolicy) }
 }
 

@@ -57,7 +57,10 @@ fn own(skb: &Skb, packet: &Packet) -> i32 {
         && !packet.is_syn()
     {
         flow.up(skb, packet);
-        return if flow.is_proxied() { to_loopback(skb) } else { pass(Counter::PassPolicy) };
+        if !flow.is_proxied() {
+            return pass(Counter::PassPolicy);
+        }
+        return if sock::listener(skb, packet).is_some() { to_loopback(skb) } else { fail() };
     }
     if packet.protocol == UDP {
         // An answer of a service on this host.
@@ -78,6 +81,10 @@ fn own(skb: &Skb, packet: &Packet) -> i32 {
     }
     let captured = policy::captures(packet);
     if captured && sock::listener(skb, packet).is_none() {
+        // See `capture`: an entry of an earlier, proxied connection.
+        if FlowRef::find(&key).is_some() && settings::fail_open() == 1 {
+            FlowRef::open(skb, &key, Verdict::Pass, Origin::Own);
+        }
         return fail();
     }
     let verdict = if captured { Verdict::Proxy } else { Verdict::Pass };

@@ -23,7 +23,8 @@ static SETTINGS: Settings = Settings {
     any_source: 1,
     any_destination: 1,
     own_traffic: 0,
-    pad: [0; 2],
+    sk_lookup: 1,
+    pad: 0,
     listener_ports: ListenerPorts([0; 4 * MAX_WORKERS as usize]),
 };
 
@@ -57,6 +58,7 @@ setting! {
     any_source: u8,
     any_destination: u8,
     own_traffic: u8,
+    sk_lookup: u8,
     listen_v4: [u8; 4],
     listen_v6: [u8; 16],
 }

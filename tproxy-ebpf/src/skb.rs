@@ -57,12 +57,16 @@ impl Skb {
         protocol,
         /// 1 where an outer VLAN tag was taken off.
         vlan_present,
+        /// The tag that was taken off.
+        vlan_tci,
         /// Interface that it arrived on, 0 for what this host sends.
         ingress_ifindex,
         /// Interface that the program is attached to.
         ifindex,
         /// Segments of a GRO or GSO packet.
         gso_segs,
+        /// Payload bytes of each of them (Linux 5.7).
+        gso_size,
     }
 
     /// Whether the frame is addressed to this host at the link layer.
@@ -113,7 +117,12 @@ impl Skb {
         // Above 64 KiB the IP header has no length; only Ethernet devices build such packets.
         let ip_len =
             if packet.ip_len == 0 { self.len().saturating_sub(ETHERNET_HEADER) } else { packet.ip_len };
-        on_the_wire(ip_len, packet.header_len, self.gso_segs())
+        // Guests and taps leave the count to whoever sends the packet on.
+        let segments = match (self.gso_segs(), self.gso_size()) {
+            (0, size) if size != 0 => ip_len.saturating_sub(packet.header_len).div_ceil(size),
+            (segments, _) => segments,
+        };
+        on_the_wire(ip_len, packet.header_len, segments)
     }
 }
 

@@ -188,6 +188,16 @@ pub(crate) fn own_udp(skb: &Skb, packet: &Packet) -> Option<Sock> {
     if sock.is_own() && sock.is_bound_to(&packet.destination, packet.family) { Some(sock) } else { None }
 }
 
+/// Whether the proxy itself sent this UDP packet: the source is exactly what
+/// one of its sockets is bound to.
+#[inline(always)]
+pub(crate) fn is_sent_by_own_udp(skb: &Skb, packet: &Packet) -> bool {
+    let mut reversed = *packet;
+    (reversed.source, reversed.destination) = (packet.destination, packet.source);
+    (reversed.source_port, reversed.destination_port) = (packet.destination_port, packet.source_port);
+    own_udp(skb, &reversed).is_some()
+}
+
 /// Whether a UDP packet for this host belongs to a socket of the proxy.
 #[inline(always)]
 pub(crate) fn is_for_own_udp(skb: &Skb, packet: &Packet) -> bool {

@@ -33,12 +33,14 @@ pub(crate) fn pass(reason: Counter) -> i32 {
 /// No proxy is there to take a matching flow: the user's choice.
 #[inline(always)]
 pub(crate) fn fail() -> i32 {
-    if settings::fail_open() == 1 {
-        pass(Counter::FailOpen)
-    } else {
-        count(Counter::FailClosed);
-        DROP
-    }
+    if settings::fail_open() == 1 { pass(Counter::FailOpen) } else { drop(Counter::FailClosed) }
+}
+
+/// Throws the packet away.
+#[inline(always)]
+pub(crate) fn drop(reason: Counter) -> i32 {
+    count(reason);
+    DROP
 }
 
 /// Which mark a steered packet gets.

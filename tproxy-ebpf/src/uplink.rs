@@ -2,11 +2,11 @@
 //! servers answer to the client's address, and the answers belong to sockets
 //! of the proxy. Everything else passes.
 
-use tproxy_common::abi::{HostPair, Origin, UDP, Verdict};
+use tproxy_common::abi::{HostPair, UDP};
 use tproxy_common::counter::Counter;
 use tproxy_common::wire::{Fragment, Packet};
 
-use crate::account::{FlowRef, down_key, up_key};
+use crate::account::{FlowRef, down_key};
 use crate::capture::{admitted, note_request_to_host};
 use crate::fragment::{self, Side};
 use crate::maps::HOST_PAIRS;
@@ -57,11 +57,6 @@ fn udp(skb: &Skb, packet: &Packet) -> i32 {
     }
     if let Some(sock) = sock::own_udp(skb, packet) {
         return to_socket(skb, sock, Mark::Tproxy, Counter::SteeredUdpReturn);
-    }
-    // Asked from outside: the answers of the server behind this host are no
-    // flows of a client.
-    if let Some(flow) = FlowRef::open(skb, &up_key(packet), Verdict::Pass, Origin::Uplink) {
-        flow.up(skb, packet);
     }
     pass(Counter::PassNoSocket)
 }

@@ -81,8 +81,17 @@ async fn serve(
     if let Some(steering) = &steering {
         reporter.note(steering);
     }
-    Box::pin(until_a_signal(signals, &mut watch, &mut steering, instance, control, &reporter)).await;
-    end(config, steering, controller, workers, signals).await
+    let mut workers: FuturesUnordered<_> = workers.into_iter().map(WorkerHandle::finished).collect();
+    let told = Box::pin(until_a_signal(signals, &mut watch, &mut steering, instance, control, &reporter));
+    // A worker ends before that only by a fault of this program. Its share of
+    // the clients would find nobody: rather start afresh.
+    let died = tokio::select! {
+        () = told => Ok(()),
+        Some(worker) = workers.next() => worker,
+    };
+    let ended = end(config, steering, controller, workers, signals).await;
+    died?;
+    ended
 }
 
 /// Removes what a killed run of this instance left, but for what this run
@@ -197,7 +206,7 @@ async fn end(
     config: &Config,
     steering: Option<Steering>,
     controller: Controller,
-    workers: Vec<WorkerHandle>,
+    mut workers: FuturesUnordered<impl Future<Output = Result<(), WorkerError>>>,
     signals: &mut Signals,
 ) -> anyhow::Result<()> {
     let mut patience = Duration::ZERO;
@@ -214,11 +223,10 @@ async fn end(
             controller.stop();
         }
     }
-    let mut running: FuturesUnordered<_> = workers.into_iter().map(WorkerHandle::finished).collect();
     let mut outcome = Ok(());
     let rest = config.timeouts.drain.saturating_sub(patience);
-    controller.drain_then_stop(rest, signals, join(&mut running, &mut outcome)).await;
-    join(&mut running, &mut outcome).await;
+    controller.drain_then_stop(rest, signals, join(&mut workers, &mut outcome)).await;
+    join(&mut workers, &mut outcome).await;
     outcome.map_err(Into::into)
 }
 

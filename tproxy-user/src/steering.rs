@@ -303,6 +303,7 @@ fn settings(config: &Config, plan: &Plan, features: Features, listeners: &[Worke
         any_source: (capture.from.is_empty() && capture.not_from.is_empty()).into(),
         any_destination: (capture.to.is_empty() && capture.not_to.is_empty()).into(),
         own_traffic: capture.own_traffic.into(),
+        sk_lookup: features.sk_lookup().into(),
         ..Settings::default()
     };
     for (worker, listeners) in (0..).zip(listeners) {

@@ -237,8 +237,34 @@ fn fragments_of_what_is_not_captured_pass() {
 fn answers_to_the_outside_are_not_captured() {
     let mut kernel = Kernel::new(&usual());
     let request = p::udp_v4(20);
-    kernel.run(UPLINK, &request).expect(PASS, "pass_no_socket");
+    kernel.run(program::REPLY, &request);
     kernel.run(CAPTURE, &p::reply_of(&request)).expect(PASS, "pass_reply");
+}
+
+#[test]
+fn fragments_too_ask_whether_a_proxy_listens() {
+    for (fail_open, action, counter) in [(1, PASS, "fail_open"), (0, DROP, "fail_closed")] {
+        let mut kernel = Kernel::without_listeners(&Settings { fail_open, ..usual() });
+        for fragment in fragment_v4(&p::udp_v4(3000), 1480, 6) {
+            kernel.run(CAPTURE, &fragment).expect(action, counter);
+        }
+    }
+}
+
+#[test]
+fn without_a_proxy_late_packets_go_their_way() {
+    let mut kernel = Kernel::new(&usual());
+    kernel.run(CAPTURE, &p::syn_v4());
+    kernel.remove_listeners();
+    kernel.run(CAPTURE, &p::ack_v4()).expect(PASS, "fail_open");
+}
+
+#[test]
+fn before_sk_lookup_fragments_are_forwarded() {
+    let mut kernel = Kernel::new(&Settings { sk_lookup: 0, ..usual() });
+    for fragment in fragment_v6(&p::udp_v6(3000), 1432, 6) {
+        kernel.run(CAPTURE, &fragment).expect(PASS, "pass_policy");
+    }
 }
 
 #[test]

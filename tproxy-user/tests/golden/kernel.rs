@@ -98,6 +98,7 @@ pub(crate) fn usual() -> Settings {
         any_port: 1,
         any_source: 1,
         any_destination: 1,
+        sk_lookup: 1,
         ..Settings::default()
     }
 }
