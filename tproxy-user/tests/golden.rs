@@ -288,8 +288,8 @@ fn replies_are_counted() {
 fn own_packets_are_turned_back_and_those_of_the_proxy_are_not() {
     let settings = Settings { own_traffic: 1, ..usual() };
     let mut kernel = Kernel::new(&settings);
-    kernel.run_sent(program::OWN, &p::syn_v4(), 2).expect(PASS, "pass_own_mark");
-    let outcome = kernel.run_sent(program::OWN, &p::syn_v4(), 0);
+    kernel.run_marked(program::OWN, &p::syn_v4(), 2).expect(PASS, "pass_own_mark");
+    let outcome = kernel.run(program::OWN, &p::syn_v4());
     assert_eq!(outcome.counters, [("own_redirected", 1), ("flows_created", 1)]);
     let outcome = kernel.run(program::LOOPBACK, &p::syn_v4());
     assert_eq!((outcome.action, outcome.mark), (STEERED, 3));
