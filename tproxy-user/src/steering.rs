@@ -106,7 +106,7 @@ impl Steering {
             self.datapath.attach_lookup(&self.config.pin)?;
         } else {
             tracing::warn!(
-                "this kernel has no sk_lookup programs (Linux 5.9): fragmented datagrams are lost, \
+                "this kernel has no sk_lookup programs (Linux 5.9): fragmented datagrams are forwarded, not proxied, \
                  and a client port that is used again at once costs a retry"
             );
         }

@@ -40,7 +40,7 @@ impl Features {
     }
 
     /// `sk_lookup` (5.9); without it, a client port that meets a `TIME_WAIT`
-    /// socket costs a reset and a retry, and fragmented datagrams are lost.
+    /// socket costs a reset and a retry, and fragmented datagrams are forwarded.
     #[must_use]
     pub fn sk_lookup(self) -> bool {
         self.0 >= SK_LOOKUP
