@@ -44,7 +44,7 @@ pub mod program {
     pub const CAPTURE: &str = "tproxy_capture";
     /// TC ingress of upstream-facing interfaces: return traffic of `source = client`.
     pub const UPLINK: &str = "tproxy_uplink";
-    /// TC egress of captured interfaces (and of `lo` with own traffic): counts replies.
+    /// TC egress of captured interfaces (and of `lo` with own traffic): counts replies, notes requests from outside.
     pub const REPLY: &str = "tproxy_reply";
     /// TC egress of all interfaces with own traffic: counts replies, turns the host's own flows back to `lo`.
     pub const OWN: &str = "tproxy_own";
@@ -153,7 +153,7 @@ pub enum Origin {
     Captured = 0,
     /// This host itself sent it (`--own-traffic`).
     Own = 1,
-    /// It arrived on an upstream-facing interface for a host behind this one.
+    /// It was forwarded from outside to a host behind this one, or asked a service of this host.
     Uplink = 2,
 }
 
