@@ -1,0 +1,176 @@
+//! The default object needs for its core only what Linux 5.7 has. That kernel
+//! is in no distribution any more, so the object itself is checked: helpers,
+//! instructions, map types and program types. No root, no kernel.
+//!
+//! Limits are those of Linux 5.7's `include/uapi/linux/bpf.h`. They do not
+//! tell that TC programs can read a socket map from 5.8 on only: before, the
+//! setting `listener_by_tuple` makes that branch dead, and the verifier skips it.
+
+use std::collections::{BTreeSet, HashSet};
+
+use aya_obj::generated::bpf_insn;
+use aya_obj::{Object, ProgramSection};
+use tproxy_common::abi::program;
+
+static OBJECT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/tproxy.o"));
+
+/// `sk_assign`, which 5.7 brought as its last helper (`__BPF_FUNC_MAPPER`).
+const LAST_HELPER: i32 = 124;
+/// `BPF_MAP_TYPE_STRUCT_OPS`, the last of `enum bpf_map_type`.
+const LAST_MAP_TYPE: u32 = 26;
+/// `BPF_F_MMAPABLE`, the highest map flag.
+const LAST_MAP_FLAG: u32 = 1 << 10;
+
+/// The object with each program's subprograms appended to it.
+fn object() -> Object {
+    let mut object = Object::parse(OBJECT).expect("an eBPF object");
+    let text: HashSet<usize> = object.functions.keys().map(|(section, _)| *section).collect();
+    object.relocate_calls(&text).expect("calls between known functions");
+    object
+}
+
+/// Name and instructions of every program of the core, none of it from `sk_lookup` (5.9).
+fn core(object: &Object) -> Vec<(&str, &[bpf_insn])> {
+    let mut programs: Vec<_> = object
+        .programs
+        .iter()
+        .filter(|(name, _)| *name != program::LOOKUP)
+        .map(|(name, of)| (name.as_str(), object.functions[&of.function_key()].instructions.as_slice()))
+        .collect();
+    programs.sort_unstable_by_key(|(name, _)| *name);
+    programs
+}
+
+/// Why Linux 5.7 does not know this instruction; `None` where it does.
+fn too_new(insn: bpf_insn) -> Option<&'static str> {
+    const CALL: u8 = 0x85;
+    let (class, operation, mode) = (insn.code & 0x07, insn.code & 0xf0, insn.code & 0xe0);
+    match class {
+        // LD: a wide constant; sources 0 to 2 are a number, a map, a value in a map.
+        0x00 if insn.code == 0x18 && insn.src_reg() > 2 => Some("a pointer to a kernel symbol or function"),
+        // LDX, mode MEMSX.
+        0x01 if mode == 0x80 => Some("a load with sign (6.6)"),
+        // STX, mode ATOMIC; only the addition without result is older.
+        0x03 if mode == 0xc0 && insn.imm != 0 => Some("an atomic operation other than BPF_XADD (5.12)"),
+        // ALU, ALU64: MOV, DIV and MOD with an offset are signed.
+        0x04 | 0x07 if matches!(operation, 0x30 | 0x90 | 0xb0) && insn.off != 0 => {
+            Some("signed arithmetic (6.6)")
+        }
+        0x07 if operation == 0xd0 => Some("an unconditional byte swap (6.6)"),
+        0x06 if operation == 0x00 => Some("a long jump (6.6)"),
+        0x05 if insn.code == CALL && insn.src_reg() == 0 && insn.imm > LAST_HELPER => {
+            Some("a helper that came later")
+        }
+        0x05 if insn.code == CALL && insn.src_reg() > 1 => Some("a kernel function (5.13)"),
+        0x05 if operation == 0xe0 => Some("a conditional jump of 6.10"),
+        _ => None,
+    }
+}
+
+#[test]
+fn programs_are_of_types_that_linux_5_7_has() {
+    let object = object();
+    let names: BTreeSet<&str> = object.programs.keys().map(String::as_str).collect();
+    let expected = [
+        program::CAPTURE,
+        program::UPLINK,
+        program::REPLY,
+        program::OWN,
+        program::LOOPBACK,
+        program::LOOKUP,
+    ];
+    assert_eq!(names, BTreeSet::from(expected));
+    for (name, program) in &object.programs {
+        let lookup = name == program::LOOKUP;
+        let expected = if lookup { ProgramSection::SkLookup } else { ProgramSection::SchedClassifier };
+        assert_eq!(
+            std::mem::discriminant(&program.section),
+            std::mem::discriminant(&expected),
+            "{name}: {:?}",
+            program.section
+        );
+    }
+}
+
+#[test]
+fn the_core_needs_nothing_newer_than_linux_5_7() {
+    let object = object();
+    for (name, instructions) in core(&object) {
+        let mut steps = instructions.iter().copied().enumerate();
+        while let Some((at, insn)) = steps.next() {
+            if let Some(why) = too_new(insn) {
+                panic!("{name}, instruction {at}: {why}: {insn:?}");
+            }
+            // The second half of a wide constant is none.
+            if insn.code == 0x18 {
+                steps.next();
+            }
+        }
+    }
+}
+
+/// So that a new helper is noticed, and the kernel looked up that brought it
+/// to TC programs: the numbers alone say only that some program type has it.
+#[test]
+fn the_core_calls_these_helpers() {
+    let object = object();
+    let helpers: BTreeSet<i32> = core(&object)
+        .iter()
+        .flat_map(|(_, instructions)| *instructions)
+        .filter(|insn| insn.code == 0x85 && insn.src_reg() == 0)
+        .map(|insn| insn.imm)
+        .collect();
+    let known = [
+        (1, "map_lookup_elem"),
+        (2, "map_update_elem"),
+        (5, "ktime_get_ns, 4.1"),
+        (23, "redirect, 4.4"),
+        (32, "skb_change_type, 4.8"),
+        (39, "skb_pull_data, 4.9"),
+        (68, "skb_load_bytes_relative, 4.18"),
+        (85, "sk_lookup_udp, 4.20"),
+        (86, "sk_release, 4.20"),
+        (99, "skc_lookup_tcp, 5.2"),
+        (124, "sk_assign, 5.7"),
+    ];
+    assert_eq!(helpers, known.iter().map(|(number, _)| *number).collect::<BTreeSet<_>>(), "known: {known:?}");
+}
+
+#[test]
+fn maps_are_of_types_that_linux_5_7_has() {
+    let object = object();
+    assert!(!object.maps.is_empty());
+    for (name, map) in &object.maps {
+        assert!(map.map_type() <= LAST_MAP_TYPE, "{name} has type {}", map.map_type());
+        assert!(map.map_flags() < LAST_MAP_FLAG << 1, "{name} has flags {:#x}", map.map_flags());
+        assert_eq!(map.map_extra(), 0, "{name}: map_extra came with 5.16");
+    }
+}
+
+#[test]
+fn newer_instructions_are_told_apart() {
+    let insn = |code, src, off, imm| bpf_insn {
+        code,
+        off,
+        imm,
+        _bitfield_align_1: [],
+        _bitfield_1: bpf_insn::new_bitfield_1(0, src),
+    };
+    // r0 += r1; lock *(u64 *)(r1 + 0) += r2; call sk_assign; call to a function of the program.
+    for old in [insn(0x0f, 1, 0, 0), insn(0xdb, 2, 0, 0), insn(0x85, 0, 0, 124), insn(0x85, 1, 0, 500)] {
+        assert_eq!(too_new(old), None, "{old:?}");
+    }
+    // ktime_get_boot_ns; a kfunc; atomic fetch-and-add; movsx; s/; bswap; gotol; ldsx.
+    for new in [
+        insn(0x85, 0, 0, 125),
+        insn(0x85, 2, 0, 1),
+        insn(0xdb, 2, 0, 1),
+        insn(0xbf, 1, 8, 0),
+        insn(0x3f, 1, 1, 0),
+        insn(0xd7, 0, 0, 16),
+        insn(0x06, 0, 0, 9),
+        insn(0x91, 1, 0, 0),
+    ] {
+        assert!(too_new(new).is_some(), "{new:?}");
+    }
+}
