@@ -167,6 +167,9 @@ fn announce(config: &Config, steering: Option<&Steering>, files: u64) {
     tracing::debug!("up to {files} open files");
 }
 
+/// After this a change of the network that could not be followed is tried again.
+const AGAIN: Duration = Duration::from_secs(5);
+
 /// Serves the control socket and follows the network until a signal comes.
 async fn until_a_signal(
     signals: &mut Signals,
@@ -178,19 +181,26 @@ async fn until_a_signal(
 ) {
     let mut answers =
         std::pin::pin!(control::serve(control, |request| async move { reporter.answer(request) }));
+    let mut behind = false;
     loop {
         tokio::select! {
             signal = signals.recv() => {
                 tracing::info!("{signal}: draining");
                 return;
             }
-            () = watch.changed() => if let Some(steering) = steering {
-                if let Err(error) = steering.follow(instance).await {
-                    tracing::warn!("cannot follow a change of the network: {error:#}");
-                }
-                reporter.note(steering);
-            },
-            () = &mut answers => {}
+            () = watch.changed() => {}
+            () = tokio::time::sleep(AGAIN), if behind => {}
+            () = &mut answers => continue,
+        }
+        if let Some(steering) = steering {
+            let followed = steering.follow(instance).await;
+            if let Err(error) = &followed
+                && !behind
+            {
+                tracing::warn!("cannot follow a change of the network, trying again: {error:#}");
+            }
+            behind = followed.is_err();
+            reporter.note(steering);
         }
     }
 }

@@ -104,7 +104,7 @@ pub async fn snapshot(handle: &Handle, own_table: u32) -> Result<Host, Error> {
     }
     local.sort();
     local.dedup();
-    Ok(Host { interfaces, local, ipv6: netlink::has_ipv6() })
+    Ok(Host { interfaces, local, ipv6: netlink::has_ipv6()? })
 }
 
 fn interface(message: LinkMessage) -> Interface {

@@ -75,16 +75,19 @@ pub(crate) const fn family(v6: bool) -> AddressFamily {
     if v6 { AddressFamily::Inet6 } else { AddressFamily::Inet }
 }
 
-/// The value of one option of the network namespace's IPv6: `None` where the host has no IPv6.
-fn ipv6_option(path: &str) -> Option<String> {
-    std::fs::read_to_string(format!("/proc/sys/net/ipv6/{path}")).ok().map(|text| text.trim().to_owned())
-}
-
 /// Whether the network namespace of the calling thread has IPv6 on its loopback
 /// device, which steering needs.
-#[must_use]
-pub fn has_ipv6() -> bool {
-    ipv6_option("conf/lo/disable_ipv6").is_some_and(|disabled| disabled == "0")
+///
+/// # Errors
+/// Where that cannot be told, for want of a descriptor, say. It must not be
+/// taken for a no: the rules of IPv6 would be removed under open connections.
+pub fn has_ipv6() -> Result<bool, Error> {
+    let path = "/proc/sys/net/ipv6/conf/lo/disable_ipv6";
+    match std::fs::read_to_string(path) {
+        Ok(disabled) => Ok(disabled.trim() == "0"),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(source) => Err(Error { what: format!("read {path}"), source }),
+    }
 }
 
 /// Tells when addresses, links, routes, rules or qdiscs changed.

@@ -71,14 +71,8 @@ fn too_new(insn: bpf_insn) -> Option<&'static str> {
 fn programs_are_of_types_that_linux_5_7_has() {
     let object = object();
     let names: BTreeSet<&str> = object.programs.keys().map(String::as_str).collect();
-    let expected = [
-        program::CAPTURE,
-        program::UPLINK,
-        program::REPLY,
-        program::OWN,
-        program::LOOPBACK,
-        program::LOOKUP,
-    ];
+    let expected =
+        [program::CAPTURE, program::UPLINK, program::REPLY, program::OWN, program::LOOPBACK, program::LOOKUP];
     assert_eq!(names, BTreeSet::from(expected));
     for (name, program) in &object.programs {
         let lookup = name == program::LOOKUP;
