@@ -237,7 +237,7 @@ fn fragments_of_what_is_not_captured_pass() {
 fn answers_to_the_outside_are_not_captured() {
     let mut kernel = Kernel::new(&usual());
     let request = p::udp_v4(20);
-    kernel.run(program::REPLY, &request);
+    kernel.run_forwarded(program::REPLY, &request);
     kernel.run(CAPTURE, &p::reply_of(&request)).expect(PASS, "pass_reply");
 }
 

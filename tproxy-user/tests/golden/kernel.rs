@@ -168,14 +168,24 @@ impl Kernel {
     }
 
     /// Runs a program on a packet with a mark. `ingress_ifindex` is 0, as of a
-    /// packet that this host sends: Linux 5.10 takes no other, and only the
-    /// program for such packets asks.
+    /// packet that this host sends: Linux 5.10 takes no other.
     pub(crate) fn run_marked(&mut self, program: &str, packet: &[u8], mark: u32) -> Outcome {
-        // `struct __sk_buff`: the mark is the third word.
+        self.run_with(program, packet, mark, 0)
+    }
+
+    /// Runs a program on a packet that is forwarded: it has arrived on an interface.
+    pub(crate) fn run_forwarded(&mut self, program: &str, packet: &[u8]) -> Outcome {
+        self.run_with(program, packet, 0, 1)
+    }
+
+    fn run_with(&mut self, program: &str, packet: &[u8], mark: u32, ingress_ifindex: u32) -> Outcome {
+        // `struct __sk_buff`: the mark is the third word, ingress_ifindex the tenth.
         const LEN: usize = 192;
         const MARK: usize = 8;
+        const INGRESS_IFINDEX: usize = 36;
         let mut ctx = [0u8; LEN];
         ctx[MARK..MARK + 4].copy_from_slice(&mark.to_ne_bytes());
+        ctx[INGRESS_IFINDEX..INGRESS_IFINDEX + 4].copy_from_slice(&ingress_ifindex.to_ne_bytes());
         let mut ctx_out = [0u8; LEN];
         let mut packet_out = vec![0u8; packet.len() + 64];
         let before = self.counters();
