@@ -103,7 +103,17 @@ fn tcx_programs(namespace: &Namespace, interfaces: &[String]) -> Result<String> 
 
 fn namespace_links(namespace: &Namespace) -> Result<String> {
     let inode = namespace.inode()?;
-    let links: Value = serde_json::from_str(&namespace.sh("bpftool --json link show")?.stdout)?;
+    // It lists the links of all namespaces, and fails where one of another
+    // scenario goes at that moment.
+    let mut listed = namespace.sh("bpftool --json link show");
+    for _ in 0..20 {
+        if listed.is_ok() {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        listed = namespace.sh("bpftool --json link show");
+    }
+    let links: Value = serde_json::from_str(&listed?.stdout)?;
     let own = links.as_array().into_iter().flatten().filter(|link| link["netns_ino"] == inode);
     let shown: Vec<_> = own
         .map(|link| {
