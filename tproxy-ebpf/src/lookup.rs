@@ -1,5 +1,5 @@
 //! `sk_lookup` (Linux 5.9): the stack looks a socket up by itself where a
-//! SYN hits a TIME_WAIT socket, and after it has reassembled fragments. The
+//! SYN hits a `TIME_WAIT` socket, and after it has reassembled fragments. The
 //! flow table says whether the packet is one that was steered; then the answer
 //! is the same listener that the TC program would have assigned.
 
@@ -30,9 +30,9 @@ macro_rules! read {
 pub(crate) fn lookup(ctx: &SkLookupContext) -> u32 {
     let sk = ctx.lookup.cast_const();
     if read!(sk.family) == AF_INET {
-        v4(ctx, sk)
+        v4(ctx, sk);
     } else {
-        v6(ctx, sk)
+        v6(ctx, sk);
     }
     SK_PASS
 }

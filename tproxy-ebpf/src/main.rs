@@ -18,6 +18,16 @@
 #![allow(missing_docs, unreachable_pub, reason = "the macros of the entry points expand to public items")]
 // The verifier of Linux 5.7 follows one program best; a call also costs stack.
 #![allow(clippy::inline_always, reason = "one flat program for the verifier")]
+#![allow(
+    clippy::needless_borrows_for_generic_args,
+    clippy::trivially_copy_pass_by_ref,
+    reason = "a value that is passed may be copied, and the stack has 512 bytes"
+)]
+#![allow(clippy::needless_pass_by_value, reason = "the macros of the entry points hand the context over")]
+#![allow(
+    clippy::cast_possible_truncation,
+    reason = "the kernel's context has ports and protocols in words of 32 bits, helpers answer in 64"
+)]
 
 mod account;
 mod capture;

@@ -53,7 +53,7 @@ impl Skb {
         pkt_type,
         /// The packet mark.
         mark,
-        /// EtherType, network byte order.
+        /// `EtherType`, network byte order.
         protocol,
         /// 1 where an outer VLAN tag was taken off.
         vlan_present,
@@ -75,7 +75,7 @@ impl Skb {
         self.pkt_type() == PACKET_HOST
     }
 
-    /// Parses IPv4 or IPv6 by the EtherType.
+    /// Parses IPv4 or IPv6 by the `EtherType`.
     ///
     /// The helper that reads sees the linear part of the buffer alone. The
     /// headers of most packets are there, but not of all: a large datagram of
