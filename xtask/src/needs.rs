@@ -10,6 +10,7 @@ const NGINX: Need = Need::new("nginx", "nginx-light", "the web server, which tel
 const DIG: Need = Need::new("dig", "bind9-dnsutils", "DNS questions, the UDP client");
 const DNSMASQ: Need = Need::new("dnsmasq", "dnsmasq-base", "the DNS server, which logs who asks");
 const NFT: Need = Need::new("nft", "nftables", "showing that there is no packet filter rule");
+const IPTABLES: Need = Need::new("iptables", "iptables", "the TPROXY rule to compare with");
 
 /// What the demo runs.
 pub(crate) const DEMO: &[Need] = &[IP, BPFTOOL, CURL, NGINX, DIG, DNSMASQ, NFT];
@@ -30,7 +31,8 @@ pub(crate) const NETNS: &[Need] = &[
     Need::new("ethtool", "ethtool", "switching segmentation offload off"),
     Need::new("sysctl", "procps", "comparing sysctls before and after"),
     Need::new("setpriv", "util-linux", "running without root"),
+    IPTABLES,
 ];
 
 /// What the comparison with iptables runs.
-pub(crate) const BENCH: &[Need] = &[IP, Need::new("iptables", "iptables", "the TPROXY rule to compare with")];
+pub(crate) const BENCH: &[Need] = &[IP, IPTABLES];

@@ -1,16 +1,17 @@
 //! F1: the limit of open files is reached.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 use std::time::Duration;
 
 use nix::sys::resource::{Resource, setrlimit};
+use socket2::SockRef;
 use tproxy_user::config::SourceMode;
 
 use super::lab::{Family, Host, Lab, config};
-use super::tcp::{connect, listen};
+use super::tcp::listen;
 
 const LIMIT: u64 = 64;
 
@@ -66,14 +67,32 @@ fn descriptors_used_up_then_free_again() {
     assert!(more.is_empty(), "one line is enough: {more:?}");
 
     drop(flood);
-    let mut client = connect(&lab, to);
-    client.write_all(b"x").unwrap();
-    // What waited in the proxy's queue comes first, and is closed already.
-    while !matches!(listener.accept().unwrap().0.read(&mut [0]), Ok(1)) {}
+    // The proxy is still closing what is left: until a descriptor is free, a
+    // new connection is reset.
+    let served = (0..50).any(|_| {
+        std::thread::sleep(Duration::from_millis(100));
+        exchange(&lab, &listener, to)
+    });
+    assert!(served, "no connection works 5 s after the flood");
 
     drop(proxy.stdin.take());
     assert!(proxy.wait().unwrap().success());
     reader.join().unwrap();
+}
+
+/// Whether a byte gets from a new client to the server.
+fn exchange(lab: &Lab, listener: &TcpListener, to: SocketAddr) -> bool {
+    let connect = || TcpStream::connect_timeout(&to, Duration::from_secs(2));
+    let sent = lab.on(Host::Client, connect).and_then(|mut client| client.write_all(b"x").map(|()| client));
+    let Ok(_client) = sent else { return false };
+    SockRef::from(listener).set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+    // What waited in the proxy's queue comes first, and is closed already.
+    while let Ok((mut accepted, _)) = listener.accept() {
+        if matches!(accepted.read(&mut [0]), Ok(1)) {
+            return true;
+        }
+    }
+    false
 }
 
 /// User and system time in hundredths of a second.
