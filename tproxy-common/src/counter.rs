@@ -55,6 +55,8 @@ counters! {
     LookupAssigned => lookup_assigned,
     /// The host's own packets turned back to the proxy.
     OwnRedirected => own_redirected,
+    /// Dropped: a packet of the host's own, as long as the MTU of a device without link-layer header, that Linux before 5.12 cannot turn back.
+    OwnNoHeader => own_no_header,
     /// Passed: not IPv4 or IPv6, or a protocol that is not captured.
     PassProtocol => pass_protocol,
     /// Passed: addressed to another host on the link, or link-layer broadcast or multicast.

@@ -60,7 +60,7 @@ fn own(skb: &Skb, packet: &Packet) -> i32 {
         if !flow.is_proxied() {
             return pass(Counter::PassPolicy);
         }
-        return if sock::listener(skb, packet).is_some() { to_loopback(skb) } else { fail() };
+        return if sock::listener(skb, packet).is_some() { to_loopback(skb, packet) } else { fail() };
     }
     if packet.protocol == UDP {
         // An answer of a service on this host.
@@ -70,7 +70,7 @@ fn own(skb: &Skb, packet: &Packet) -> i32 {
     } else if !packet.is_syn() {
         // The flow table may have lost a long idle flow; its socket has not.
         return if sock::connection(skb, packet).is_some() {
-            to_loopback(skb)
+            to_loopback(skb, packet)
         } else {
             pass(Counter::PassMidstream)
         };
@@ -91,7 +91,7 @@ fn own(skb: &Skb, packet: &Packet) -> i32 {
     if let Some(flow) = FlowRef::open(skb, &key, verdict, Origin::Own) {
         flow.up(skb, packet);
     }
-    if captured { to_loopback(skb) } else { pass(Counter::PassPolicy) }
+    if captured { to_loopback(skb, packet) } else { pass(Counter::PassPolicy) }
 }
 
 /// TC ingress of `lo`. Packets for addresses of this host are plain loopback

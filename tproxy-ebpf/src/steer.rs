@@ -1,8 +1,11 @@
 //! What becomes of a packet: the only file that changes one.
 
 use aya_ebpf::bindings::{BPF_F_INGRESS, TC_ACT_OK, TC_ACT_SHOT, TC_ACT_UNSPEC};
-use aya_ebpf::helpers::generated::{bpf_redirect, bpf_skb_change_type};
+use aya_ebpf::helpers::generated::{
+    bpf_redirect, bpf_skb_change_head, bpf_skb_change_type, bpf_skb_store_bytes,
+};
 use tproxy_common::counter::Counter;
+use tproxy_common::wire::Packet;
 
 use crate::account::count;
 use crate::settings;
@@ -13,8 +16,8 @@ use crate::sock::Sock;
 /// for a direct-action filter: the next filter).
 pub(crate) const NEXT: i32 = TC_ACT_UNSPEC;
 
-const ACCEPT: i32 = TC_ACT_OK as i32;
-const DROP: i32 = TC_ACT_SHOT as i32;
+const ACCEPT: i32 = TC_ACT_OK;
+const DROP: i32 = TC_ACT_SHOT;
 
 // Negated errnos of `bpf_sk_assign` (net/core/filter.c).
 const ENOENT: i64 = -2;
@@ -103,9 +106,35 @@ pub(crate) fn accept_frame(skb: &Skb) {
 
 /// Turns a packet that is leaving back to the loopback device.
 #[inline(always)]
-pub(crate) fn to_loopback(skb: &Skb) -> i32 {
-    let _ = skb;
+pub(crate) fn to_loopback(skb: &Skb, packet: &Packet) -> i32 {
+    if !has_link_header(skb, packet) && !add_link_header(skb) {
+        return drop(Counter::OwnNoHeader);
+    }
     count(Counter::OwnRedirected);
     // SAFETY: no preconditions.
     unsafe { bpf_redirect(settings::lo_ifindex(), u64::from(BPF_F_INGRESS)) as i32 }
+}
+
+/// Whether a leaving packet has a link-layer header: not on a tun device,
+/// `WireGuard` or PPP. Packets above 64 KiB (no length in the IP header) are
+/// built for Ethernet devices alone.
+#[inline(always)]
+fn has_link_header(skb: &Skb, packet: &Packet) -> bool {
+    packet.ip_len == 0 || skb.len() > packet.ip_len
+}
+
+/// Gives a packet the Ethernet header without which `lo` refuses it
+/// (`__bpf_redirect_common`). Before Linux 5.12 (5.10.27) the kernel does not
+/// add one to a packet as long as the device's MTU.
+#[inline(always)]
+fn add_link_header(skb: &Skb) -> bool {
+    const ETHERNET_HEADER: u32 = 14;
+    const ETHERTYPE_AT: u32 = 12;
+    let ethertype = skb.protocol() as u16;
+    // SAFETY: the context is valid, no pointer into the packet is kept, and the
+    // helper reads the two bytes of `ethertype`. The rest of the header is zero.
+    unsafe {
+        bpf_skb_change_head(skb.as_ptr(), ETHERNET_HEADER, 0) == 0
+            && bpf_skb_store_bytes(skb.as_ptr(), ETHERTYPE_AT, (&raw const ethertype).cast(), 2, 0) == 0
+    }
 }

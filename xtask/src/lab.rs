@@ -31,6 +31,7 @@ pub mod proxy;
 pub mod reclaim;
 pub mod server;
 pub mod sockets;
+pub mod wire;
 
 pub use command::{Cmd, Output};
 pub use daemon::Daemon;

@@ -14,6 +14,7 @@ mod common;
 mod faults;
 mod host;
 mod leftovers;
+mod link_layer;
 mod matching;
 mod packet;
 mod packet_socket;
@@ -50,6 +51,7 @@ fn main() -> ExitCode {
         udp::SCENARIOS,
         pass::SCENARIOS,
         host::SCENARIOS,
+        link_layer::SCENARIOS,
         faults::SCENARIOS,
         account::SCENARIOS,
         matching::SCENARIOS,
