@@ -119,8 +119,8 @@ pub fn check_segments(bytes: &[u8]) {
     assert!(packets >= 1 && bytes >= u64::from(ip_len), "{packets} packets, {bytes} bytes");
 
     let header = 28 + ip_len % 100;
-    let payload = numbers.u32() % 600_000;
     let size = 1 + gso_size % 9_000;
+    let payload = numbers.u32() % (size * 300);
     let (mut packets, mut sum, mut left) = (0u32, 0u64, payload);
     while packets == 0 || left > 0 {
         let piece = left.min(size);
