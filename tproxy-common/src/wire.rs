@@ -211,6 +211,9 @@ pub fn parse_v6(from: &impl Load) -> Result<Packet, Skip> {
             next_header::FRAGMENT => {
                 id = u32::from_be_bytes([h[4], h[5], h[6], h[7]]);
                 match u16::from_be_bytes([h[2], h[3]]) {
+                    // Nobody sends a fragment of a fragment; its first one would
+                    // not have the identification that the others have.
+                    _ if fragment == Fragment::First => return Err(Skip::Malformed),
                     // What follows is the middle of a datagram, not headers.
                     field if field & 0xfff8 != 0 => {
                         return transport(from, &ip, h[0], offset + 8, Fragment::Later, id);
@@ -268,27 +271,33 @@ fn transport(
     if protocol != TCP && protocol != UDP {
         return Err(Skip::Protocol);
     }
-    if fragment == Fragment::Later {
-        return Ok(packet);
-    }
-    let ports: [u8; 4] = from.load(offset).ok_or(Skip::Truncated)?;
-    packet.source_port = u16::from_be_bytes([ports[0], ports[1]]);
-    packet.destination_port = u16::from_be_bytes([ports[2], ports[3]]);
-    if protocol == UDP {
-        packet.header_len += UDP_HEADER;
-    } else {
-        let h: [u8; 2] = from.load(offset + 12).ok_or(Skip::Truncated)?;
-        let tcp_len = u32::from(h[0] >> 4) * 4;
-        if tcp_len < TCP_HEADER {
-            return Err(Skip::Malformed);
-        }
-        packet.header_len += tcp_len;
-        packet.tcp_flags = h[1];
+    if fragment != Fragment::Later {
+        ports_and_flags(from, offset, &mut packet)?;
     }
     if packet.ip_len != 0 && packet.header_len > packet.ip_len {
         return Err(Skip::Malformed);
     }
     Ok(packet)
+}
+
+/// Reads the transport header, which every packet but a later fragment has.
+#[inline(always)]
+fn ports_and_flags(from: &impl Load, offset: u32, packet: &mut Packet) -> Result<(), Skip> {
+    let ports: [u8; 4] = from.load(offset).ok_or(Skip::Truncated)?;
+    packet.source_port = u16::from_be_bytes([ports[0], ports[1]]);
+    packet.destination_port = u16::from_be_bytes([ports[2], ports[3]]);
+    if packet.protocol == UDP {
+        packet.header_len += UDP_HEADER;
+        return Ok(());
+    }
+    let h: [u8; 2] = from.load(offset + 12).ok_or(Skip::Truncated)?;
+    let tcp_len = u32::from(h[0] >> 4) * 4;
+    if tcp_len < TCP_HEADER {
+        return Err(Skip::Malformed);
+    }
+    packet.header_len += tcp_len;
+    packet.tcp_flags = h[1];
+    Ok(())
 }
 
 #[cfg(test)]

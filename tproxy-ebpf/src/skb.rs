@@ -4,7 +4,7 @@ use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::cty::c_void;
 use aya_ebpf::helpers::generated::{bpf_skb_load_bytes_relative, bpf_skb_pull_data};
 use aya_ebpf::programs::TcContext;
-use tproxy_common::classify::on_the_wire;
+use tproxy_common::classify::{on_the_wire, segments};
 use tproxy_common::wire::{Load, Packet, Skip, parse_v4, parse_v6};
 
 /// `BPF_HDR_START_NET`: offsets count from the network header.
@@ -117,11 +117,7 @@ impl Skb {
         // Above 64 KiB the IP header has no length; only Ethernet devices build such packets.
         let ip_len =
             if packet.ip_len == 0 { self.len().saturating_sub(ETHERNET_HEADER) } else { packet.ip_len };
-        // Guests and taps leave the count to whoever sends the packet on.
-        let segments = match (self.gso_segs(), self.gso_size()) {
-            (0, size) if size != 0 => ip_len.saturating_sub(packet.header_len).div_ceil(size),
-            (segments, _) => segments,
-        };
+        let segments = segments(ip_len, packet.header_len, self.gso_segs(), self.gso_size());
         on_the_wire(ip_len, packet.header_len, segments)
     }
 }

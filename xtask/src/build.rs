@@ -93,7 +93,7 @@ pub(crate) fn prepare() -> Result<(File, Toolchain)> {
 }
 
 /// Keeps two tasks from installing or replacing the same files at once.
-fn lock() -> Result<File> {
+pub(crate) fn lock() -> Result<File> {
     let path = workspace::target().join("xtask.lock");
     fs::create_dir_all(workspace::target())?;
     let file = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;

@@ -14,6 +14,9 @@ use crate::{build, compiler::Toolchain, linker, packages, term, workspace};
 #[derive(clap::Args)]
 pub(crate) struct Args {}
 
+/// The fuzz targets are a workspace of their own. What they share with the tests is linted there.
+const FUZZ: [&str; 3] = ["--manifest-path", "tproxy-common/fuzz/Cargo.toml", "--check"];
+
 /// What came of one check.
 enum Outcome {
     Passed,
@@ -30,6 +33,7 @@ pub(crate) fn run(_args: &Args) -> Result<()> {
     let checks = [
         ("members opt into the lints", members()?),
         ("format", cargo(workspace::cargo("fmt").args(["--all", "--check"]))?),
+        ("format of the fuzz targets", cargo(workspace::cargo("fmt").args(FUZZ))?),
         (
             "clippy",
             cargo(workspace::cargo("clippy").args(["--locked", "--all-targets", "--", "-D", "warnings"]))?,

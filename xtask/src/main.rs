@@ -4,6 +4,7 @@ mod bench;
 mod build;
 mod compiler;
 mod demo;
+mod fuzz;
 mod install;
 mod linker;
 mod lint;
@@ -55,6 +56,8 @@ enum Task {
     Install(install::Args),
     /// Measure, side by side with what others do
     Bench(bench::Args),
+    /// Try the parser and the classification on inputs that a fuzzer makes
+    Fuzz(fuzz::Args),
     /// Check format, lints, manifests and, where cargo-deny is installed, licences and advisories
     Lint(lint::Args),
 }
@@ -66,6 +69,7 @@ fn main() -> ExitCode {
         Task::BuildEbpf(args) => build::run(&args),
         Task::Install(args) => install::run(&args),
         Task::Bench(args) => bench::run(&args),
+        Task::Fuzz(args) => fuzz::run(&args),
         Task::Lint(args) => lint::run(&args),
     };
     match done {

@@ -15,6 +15,7 @@ use serde_json::Value;
 use xtask::lab::{proxy, reclaim};
 
 use crate::build::{self, Profile};
+use crate::fuzz::{Fuzzers, Target};
 use crate::term::{Step, say};
 use crate::{needs, packages, workspace};
 
@@ -49,6 +50,8 @@ enum Part {
     Golden,
     /// The whole proxy with real programs in network namespaces, and its relay behind iptables TPROXY
     Netns,
+    /// The parser and the classification on inputs that a fuzzer makes, for some seconds
+    Fuzz,
 }
 
 impl Part {
@@ -57,6 +60,7 @@ impl Part {
             Self::Unit => "unit",
             Self::Golden => "golden",
             Self::Netns => "netns",
+            Self::Fuzz => "fuzz",
         }
     }
 
@@ -69,23 +73,25 @@ impl Part {
         }
     }
 
-    /// How long one of its executables may run.
+    /// How long one of its executables may run; a fuzz target runs all that time.
     const fn limit(self) -> Duration {
         Duration::from_secs(match self {
             Self::Unit => 180,
             Self::Golden => 120,
             Self::Netns => 720,
+            Self::Fuzz => 4,
         })
     }
 
-    /// Arguments of `cargo test` that build it.
-    const fn selection(self) -> &'static [&'static str] {
-        match self {
+    /// Arguments of `cargo test` that build it; none where cargo does not.
+    const fn selection(self) -> Option<&'static [&'static str]> {
+        Some(match self {
             // Builds those of the other parts too: they need nothing that is not there anyway.
             Self::Unit => &["--workspace", "--exclude", "tproxy-ebpf", "--lib", "--bins", "--tests"],
             Self::Golden => &["--package", "tproxy-user", "--test", "golden"],
             Self::Netns => &["--package", "xtask", "--package", "tproxy-user", "--test", "*netns"],
-        }
+            Self::Fuzz => return None,
+        })
     }
 }
 
@@ -154,6 +160,9 @@ impl Totals {
 
 /// Builds what the tests themselves do not; gives the proxy to be tested.
 fn prepare(parts: &[Part]) -> Result<Option<PathBuf>> {
+    if parts == [Part::Fuzz] {
+        return Ok(None);
+    }
     if parts.contains(&Part::Netns) {
         if is_root() {
             packages::ensure(needs::NETNS)?;
@@ -171,11 +180,12 @@ fn is_root() -> bool {
 }
 
 fn run_part(part: Part, filters: &[String], proxy: Option<&Path>) -> Totals {
+    let Some(selection) = part.selection() else { return fuzz(filters) };
     if part != Part::Unit && !is_root() {
         println!("{}: skipped: needs root (run `sudo -E env PATH=\"$PATH\" cargo xtask test`)", part.name());
         return Totals { skipped: 1, ..Totals::default() };
     }
-    let executables = match compile(part) {
+    let executables = match compile(part, selection) {
         Ok(executables) => executables,
         Err(error) => {
             println!("{}: FAILED: {error:#}", part.name());
@@ -195,15 +205,41 @@ fn run_part(part: Part, filters: &[String], proxy: Option<&Path>) -> Totals {
     totals
 }
 
+/// Runs the fuzz targets, each as one test.
+fn fuzz(filters: &[String]) -> Totals {
+    let part = Part::Fuzz;
+    let fuzzers = match Fuzzers::build() {
+        Ok(fuzzers) => fuzzers,
+        Err(error) => {
+            println!("{}: FAILED: {error:#}", part.name());
+            return Totals { failed: 1, ..Totals::default() };
+        }
+    };
+    let chosen = |name: &str| filters.is_empty() || filters.iter().any(|filter| name.contains(filter));
+    let mut totals = Totals::default();
+    println!("\n{}: tproxy-common/fuzz", part.name());
+    for target in Target::value_variants().iter().filter(|target| chosen(target.name())) {
+        match fuzzers.fuzz(*target, part.limit()) {
+            Ok(inputs) => {
+                println!("test {} ... ok ({inputs} inputs)", target.name());
+                totals.passed += 1;
+            }
+            Err(error) => {
+                println!("test {} ... FAILED: {error:#}", target.name());
+                totals.failed += 1;
+            }
+        }
+    }
+    totals
+}
+
 /// Builds the executables of a part.
-fn compile(part: Part) -> Result<Vec<Executable>> {
+fn compile(part: Part, selection: &[&str]) -> Result<Vec<Executable>> {
     let messages = workspace::target().join(format!("log/test-{}.json", part.name()));
     fs::create_dir_all(workspace::target().join("log"))?;
     let label = format!("building the tests of part {}", part.name());
     let mut cargo = workspace::cargo("test");
-    cargo
-        .args(["--locked", "--no-run", "--message-format", "json-render-diagnostics"])
-        .args(part.selection());
+    cargo.args(["--locked", "--no-run", "--message-format", "json-render-diagnostics"]).args(selection);
     Step::new(&label, &format!("test-{}", part.name())).stdout(&messages).run(&mut cargo)?;
     let messages = fs::read_to_string(&messages)?;
     let executables: Vec<_> = messages

@@ -4,15 +4,17 @@ use std::net::{TcpListener, UdpSocket};
 use std::os::fd::AsRawFd;
 
 use aya::maps::{HashMap, Map, MapData, PerCpuArray};
-use aya::programs::{Program, SchedClassifier, TestRun as _, TestRunOptions};
-use tproxy_common::abi::{ABI_VERSION, Flow, FlowKey, ListenerKind, LpmKey, Settings, listener_index, map};
+use aya::programs::{SchedClassifier, TestRun as _, TestRunOptions};
+use tproxy_common::abi::{
+    ABI_VERSION, Flow, FlowKey, ListenerKind, LpmKey, Settings, listener_index, map, program,
+};
 use tproxy_common::counter::Counters;
 use tproxy_user::datapath::features::Features;
 use tproxy_user::datapath::load::Datapath;
 use tproxy_user::datapath::policy::PORT_WORDS;
 use tproxy_user::privilege::running_kernel;
 
-use super::packets::mapped;
+use crate::packets::mapped;
 
 /// On to the next program, or the stack.
 pub(crate) const PASS: i32 = -1;
@@ -59,26 +61,12 @@ fn enter_namespace() {
     assert!(up.is_ok_and(|status| status.success()), "ip link set lo up failed");
 }
 
-fn load(settings: &Settings) -> Datapath {
+/// The default build or the debugging build, its maps made, no program loaded.
+pub(crate) fn load(settings: &Settings, log: bool) -> (Datapath, Features) {
     let features =
         Features::of(running_kernel().expect("a kernel version")).expect("a kernel that can steer");
-    Datapath::maps_only(settings, features, false).unwrap_or_else(|error| panic!("{error}"))
-}
-
-/// Loads every program of the default build or the debugging build.
-pub(crate) fn load_all(settings: &Settings, log: bool) {
-    let features =
-        Features::of(running_kernel().expect("a kernel version")).expect("a kernel that can steer");
-    let mut datapath = Datapath::maps_only(settings, features, log).unwrap_or_else(|error| panic!("{error}"));
-    for (name, program) in datapath.ebpf().programs_mut() {
-        match program {
-            Program::SchedClassifier(program) => program.load(),
-            Program::SkLookup(program) if features.sk_lookup() => program.load(),
-            Program::SkLookup(_) => Ok(()),
-            other => panic!("{name}: an unexpected kind of program: {other:?}"),
-        }
-        .unwrap_or_else(|error| panic!("{name}: {error}"));
-    }
+    let datapath = Datapath::maps_only(settings, features, log).unwrap_or_else(|error| panic!("{error}"));
+    (datapath, features)
 }
 
 /// Everything captured by one worker.
@@ -101,6 +89,11 @@ pub(crate) fn usual() -> Settings {
         sk_lookup: 1,
         ..Settings::default()
     }
+}
+
+/// Runs one packet through the capture program with the usual settings.
+pub(crate) fn capture(packet: &[u8]) -> Outcome {
+    Kernel::new(&usual()).run(program::CAPTURE, packet)
 }
 
 fn bind() -> [(ListenerKind, Box<dyn AsRawFd>, u16); 4] {
@@ -126,7 +119,7 @@ impl Kernel {
     /// With one worker's listeners.
     pub(crate) fn new(settings: &Settings) -> Self {
         enter_namespace();
-        let mut datapath = load(settings);
+        let (mut datapath, _) = load(settings, false);
         let mut sockets = Vec::new();
         for (kind, socket, _) in bind() {
             datapath.set_listener(kind, 0, &socket.as_raw_fd()).expect("a listener");
@@ -138,7 +131,7 @@ impl Kernel {
     /// As after the proxy has gone.
     pub(crate) fn without_listeners(settings: &Settings) -> Self {
         enter_namespace();
-        Self { datapath: load(settings), _sockets: Vec::new() }
+        Self { datapath: load(settings, false).0, _sockets: Vec::new() }
     }
 
     /// The proxy goes.
@@ -159,7 +152,7 @@ impl Kernel {
             settings.listener_ports.0[listener_index(kind, 0) as usize] = port;
             sockets.push(socket);
         }
-        Self { datapath: load(&settings), _sockets: sockets }
+        Self { datapath: load(&settings, false).0, _sockets: sockets }
     }
 
     /// Runs a program on a packet without a mark.

@@ -1,0 +1,5 @@
+//! Any addresses, ports and answers of a policy.
+
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|input: &[u8]| tproxy_common_fuzz::check_classification(input));

@@ -1,0 +1,5 @@
+//! Any lengths and counts of a merged packet.
+
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|input: &[u8]| tproxy_common_fuzz::check_segments(input));

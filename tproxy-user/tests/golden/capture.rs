@@ -1,0 +1,106 @@
+//! What the capture program takes, and what it leaves.
+
+use crate::kernel::{Kernel, PASS, STEERED, capture, usual};
+use crate::packets as p;
+use tproxy_common::abi::{Settings, Verdict, program};
+
+#[test]
+fn a_new_tcp_flow_goes_to_the_listener() {
+    for packet in [p::syn_v4(), p::syn_v6()] {
+        let mut kernel = Kernel::new(&usual());
+        let outcome = kernel.run(program::CAPTURE, &packet);
+        outcome.expect(STEERED, "assign_eopnotsupp");
+        assert_eq!(outcome.mark, 1);
+        let (key, flow) = kernel.only_flow();
+        assert_eq!(
+            (key.protocol, key.client_port, key.destination_port),
+            (6, p::CLIENT_PORT, p::SERVER_PORT)
+        );
+        assert_eq!((flow.packets_up, flow.verdict), (1, Verdict::Proxy as u8));
+        assert_eq!(flow.bytes_up, packet.len() as u64 - 14);
+    }
+}
+
+#[test]
+fn a_new_udp_flow_goes_to_the_listener() {
+    for payload in [0, 1, 512, 1400] {
+        for packet in [p::udp_v4(payload), p::udp_v6(payload)] {
+            capture(&packet).expect(STEERED, "assign_eopnotsupp");
+        }
+    }
+}
+
+#[test]
+fn mark_keeps_the_bits_outside_the_mask() {
+    let settings = Settings { mark_value: 0x10, mark_mask: 0xf0, ..usual() };
+    let outcome = Kernel::new(&settings).run_marked(program::CAPTURE, &p::syn_v4(), 0xabcd);
+    assert_eq!(outcome.mark, 0xab1d);
+}
+
+#[test]
+fn own_addresses_pass() {
+    for packet in [p::syn_v4(), p::udp_v4(10)] {
+        let mut kernel = Kernel::new(&usual());
+        kernel.add_local(p::SERVER_V4);
+        kernel.run(program::CAPTURE, &packet).expect(PASS, "pass_local");
+    }
+}
+
+#[test]
+fn a_connection_that_is_older_passes() {
+    capture(&p::ack_v4()).expect(PASS, "pass_midstream");
+    capture(&p::syn_ack_v4()).expect(PASS, "pass_midstream");
+    capture(&p::rst_v4()).expect(PASS, "pass_midstream");
+}
+
+#[test]
+fn a_late_packet_of_a_proxied_connection_stays_here() {
+    let mut kernel = Kernel::new(&usual());
+    kernel.run(program::CAPTURE, &p::syn_v4());
+    for late in [p::ack_v4(), p::fin_v4(), p::rst_v4()] {
+        let outcome = kernel.run(program::CAPTURE, &late);
+        outcome.expect(STEERED, "steered_late");
+        assert_eq!(outcome.mark, 1);
+    }
+}
+
+#[test]
+fn answers_to_the_outside_are_not_captured() {
+    let mut kernel = Kernel::new(&usual());
+    let request = p::udp_v4(20);
+    kernel.run_forwarded(program::REPLY, &request);
+    kernel.run(program::CAPTURE, &p::reply_of(&request)).expect(PASS, "pass_reply");
+}
+
+#[test]
+fn protocols_and_families_are_chosen() {
+    let base = usual();
+    let cases = [
+        (Settings { tcp: 0, ..base }, p::syn_v4()),
+        (Settings { udp: 0, ..base }, p::udp_v4(3)),
+        (Settings { v4: 0, ..base }, p::syn_v4()),
+        (Settings { v6: 0, ..base }, p::udp_v6(3)),
+    ];
+    for (settings, packet) in cases {
+        let mut kernel = Kernel::new(&settings);
+        kernel.run(program::CAPTURE, &packet).expect(PASS, "pass_policy");
+        assert_eq!(kernel.only_flow().1.verdict, Verdict::Pass as u8);
+    }
+}
+
+#[test]
+fn ports_are_chosen() {
+    let settings = Settings { any_port: 0, ..usual() };
+    for (ports, steered) in
+        [(vec![p::SERVER_PORT], true), (vec![p::SERVER_PORT - 1, p::SERVER_PORT + 1], false)]
+    {
+        let mut kernel = Kernel::new(&settings);
+        kernel.set_ports(&ports);
+        let outcome = kernel.run(program::CAPTURE, &p::syn_v4());
+        if steered {
+            outcome.expect(STEERED, "assign_eopnotsupp");
+        } else {
+            outcome.expect(PASS, "pass_policy");
+        }
+    }
+}

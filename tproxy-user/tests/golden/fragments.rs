@@ -1,0 +1,43 @@
+//! Fragments, in any order.
+
+use crate::kernel::{Kernel, PASS, STEERED, usual};
+use crate::packets::{self as p, fragment_v4, fragment_v6};
+use tproxy_common::abi::{Settings, program};
+
+#[test]
+fn fragments_are_marked_alike_in_any_order() {
+    for whole in [p::udp_v4(3000), p::udp_v6(3000)] {
+        let fragments =
+            if whole[12] == 0x08 { fragment_v4(&whole, 1480, 77) } else { fragment_v6(&whole, 1432, 77) };
+        assert_eq!(fragments.len(), 3);
+        for order in [[0, 1, 2], [2, 1, 0], [1, 0, 2]] {
+            let mut kernel = Kernel::new(&usual());
+            let mut bytes = 0;
+            for i in order {
+                let outcome = kernel.run(program::CAPTURE, &fragments[i]);
+                assert_eq!((outcome.action, outcome.mark), (STEERED, 1), "fragment {i} of {order:?}");
+                bytes += fragments[i].len() as u64 - 14;
+            }
+            let (key, flow) = kernel.only_flow();
+            assert_eq!(key.destination_port, p::SERVER_PORT);
+            assert_eq!((flow.packets_up, flow.bytes_up), (3, bytes), "{order:?}");
+        }
+    }
+}
+
+#[test]
+fn fragments_of_what_is_not_captured_pass() {
+    let mut kernel = Kernel::new(&Settings { udp: 0, ..usual() });
+    for fragment in fragment_v4(&p::udp_v4(3000), 1480, 5) {
+        let outcome = kernel.run(program::CAPTURE, &fragment);
+        assert_eq!((outcome.action, outcome.mark), (PASS, 0));
+    }
+}
+
+#[test]
+fn before_sk_lookup_fragments_are_forwarded() {
+    let mut kernel = Kernel::new(&Settings { sk_lookup: 0, ..usual() });
+    for fragment in fragment_v6(&p::udp_v6(3000), 1432, 6) {
+        kernel.run(program::CAPTURE, &fragment).expect(PASS, "pass_policy");
+    }
+}

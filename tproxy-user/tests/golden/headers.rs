@@ -1,0 +1,54 @@
+//! Headers: what passes for what they say, and what they must not hide.
+
+use crate::kernel::{Kernel, PASS, STEERED, capture, usual};
+use crate::packets as p;
+use tproxy_common::abi::{Settings, program};
+
+#[test]
+fn what_is_not_for_a_proxy_passes_untouched() {
+    let cases: [(&str, Vec<u8>, &str); 16] = [
+        ("ICMP", p::icmp_v4(), "pass_protocol"),
+        ("ICMPv6 neighbour solicitation", p::icmp_v6(), "pass_protocol"),
+        ("SCTP", p::with_protocol(p::syn_v4(), 132), "pass_protocol"),
+        ("ESP", p::with_protocol(p::syn_v4(), 50), "pass_protocol"),
+        ("IGMP", p::with_protocol(p::syn_v4(), 2), "pass_protocol"),
+        ("an unknown protocol", p::with_protocol(p::syn_v4(), 253), "pass_protocol"),
+        ("ARP", p::with_ethertype(p::syn_v4(), 0x0806), "pass_protocol"),
+        ("MPLS", p::with_ethertype(p::syn_v4(), 0x8847), "pass_protocol"),
+        ("an 802.1Q tag inside", p::with_ethertype(p::syn_v4(), 0x88a8), "pass_protocol"),
+        ("multicast", p::udp_to_v4([239, 1, 2, 3]), "pass_special"),
+        ("limited broadcast", p::udp_to_v4([255, 255, 255, 255]), "pass_special"),
+        ("link-local", p::udp_to_v4([169, 254, 0, 1]), "pass_special"),
+        ("loopback", p::udp_to_v4([127, 0, 0, 1]), "pass_special"),
+        ("IPv6 multicast", p::udp_to_v6("ff02::fb"), "pass_special"),
+        ("IPv6 link-local", p::udp_to_v6("fe80::1"), "pass_special"),
+        ("another host's frame", p::to_other_host(p::syn_v4()), "pass_not_for_us"),
+    ];
+    for (what, packet, counter) in cases {
+        let outcome = capture(&packet);
+        assert_eq!((outcome.action, outcome.only_counter()), (PASS, counter), "{what}");
+        assert_eq!((outcome.mark, outcome.packet == packet), (0, true), "{what} was changed");
+    }
+}
+
+#[test]
+fn ip_options_and_extension_headers_do_not_hide_the_ports() {
+    for packet in [p::syn_v4_with_options(), p::udp_v6_with_extensions()] {
+        let mut kernel = Kernel::new(&Settings { any_port: 0, ..usual() });
+        kernel.set_ports(&[p::SERVER_PORT]);
+        kernel.run(program::CAPTURE, &packet).expect(STEERED, "assign_eopnotsupp");
+    }
+}
+
+#[test]
+fn cut_and_contradictory_headers_pass() {
+    let syn = p::syn_v4();
+    capture(&syn[..14 + 20 + 8]).expect(PASS, "truncated");
+    capture(&p::udp_v6(0)[..14 + 40 + 2]).expect(PASS, "truncated");
+    let mut short_ihl = p::syn_v4();
+    short_ihl[14] = 0x44;
+    capture(&short_ihl).expect(PASS, "malformed");
+    let mut no_tcp_header = p::syn_v4();
+    no_tcp_header[14 + 20 + 12] = 0x10;
+    capture(&no_tcp_header).expect(PASS, "malformed");
+}

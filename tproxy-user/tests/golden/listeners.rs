@@ -1,0 +1,53 @@
+//! Where the listeners are, and what is done while there are none.
+
+use crate::kernel::{DROP, Kernel, PASS, STEERED, usual};
+use crate::packets::{self as p, fragment_v4};
+use tproxy_common::abi::{Settings, program};
+
+#[test]
+fn listeners_are_found_by_port_too() {
+    // What Linux 5.7 does; the listeners of this kernel answer as well.
+    for packet in [p::syn_v4(), p::syn_v6(), p::udp_v4(3), p::udp_v6(3)] {
+        let mut kernel = Kernel::by_tuple();
+        kernel.run(program::CAPTURE, &packet).expect(STEERED, "assign_eopnotsupp");
+    }
+}
+
+#[test]
+fn without_a_listener_fail_decides() {
+    for (fail_open, action, counter) in [(1, PASS, "fail_open"), (0, DROP, "fail_closed")] {
+        for packet in [p::syn_v4(), p::syn_v6(), p::udp_v4(3), p::udp_v6(3)] {
+            let mut kernel = Kernel::without_listeners(&Settings { fail_open, ..usual() });
+            kernel.run(program::CAPTURE, &packet).expect(action, counter);
+        }
+    }
+}
+
+#[test]
+fn a_port_used_again_while_no_proxy_listens_stays_passed() {
+    let mut kernel = Kernel::new(&usual());
+    kernel.run(program::CAPTURE, &p::syn_v4());
+    kernel.run(program::CAPTURE, &p::rst_v4());
+    kernel.remove_listeners();
+    kernel.run(program::CAPTURE, &p::syn_v4()).expect(PASS, "fail_open");
+    // Were it still taken for a proxied one, the client would get a reset.
+    kernel.run(program::CAPTURE, &p::ack_v4()).expect(PASS, "pass_policy");
+}
+
+#[test]
+fn without_a_proxy_late_packets_go_their_way() {
+    let mut kernel = Kernel::new(&usual());
+    kernel.run(program::CAPTURE, &p::syn_v4());
+    kernel.remove_listeners();
+    kernel.run(program::CAPTURE, &p::ack_v4()).expect(PASS, "fail_open");
+}
+
+#[test]
+fn fragments_too_ask_whether_a_proxy_listens() {
+    for (fail_open, action, counter) in [(1, PASS, "fail_open"), (0, DROP, "fail_closed")] {
+        let mut kernel = Kernel::without_listeners(&Settings { fail_open, ..usual() });
+        for fragment in fragment_v4(&p::udp_v4(3000), 1480, 6) {
+            kernel.run(program::CAPTURE, &fragment).expect(action, counter);
+        }
+    }
+}

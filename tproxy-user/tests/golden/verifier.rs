@@ -1,0 +1,38 @@
+//! Whether the kernel loads the programs, and how much of its patience they take.
+
+use aya::programs::Program;
+use tproxy_common::abi::Settings;
+
+use crate::kernel::{load, usual};
+
+/// Of the million instructions that the verifier follows (`BPF_COMPLEXITY_LIMIT_INSNS`).
+/// Half is left to the versions, which differ in how many a program takes.
+const MOST_VERIFIED: u32 = 500_000;
+
+#[test]
+fn the_verifier_takes_every_program_of_both_builds() {
+    for log in [false, true] {
+        for own_traffic in [0, 1] {
+            load_all(&Settings { own_traffic, ..usual() }, log);
+        }
+    }
+}
+
+/// Loads every program of the default build or the debugging build.
+fn load_all(settings: &Settings, log: bool) {
+    let (mut datapath, features) = load(settings, log);
+    for (name, program) in datapath.ebpf().programs_mut() {
+        let (loaded, info) = match program {
+            Program::SchedClassifier(program) => (program.load(), program.info()),
+            Program::SkLookup(program) if features.sk_lookup() => (program.load(), program.info()),
+            Program::SkLookup(_) => continue,
+            other => panic!("{name}: an unexpected kind of program: {other:?}"),
+        };
+        loaded.unwrap_or_else(|error| panic!("{name}: {error}"));
+        // Told since Linux 5.16.
+        if let Some(count) = info.ok().and_then(|info| info.verified_instruction_count()) {
+            println!("{name}: {count} instructions verified");
+            assert!(count <= MOST_VERIFIED, "{name}: {count} instructions verified");
+        }
+    }
+}
