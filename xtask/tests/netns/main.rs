@@ -15,6 +15,7 @@ mod faults;
 mod host;
 mod leftovers;
 mod matching;
+mod outside;
 mod packet;
 mod packet_socket;
 mod pass;
@@ -50,6 +51,7 @@ fn main() -> ExitCode {
         udp::SCENARIOS,
         pass::SCENARIOS,
         host::SCENARIOS,
+        outside::SCENARIOS,
         faults::SCENARIOS,
         account::SCENARIOS,
         matching::SCENARIOS,
