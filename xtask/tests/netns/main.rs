@@ -9,11 +9,14 @@
 
 mod account;
 mod bad_input;
+mod bridge;
 mod capture;
 mod common;
 mod faults;
+mod firewall;
 mod host;
 mod leftovers;
+mod links;
 mod matching;
 mod outside;
 mod packet;
@@ -24,6 +27,7 @@ mod snapshot;
 mod sockopt;
 mod tcp;
 mod tcp_end;
+mod tun;
 mod udp;
 
 use std::collections::BTreeMap;
@@ -52,6 +56,9 @@ fn main() -> ExitCode {
         pass::SCENARIOS,
         host::SCENARIOS,
         outside::SCENARIOS,
+        bridge::SCENARIOS,
+        links::SCENARIOS,
+        firewall::SCENARIOS,
         faults::SCENARIOS,
         account::SCENARIOS,
         matching::SCENARIOS,
