@@ -31,7 +31,7 @@ pub mod map {
     pub const PORTS: &str = "PORTS";
     /// LRU hash [`FragmentKey`](super::FragmentKey) → [`FragmentInfo`](super::FragmentInfo).
     pub const FRAGMENTS: &str = "FRAGMENTS";
-    /// LRU hash [`HostPair`](super::HostPair) → 1: pairs with a proxied UDP flow.
+    /// LRU hash [`HostPair`](super::HostPair) → 1: who asked whom over UDP.
     pub const HOST_PAIRS: &str = "HOST_PAIRS";
     /// All of them: what is pinned.
     pub const ALL: [&str; 9] =
@@ -235,13 +235,14 @@ pub struct FragmentInfo {
     pub pad: [u8; 2],
 }
 
-/// A client and a destination that have a proxied UDP flow.
+/// A host that has asked another over UDP: a client and its destination, or a host
+/// outside and a server behind this one.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct HostPair {
-    /// The client's address.
+    /// The address of who asked.
     pub client: Addr,
-    /// The address that it sent to.
+    /// The address that was asked.
     pub destination: Addr,
 }
 

@@ -10,6 +10,7 @@ use tproxy_common::counter::Counter;
 use tproxy_common::flow::tcp_seen;
 use tproxy_common::wire::{Packet, Skip};
 
+use crate::capture::note_host_pair;
 use crate::fragment;
 use crate::maps::{COUNTERS, FLOWS};
 use crate::skb::Skb;
@@ -135,11 +136,17 @@ impl FlowRef {
     #[inline(always)]
     pub(crate) fn down(self, skb: &Skb, packet: &Packet) {
         let (packets, bytes) = skb.on_the_wire(packet);
+        self.add_down(packets, bytes, packet.tcp_flags);
+    }
+
+    /// Counts packets to the client.
+    #[inline(always)]
+    pub(crate) fn add_down(self, packets: u64, bytes: u64, tcp_flags: u8) {
         // SAFETY: see `FlowRef`; the fields are valid and aligned.
         unsafe {
             add(&raw mut (*self.0).packets_down, packets);
             add(&raw mut (*self.0).bytes_down, bytes);
-            see(&raw mut (*self.0).seen_down, packet.tcp_flags);
+            see(&raw mut (*self.0).seen_down, tcp_flags);
             (*self.0).last_seen = now();
         }
     }
@@ -239,5 +246,6 @@ fn note_request_from_outside(skb: &Skb, packet: &Packet) {
     }
     if let Some(flow) = FlowRef::open(skb, &key, Verdict::Pass, Origin::Uplink) {
         flow.up(skb, packet);
+        note_host_pair(packet);
     }
 }

@@ -137,10 +137,7 @@ fn udp(skb: &Skb, packet: &Packet) -> i32 {
             if let Some(sock) = sock::own_udp(skb, packet) {
                 return to_socket(skb, sock, Mark::Tproxy, Counter::SteeredUdpReturn);
             }
-            if let Some(request) = FlowRef::find(&down_key(packet))
-                && request.is_from_uplink()
-                && request.is_recent()
-            {
+            if let Some(request) = answered_request(packet) {
                 request.down(skb, packet);
                 return pass(Counter::PassReply);
             }
@@ -168,6 +165,13 @@ fn udp(skb: &Skb, packet: &Packet) -> i32 {
     to_socket(skb, sock, Mark::Tproxy, Counter::SteeredUdp)
 }
 
+/// The request from outside that a datagram of a client answers: the client is
+/// a server, and its answers are no flows of its own.
+#[inline(always)]
+pub(crate) fn answered_request(packet: &Packet) -> Option<FlowRef> {
+    FlowRef::find(&down_key(packet)).filter(|request| request.is_from_uplink() && request.is_recent())
+}
+
 /// Remembers that a peer asked a UDP service of this host, so that
 /// [`own`](crate::own) does not take the service's answers for flows of the host.
 #[inline(never)]
@@ -183,7 +187,7 @@ pub(crate) fn note_request_to_host(skb: &Skb, packet: &Packet) {
     }
 }
 
-/// Remembers client and destination for replies whose fragments arrive before their first.
+/// Remembers who asked whom, for replies whose fragments arrive before their first.
 #[inline(never)]
 pub(crate) fn note_host_pair(packet: &Packet) {
     let pair = HostPair { client: packet.source, destination: packet.destination };
@@ -202,13 +206,20 @@ impl Side for Captured {
     fn takes(skb: &Skb, packet: &Packet) -> bool {
         match FlowRef::find(&up_key(packet)) {
             Some(flow) if packet.protocol == UDP || !packet.is_syn() => flow.is_proxied(),
-            _ if packet.protocol == UDP => sock::own_udp(skb, packet).is_some() || policy::captures(packet),
+            _ if packet.protocol == UDP => {
+                sock::own_udp(skb, packet).is_some()
+                    || (answered_request(packet).is_none() && policy::captures(packet))
+            }
             _ => sock::connection(skb, packet).is_some() || (packet.is_syn() && policy::captures(packet)),
         }
     }
 
     #[inline(always)]
     fn might_take(packet: &Packet) -> bool {
-        policy::captures_some_port(packet)
+        let asks = HostPair { client: packet.source, destination: packet.destination };
+        let answers = HostPair { client: packet.destination, destination: packet.source };
+        // Between two hosts that have asked each other it is more likely a client's.
+        (HOST_PAIRS.get_ptr(&answers).is_none() || HOST_PAIRS.get_ptr(&asks).is_some())
+            && policy::captures_some_port(packet)
     }
 }

@@ -7,7 +7,7 @@ use tproxy_common::counter::Counter;
 use tproxy_common::wire::{Fragment, Packet};
 
 use crate::account::{FlowRef, count, up_key};
-use crate::capture::{note_host_pair, note_request_to_host};
+use crate::capture::{answered_request, note_host_pair, note_request_to_host};
 use crate::maps::FRAGMENTS;
 use crate::policy;
 use crate::settings;
@@ -63,6 +63,16 @@ pub(crate) fn ingress<S: Side>(skb: &Skb, packet: &Packet) -> i32 {
     if proxied { to_stack(skb, Mark::Tproxy, Counter::SteeredFragment) } else { pass(Counter::PassPolicy) }
 }
 
+/// The request from outside that a datagram answers which is no flow of a client.
+#[inline(always)]
+fn request_of(packet: &Packet) -> Option<FlowRef> {
+    if packet.protocol == UDP && FlowRef::find(&up_key(packet)).is_none() {
+        answered_request(packet)
+    } else {
+        None
+    }
+}
+
 #[inline(never)]
 fn first<S: Side>(skb: &Skb, packet: &Packet, key: &FragmentKey, known: Option<*mut FragmentInfo>) -> bool {
     let (mut pending_packets, mut pending_bytes) = (0, 0);
@@ -70,8 +80,8 @@ fn first<S: Side>(skb: &Skb, packet: &Packet, key: &FragmentKey, known: Option<*
     if let Some(info) = known {
         // SAFETY: entries of an LRU map are never unmapped while a program runs.
         unsafe {
-            if (*info).has_ports == 0 && (*info).verdict == Verdict::Proxy as u8 {
-                early = true;
+            if (*info).has_ports == 0 {
+                early = (*info).verdict == Verdict::Proxy as u8;
                 pending_packets = (*info).pending_packets;
                 pending_bytes = (*info).pending_bytes;
             }
@@ -94,7 +104,12 @@ fn first<S: Side>(skb: &Skb, packet: &Packet, key: &FragmentKey, known: Option<*
         if proxied && packet.protocol == UDP {
             note_host_pair(packet);
         }
-        if let Some(flow) = FlowRef::open(skb, &up_key(packet), verdict, Origin::Captured) {
+        if let Some(request) = request_of(packet)
+            && !proxied
+        {
+            request.down(skb, packet);
+            request.add_down(pending_packets, pending_bytes, 0);
+        } else if let Some(flow) = FlowRef::open(skb, &up_key(packet), verdict, Origin::Captured) {
             flow.up(skb, packet);
             flow.add_up(pending_packets, pending_bytes, 0);
         }
@@ -130,7 +145,9 @@ fn later<S: Side>(skb: &Skb, packet: &Packet, key: &FragmentKey, known: Option<*
             let mut whole = *packet;
             whole.source_port = (*info).source_port;
             whole.destination_port = (*info).destination_port;
-            if let Some(flow) = FlowRef::find(&up_key(&whole)) {
+            if let Some(request) = request_of(&whole) {
+                request.add_down(packets, bytes, 0);
+            } else if let Some(flow) = FlowRef::find(&up_key(&whole)) {
                 flow.add_up(packets, bytes, 0);
             }
         }

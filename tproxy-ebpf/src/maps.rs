@@ -40,6 +40,6 @@ pub(crate) static PORTS: Array<u64, 1024> = Array::new();
 #[btf_map]
 pub(crate) static FRAGMENTS: LruHashMap<FragmentKey, FragmentInfo, 8192> = LruHashMap::new();
 
-/// Hosts with a proxied UDP flow.
+/// Who asked whom over UDP.
 #[btf_map]
 pub(crate) static HOST_PAIRS: LruHashMap<HostPair, u8, 16_384> = LruHashMap::new();

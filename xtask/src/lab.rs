@@ -31,7 +31,6 @@ pub mod proxy;
 pub mod reclaim;
 pub mod server;
 pub mod sockets;
-pub mod wire;
 
 pub use command::{Cmd, Output};
 pub use daemon::Daemon;

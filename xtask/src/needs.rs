@@ -10,7 +10,8 @@ const NGINX: Need = Need::new("nginx", "nginx-light", "the web server, which tel
 const DIG: Need = Need::new("dig", "bind9-dnsutils", "DNS questions, the UDP client");
 const DNSMASQ: Need = Need::new("dnsmasq", "dnsmasq-base", "the DNS server, which logs who asks");
 const NFT: Need = Need::new("nft", "nftables", "showing that there is no packet filter rule");
-const IPTABLES: Need = Need::new("iptables", "iptables", "the TPROXY rule to compare with");
+const IPTABLES: Need =
+    Need::new("iptables", "iptables", "the packet filter rules to live with, and to compare with");
 
 /// What the demo runs.
 pub(crate) const DEMO: &[Need] = &[IP, BPFTOOL, CURL, NGINX, DIG, DNSMASQ, NFT];
@@ -24,6 +25,7 @@ pub(crate) const NETNS: &[Need] = &[
     DIG,
     DNSMASQ,
     NFT,
+    IPTABLES,
     Need::new("nc", "netcat-openbsd", "connections that are half closed, datagrams from a shell"),
     Need::new("socat", "socat", "small servers, over TCP and UDP"),
     Need::new("iperf3", "iperf3", "bulk transfers"),

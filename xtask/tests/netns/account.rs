@@ -40,7 +40,7 @@ fn captured(capture: &Capture, flow: &FlowRecord) -> Result<Counters> {
 }
 
 /// Compares all flows with the capture; the last packets get a moment to pass.
-fn expect_equal(proxy: &Proxy, capture: &Capture, least: usize) -> Result<()> {
+pub(crate) fn expect_equal(proxy: &Proxy, capture: &Capture, least: usize) -> Result<()> {
     let mut differences = BTreeMap::new();
     let mut compared = 0;
     let equal = wait_for("equal counters", Duration::from_secs(5), || {

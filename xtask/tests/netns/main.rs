@@ -9,13 +9,16 @@
 
 mod account;
 mod bad_input;
+mod bridge;
 mod capture;
 mod common;
 mod faults;
+mod firewall;
 mod host;
 mod leftovers;
-mod link_layer;
+mod links;
 mod matching;
+mod outside;
 mod packet;
 mod packet_socket;
 mod pass;
@@ -24,6 +27,7 @@ mod snapshot;
 mod sockopt;
 mod tcp;
 mod tcp_end;
+mod tun;
 mod udp;
 
 use std::collections::BTreeMap;
@@ -51,7 +55,10 @@ fn main() -> ExitCode {
         udp::SCENARIOS,
         pass::SCENARIOS,
         host::SCENARIOS,
-        link_layer::SCENARIOS,
+        outside::SCENARIOS,
+        bridge::SCENARIOS,
+        links::SCENARIOS,
+        firewall::SCENARIOS,
         faults::SCENARIOS,
         account::SCENARIOS,
         matching::SCENARIOS,

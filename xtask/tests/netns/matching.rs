@@ -26,27 +26,26 @@ pub(crate) const SCENARIOS: Scenarios = &[
 
 /// The way that traffic took to the server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Way {
+pub(crate) enum Way {
     Proxied,
     Forwarded,
 }
 use Way::{Forwarded, Proxied};
 
 /// Servers on one port of every address that say what address and port they see.
-struct Reflectors {
+pub(crate) struct Reflectors {
     _tcp: TcpServer,
     _udp: Vec<UdpServer>,
 }
 
-fn reflectors(lab: &Lab, family: Family, targets: &[SocketAddr]) -> Result<Vec<Reflectors>> {
+pub(crate) fn reflectors(namespace: &Namespace, targets: &[SocketAddr]) -> Result<Vec<Reflectors>> {
     let reflect = |to: &SocketAddr| {
-        let tcp = TcpServer::start(&lab.server, *to, |mut stream, client| {
+        let tcp = TcpServer::start(namespace, *to, |mut stream, client| {
             // A failure shows at the client.
             let _ = stream.write_all(client.to_string().as_bytes());
         })?;
-        Ok(Reflectors { _tcp: tcp, _udp: vec![UdpServer::reflector(&lab.server, *to)?] })
+        Ok(Reflectors { _tcp: tcp, _udp: vec![UdpServer::reflector(namespace, *to)?] })
     };
-    let _ = family;
     targets.iter().map(reflect).collect()
 }
 
@@ -75,7 +74,7 @@ fn udp_way(client: &Namespace, address: IpAddr, to: SocketAddr) -> Result<Way> {
 }
 
 /// Makes sure of the way of both protocols.
-fn expect(client: &Namespace, address: IpAddr, to: SocketAddr, expected: Way) -> Result<()> {
+pub(crate) fn expect(client: &Namespace, address: IpAddr, to: SocketAddr, expected: Way) -> Result<()> {
     for (protocol, way) in [("TCP", tcp_way(client, address, to)?), ("UDP", udp_way(client, address, to)?)] {
         ensure!(way == expected, "{protocol} from {address} to {to} was {way:?}, expected {expected:?}");
     }
@@ -86,7 +85,7 @@ const SERVICE: u16 = 7070;
 
 fn interfaces(lab: &Lab, family: Family) -> Result<()> {
     let to = at(family.anywhere(1), SERVICE);
-    let _servers = reflectors(lab, family, &[to])?;
+    let _servers = reflectors(&lab.server, &[to])?;
     let proxy = start_proxy(lab, "--iface lan")?;
     expect(&lab.client, family.client(), to, Proxied)?;
     expect(&lab.guest, family.guest(), to, Forwarded)?;
@@ -110,7 +109,7 @@ fn interfaces(lab: &Lab, family: Family) -> Result<()> {
 
 fn interface_pattern(lab: &Lab, family: Family) -> Result<()> {
     let to = at(family.anywhere(1), SERVICE);
-    let _servers = reflectors(lab, family, &[to])?;
+    let _servers = reflectors(&lab.server, &[to])?;
     let _proxy = start_proxy(lab, "--iface lan*")?;
     expect(&lab.client, family.client(), to, Proxied)?;
     expect(&lab.guest, family.guest(), to, Proxied)
@@ -118,7 +117,7 @@ fn interface_pattern(lab: &Lab, family: Family) -> Result<()> {
 
 fn protocols(lab: &Lab, family: Family) -> Result<()> {
     let to = at(family.anywhere(1), SERVICE);
-    let _servers = reflectors(lab, family, &[to])?;
+    let _servers = reflectors(&lab.server, &[to])?;
     for (flags, tcp, udp) in [
         ("--proto tcp", Proxied, Forwarded),
         ("--proto udp", Forwarded, Proxied),
@@ -134,7 +133,7 @@ fn protocols(lab: &Lab, family: Family) -> Result<()> {
 
 fn families(lab: &Lab, family: Family) -> Result<()> {
     let to = at(family.anywhere(1), SERVICE);
-    let _servers = reflectors(lab, family, &[to])?;
+    let _servers = reflectors(&lab.server, &[to])?;
     for (flag, captured) in [("-4", Family::V4), ("-6", Family::V6)] {
         let proxy = start_proxy(lab, &format!("--iface lan {flag}"))?;
         expect(&lab.client, family.client(), to, if captured == family { Proxied } else { Forwarded })?;
@@ -158,7 +157,7 @@ fn ports(lab: &Lab, family: Family) -> Result<()> {
         (65_535, Forwarded),
     ];
     let targets: Vec<_> = cases.iter().map(|(port, _)| at(family.anywhere(1), *port)).collect();
-    let _servers = reflectors(lab, family, &targets)?;
+    let _servers = reflectors(&lab.server, &targets)?;
     let _proxy = start_proxy(lab, "--iface lan --dport 53,80,1000-2000")?;
     for (port, way) in cases {
         expect(&lab.client, family.client(), at(family.anywhere(1), port), way)?;
@@ -176,7 +175,7 @@ fn destinations_with(lab: &Lab, family: Family, flags: &str) -> Result<()> {
         at(family.anywhere(0x0121), SERVICE),
         at(family.anywhere(0x0205), SERVICE),
     );
-    let _servers = reflectors(lab, family, &[inside, hole, outside])?;
+    let _servers = reflectors(&lab.server, &[inside, hole, outside])?;
     let net = family.anywhere_net(1);
     // 16 addresses in the middle of it.
     let part = format!("{}/{}", family.anywhere(0x0120), family.pick(28, 124));
@@ -205,7 +204,7 @@ fn destinations_with(lab: &Lab, family: Family, flags: &str) -> Result<()> {
 
 fn sources(lab: &Lab, family: Family) -> Result<()> {
     let to = at(family.anywhere(1), SERVICE);
-    let _servers = reflectors(lab, family, &[to])?;
+    let _servers = reflectors(&lab.server, &[to])?;
     let net = family.pick("192.0.2.0/24", "2001:db8:1::/64");
     let client = family.client();
     for (more, ways) in [
@@ -227,7 +226,7 @@ fn sources(lab: &Lab, family: Family) -> Result<()> {
 
 fn other_numbers(lab: &Lab, family: Family) -> Result<()> {
     let to = at(family.anywhere(1), SERVICE);
-    let _servers = reflectors(lab, family, &[to])?;
+    let _servers = reflectors(&lab.server, &[to])?;
     let flags = "--iface lan --tproxy-mark 0x4000/0xff00 --own-mark 0x77 --table 4242 --rule-priority 77 --on-port 16001";
     let proxy = start_proxy(lab, flags)?;
     let rules = lab.router.sh(&format!("ip {} rule show", family.flag()))?.stdout;

@@ -23,7 +23,7 @@ pub(crate) const SCENARIOS: Scenarios = &[
 ];
 
 /// Makes sure that nothing was captured.
-fn expect_untouched(running: &Running) -> Result<()> {
+pub(crate) fn expect_untouched(running: &Running) -> Result<()> {
     let Some(proxy) = running.proxy() else {
         return Ok(());
     };
