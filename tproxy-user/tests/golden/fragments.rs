@@ -4,7 +4,12 @@ use crate::kernel::{Kernel, PASS, STEERED, usual};
 use crate::packets::{self as p, fragment_v4, fragment_v6};
 use tproxy_common::abi::{Settings, program};
 
-#[test]
+tests![
+    fragments_are_marked_alike_in_any_order,
+    fragments_of_what_is_not_captured_pass,
+    before_sk_lookup_fragments_are_forwarded,
+];
+
 fn fragments_are_marked_alike_in_any_order() {
     for whole in [p::udp_v4(3000), p::udp_v6(3000)] {
         let fragments =
@@ -25,7 +30,6 @@ fn fragments_are_marked_alike_in_any_order() {
     }
 }
 
-#[test]
 fn fragments_of_what_is_not_captured_pass() {
     let mut kernel = Kernel::new(&Settings { udp: 0, ..usual() });
     for fragment in fragment_v4(&p::udp_v4(3000), 1480, 5) {
@@ -34,7 +38,6 @@ fn fragments_of_what_is_not_captured_pass() {
     }
 }
 
-#[test]
 fn before_sk_lookup_fragments_are_forwarded() {
     let mut kernel = Kernel::new(&Settings { sk_lookup: 0, ..usual() });
     for fragment in fragment_v6(&p::udp_v6(3000), 1432, 6) {

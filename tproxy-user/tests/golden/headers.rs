@@ -4,7 +4,12 @@ use crate::kernel::{Kernel, PASS, STEERED, capture, usual};
 use crate::packets as p;
 use tproxy_common::abi::{Settings, program};
 
-#[test]
+tests![
+    what_is_not_for_a_proxy_passes_untouched,
+    ip_options_and_extension_headers_do_not_hide_the_ports,
+    cut_and_contradictory_headers_pass,
+];
+
 fn what_is_not_for_a_proxy_passes_untouched() {
     let cases: [(&str, Vec<u8>, &str); 16] = [
         ("ICMP", p::icmp_v4(), "pass_protocol"),
@@ -31,7 +36,6 @@ fn what_is_not_for_a_proxy_passes_untouched() {
     }
 }
 
-#[test]
 fn ip_options_and_extension_headers_do_not_hide_the_ports() {
     for packet in [p::syn_v4_with_options(), p::udp_v6_with_extensions()] {
         let mut kernel = Kernel::new(&Settings { any_port: 0, ..usual() });
@@ -40,7 +44,6 @@ fn ip_options_and_extension_headers_do_not_hide_the_ports() {
     }
 }
 
-#[test]
 fn cut_and_contradictory_headers_pass() {
     let syn = p::syn_v4();
     capture(&syn[..14 + 20 + 8]).expect(PASS, "truncated");
