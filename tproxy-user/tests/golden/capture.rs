@@ -1,12 +1,13 @@
 //! What the capture program takes, and what it leaves.
 
-use crate::kernel::{Kernel, PASS, STEERED, capture, usual};
+use crate::kernel::{Context, Kernel, PASS, STEERED, capture, usual};
 use crate::packets as p;
 use tproxy_common::abi::{Settings, Verdict, program};
 
 tests![
     a_new_tcp_flow_goes_to_the_listener,
     a_new_udp_flow_goes_to_the_listener,
+    a_merged_packet_counts_as_its_segments,
     mark_keeps_the_bits_outside_the_mask,
     own_addresses_pass,
     a_connection_that_is_older_passes,
@@ -105,5 +106,18 @@ fn ports_are_chosen() {
         } else {
             outcome.expect(PASS, "pass_policy");
         }
+    }
+}
+
+fn a_merged_packet_counts_as_its_segments() {
+    const HEADERS: u64 = 20 + 8;
+    let segments = Context { gso_segs: 3, gso_size: 400, ..Context::default() };
+    // A guest's packet, which nobody has counted.
+    let uncounted = Context { gso_segs: 0, ..segments };
+    for context in [segments, uncounted] {
+        let mut kernel = Kernel::new(&usual());
+        kernel.run_with(program::CAPTURE, &p::udp_v4(1000), context).expect(STEERED, "assign_eopnotsupp");
+        let (_, flow) = kernel.only_flow();
+        assert_eq!((flow.packets_up, flow.bytes_up), (3, 1000 + 3 * HEADERS));
     }
 }

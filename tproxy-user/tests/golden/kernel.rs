@@ -1,18 +1,21 @@
 //! The programs, loaded in a network namespace of the test's own.
 
+use std::io::ErrorKind;
 use std::net::{TcpListener, UdpSocket};
 use std::os::fd::AsRawFd;
 
 use aya::Pod;
-use aya::maps::{HashMap, Map, MapData, PerCpuArray};
-use aya::programs::{ProgramError, SchedClassifier, TestRun as _, TestRunOptions};
+use aya::maps::{HashMap, Map, MapData, MapError, PerCpuArray};
+use aya::programs::{ProgramError, SchedClassifier, TcAttachType, TestRun as _, TestRunOptions};
 use nix::errno::Errno;
 use tproxy_common::abi::{
     ABI_VERSION, Flow, FlowKey, FragmentInfo, FragmentKey, HostPair, ListenerKind, LpmKey, Settings,
     listener_index, map, program,
 };
 use tproxy_common::counter::Counters;
+use tproxy_common::wire::Packet;
 use tproxy_user::config::Kernel as Version;
+use tproxy_user::datapath::attach::add_clsact;
 use tproxy_user::datapath::features::Features;
 use tproxy_user::datapath::load::Datapath;
 use tproxy_user::datapath::policy::PORT_WORDS;
@@ -25,6 +28,8 @@ use crate::skip::needs;
 pub(crate) const PASS: i32 = -1;
 /// Accepted, steered.
 pub(crate) const STEERED: i32 = 0;
+/// On its way to another interface (`TC_ACT_REDIRECT`).
+pub(crate) const REDIRECTED: i32 = 7;
 /// Dropped.
 pub(crate) const DROP: i32 = 2;
 
@@ -244,12 +249,8 @@ impl Kernel {
         let mut ctx_out = [0u8; Context::LEN];
         let mut packet_out = vec![0u8; packet.len() + 64];
         let before = self.counters();
-        let classifier: &mut SchedClassifier =
-            self.datapath.ebpf().program_mut(program).expect("a program").try_into().expect("a classifier");
-        if classifier.fd().is_err() {
-            classifier.load().unwrap_or_else(|error| panic!("{error}"));
-        }
-        let result = classifier
+        let result = self
+            .loaded(program)
             .test_run(TestRunOptions {
                 data_in: Some(packet),
                 data_out: Some(&mut packet_out),
@@ -275,6 +276,30 @@ impl Kernel {
         })
     }
 
+    /// Attaches a program at ingress of an interface.
+    pub(crate) fn attach(&mut self, program: &str, interface: &str) {
+        // In a new namespace there is no qdisc yet; tcx does not need one.
+        add_clsact(interface).expect("a qdisc");
+        let classifier = self.loaded(program);
+        classifier.attach(interface, TcAttachType::Ingress).expect("attached");
+    }
+
+    /// Counters that are not zero.
+    pub(crate) fn counted(&mut self) -> Vec<(&'static str, u64)> {
+        let all = self.counters().entries();
+        all.into_iter().filter(|(_, count, _)| *count > 0).map(|(name, count, _)| (name, count)).collect()
+    }
+
+    /// A program, loaded.
+    fn loaded(&mut self, program: &str) -> &mut SchedClassifier {
+        let classifier: &mut SchedClassifier =
+            self.datapath.ebpf().program_mut(program).expect("a program").try_into().expect("a classifier");
+        if classifier.fd().is_err() {
+            classifier.load().unwrap_or_else(|error| panic!("{error}"));
+        }
+        classifier
+    }
+
     fn counters(&mut self) -> Counters {
         let map = self.datapath.ebpf().map(map::COUNTERS).expect("counters");
         let array: PerCpuArray<&MapData, Counters> = PerCpuArray::try_from(map).expect("counters");
@@ -285,30 +310,35 @@ impl Kernel {
         sum
     }
 
-    /// The flow table.
-    pub(crate) fn flows(&mut self) -> Vec<(FlowKey, Flow)> {
-        self.hash::<FlowKey, Flow>(map::FLOWS).iter().collect::<Result<_, _>>().expect("readable")
-    }
-
     /// The one flow of the flow table.
     pub(crate) fn only_flow(&mut self) -> (FlowKey, Flow) {
-        let all = self.flows();
+        let flows = self.hash::<FlowKey, Flow>(map::FLOWS);
+        let all: Vec<_> = flows.iter().collect::<Result<_, _>>().expect("readable");
         assert_eq!(all.len(), 1, "{all:?}");
         all[0]
     }
 
-    /// Forgets every flow and fragment.
-    pub(crate) fn forget(&mut self) {
-        self.clear::<FlowKey, Flow>(map::FLOWS);
-        self.clear::<FragmentKey, FragmentInfo>(map::FRAGMENTS);
-        self.clear::<HostPair, u8>(map::HOST_PAIRS);
+    /// An entry of the flow table. To walk through the whole table takes a
+    /// while, and a corpus is long.
+    pub(crate) fn flow(&mut self, key: &FlowKey) -> Option<Flow> {
+        self.hash(map::FLOWS).get(key, 0).ok()
     }
 
-    fn clear<K: Pod, V: Pod>(&mut self, name: &str) {
-        let mut hash = self.hash::<K, V>(name);
-        let keys: Vec<K> = hash.keys().collect::<Result<_, _>>().expect("readable");
-        for key in keys {
-            hash.remove(&key).expect("removable");
+    /// Forgets what the programs have noted of a packet.
+    pub(crate) fn forget(&mut self, packet: &Packet) {
+        let Packet { source, destination, protocol, source_port, destination_port, .. } = *packet;
+        let flow = FlowKey::up(protocol, source, destination, source_port, destination_port);
+        self.remove::<_, Flow>(map::FLOWS, &flow);
+        let fragment = FragmentKey { source, destination, id: packet.fragment_id, protocol, pad: [0; 3] };
+        self.remove::<_, FragmentInfo>(map::FRAGMENTS, &fragment);
+        self.remove::<_, u8>(map::HOST_PAIRS, &HostPair { client: source, destination });
+    }
+
+    fn remove<K: Pod, V: Pod>(&mut self, name: &str, key: &K) {
+        match self.hash::<K, V>(name).remove(key) {
+            Ok(()) | Err(MapError::KeyNotFound) => {}
+            Err(MapError::SyscallError(error)) if error.io_error.kind() == ErrorKind::NotFound => {}
+            Err(error) => panic!("{name}: {error}"),
         }
     }
 

@@ -16,11 +16,15 @@ macro_rules! tests {
 }
 
 mod capture;
+mod corpus;
+mod differential;
 mod fragments;
 mod headers;
 mod kernel;
+mod link;
 mod listeners;
 mod packets;
+mod predict;
 mod sides;
 mod skip;
 mod verifier;
@@ -29,8 +33,16 @@ use libtest_mimic::{Arguments, Trial};
 
 fn main() {
     let root = nix::unistd::geteuid().is_root();
-    let modules =
-        [capture::TESTS, fragments::TESTS, headers::TESTS, listeners::TESTS, sides::TESTS, verifier::TESTS];
+    let modules = [
+        capture::TESTS,
+        differential::TESTS,
+        fragments::TESTS,
+        headers::TESTS,
+        link::TESTS,
+        listeners::TESTS,
+        sides::TESTS,
+        verifier::TESTS,
+    ];
     let trials = modules
         .into_iter()
         .flatten()

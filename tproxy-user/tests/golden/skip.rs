@@ -26,6 +26,9 @@ pub(crate) fn run(test: fn()) -> Result<Completion, Failed> {
     if let Some(Skip(why)) = panic.downcast_ref() {
         return Ok(Completion::ignored_with(why));
     }
-    let text = panic.downcast_ref::<String>().cloned();
-    Err(text.or_else(|| panic.downcast_ref::<&str>().map(|&text| text.to_owned())).unwrap_or_default().into())
+    let message = panic.downcast_ref::<String>().cloned();
+    Err(message
+        .or_else(|| panic.downcast_ref::<&str>().map(|&message| message.to_owned()))
+        .unwrap_or_default()
+        .into())
 }
