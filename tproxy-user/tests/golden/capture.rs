@@ -1,10 +1,22 @@
 //! What the capture program takes, and what it leaves.
 
-use crate::kernel::{Kernel, PASS, STEERED, capture, usual};
+use crate::kernel::{Context, Kernel, PASS, STEERED, capture, usual};
 use crate::packets as p;
 use tproxy_common::abi::{Settings, Verdict, program};
 
-#[test]
+tests![
+    a_new_tcp_flow_goes_to_the_listener,
+    a_new_udp_flow_goes_to_the_listener,
+    a_merged_packet_counts_as_its_segments,
+    mark_keeps_the_bits_outside_the_mask,
+    own_addresses_pass,
+    a_connection_that_is_older_passes,
+    a_late_packet_of_a_proxied_connection_stays_here,
+    answers_to_the_outside_are_not_captured,
+    protocols_and_families_are_chosen,
+    ports_are_chosen,
+];
+
 fn a_new_tcp_flow_goes_to_the_listener() {
     for packet in [p::syn_v4(), p::syn_v6()] {
         let mut kernel = Kernel::new(&usual());
@@ -21,7 +33,6 @@ fn a_new_tcp_flow_goes_to_the_listener() {
     }
 }
 
-#[test]
 fn a_new_udp_flow_goes_to_the_listener() {
     for payload in [0, 1, 512, 1400] {
         for packet in [p::udp_v4(payload), p::udp_v6(payload)] {
@@ -30,14 +41,12 @@ fn a_new_udp_flow_goes_to_the_listener() {
     }
 }
 
-#[test]
 fn mark_keeps_the_bits_outside_the_mask() {
     let settings = Settings { mark_value: 0x10, mark_mask: 0xf0, ..usual() };
     let outcome = Kernel::new(&settings).run_marked(program::CAPTURE, &p::syn_v4(), 0xabcd);
     assert_eq!(outcome.mark, 0xab1d);
 }
 
-#[test]
 fn own_addresses_pass() {
     for packet in [p::syn_v4(), p::udp_v4(10)] {
         let mut kernel = Kernel::new(&usual());
@@ -46,14 +55,12 @@ fn own_addresses_pass() {
     }
 }
 
-#[test]
 fn a_connection_that_is_older_passes() {
     capture(&p::ack_v4()).expect(PASS, "pass_midstream");
     capture(&p::syn_ack_v4()).expect(PASS, "pass_midstream");
     capture(&p::rst_v4()).expect(PASS, "pass_midstream");
 }
 
-#[test]
 fn a_late_packet_of_a_proxied_connection_stays_here() {
     let mut kernel = Kernel::new(&usual());
     kernel.run(program::CAPTURE, &p::syn_v4());
@@ -64,7 +71,6 @@ fn a_late_packet_of_a_proxied_connection_stays_here() {
     }
 }
 
-#[test]
 fn answers_to_the_outside_are_not_captured() {
     let mut kernel = Kernel::new(&usual());
     let request = p::udp_v4(20);
@@ -72,7 +78,6 @@ fn answers_to_the_outside_are_not_captured() {
     kernel.run(program::CAPTURE, &p::reply_of(&request)).expect(PASS, "pass_reply");
 }
 
-#[test]
 fn protocols_and_families_are_chosen() {
     let base = usual();
     let cases = [
@@ -88,7 +93,6 @@ fn protocols_and_families_are_chosen() {
     }
 }
 
-#[test]
 fn ports_are_chosen() {
     let settings = Settings { any_port: 0, ..usual() };
     for (ports, steered) in
@@ -102,5 +106,18 @@ fn ports_are_chosen() {
         } else {
             outcome.expect(PASS, "pass_policy");
         }
+    }
+}
+
+fn a_merged_packet_counts_as_its_segments() {
+    const HEADERS: u64 = 20 + 8;
+    let segments = Context { gso_segs: 3, gso_size: 400, ..Context::default() };
+    // A guest's packet, which nobody has counted.
+    let uncounted = Context { gso_segs: 0, ..segments };
+    for context in [segments, uncounted] {
+        let mut kernel = Kernel::new(&usual());
+        kernel.run_with(program::CAPTURE, &p::udp_v4(1000), context).expect(STEERED, "assign_eopnotsupp");
+        let (_, flow) = kernel.only_flow();
+        assert_eq!((flow.packets_up, flow.bytes_up), (3, 1000 + 3 * HEADERS));
     }
 }

@@ -1,27 +1,83 @@
 //! The programs, loaded in a network namespace of the test's own.
 
+use std::io::ErrorKind;
 use std::net::{TcpListener, UdpSocket};
 use std::os::fd::AsRawFd;
 
-use aya::maps::{HashMap, Map, MapData, PerCpuArray};
-use aya::programs::{SchedClassifier, TestRun as _, TestRunOptions};
+use aya::Pod;
+use aya::maps::{HashMap, Map, MapData, MapError, PerCpuArray};
+use aya::programs::{ProgramError, SchedClassifier, TcAttachType, TestRun as _, TestRunOptions};
+use nix::errno::Errno;
 use tproxy_common::abi::{
-    ABI_VERSION, Flow, FlowKey, ListenerKind, LpmKey, Settings, listener_index, map, program,
+    ABI_VERSION, Flow, FlowKey, FragmentInfo, FragmentKey, HostPair, ListenerKind, LpmKey, Settings,
+    listener_index, map, program,
 };
 use tproxy_common::counter::Counters;
+use tproxy_common::wire::Packet;
+use tproxy_user::config::Kernel as Version;
+use tproxy_user::datapath::attach::add_clsact;
 use tproxy_user::datapath::features::Features;
 use tproxy_user::datapath::load::Datapath;
 use tproxy_user::datapath::policy::PORT_WORDS;
 use tproxy_user::privilege::running_kernel;
 
 use crate::packets::mapped;
+use crate::skip::needs;
 
 /// On to the next program, or the stack.
 pub(crate) const PASS: i32 = -1;
 /// Accepted, steered.
 pub(crate) const STEERED: i32 = 0;
+/// On its way to another interface (`TC_ACT_REDIRECT`).
+pub(crate) const REDIRECTED: i32 = 7;
 /// Dropped.
 pub(crate) const DROP: i32 = 2;
+
+/// What a program is told of a packet besides its bytes.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Context {
+    pub(crate) mark: u32,
+    /// 0 for a packet that this host sends; another since Linux 5.16.
+    pub(crate) ingress_ifindex: u32,
+    /// Segments of a merged packet, 0 where nobody has counted.
+    pub(crate) gso_segs: u32,
+    /// Payload bytes of each.
+    pub(crate) gso_size: u32,
+}
+
+impl Context {
+    /// `struct __sk_buff`.
+    const LEN: usize = 192;
+    const MARK: usize = 8;
+    const INGRESS_IFINDEX: usize = 36;
+    const GSO_SEGS: usize = 164;
+    const GSO_SIZE: usize = 176;
+
+    fn to_bytes(self) -> [u8; Self::LEN] {
+        let mut bytes = [0; Self::LEN];
+        for (at, value) in [
+            (Self::MARK, self.mark),
+            (Self::INGRESS_IFINDEX, self.ingress_ifindex),
+            (Self::GSO_SEGS, self.gso_segs),
+            (Self::GSO_SIZE, self.gso_size),
+        ] {
+            bytes[at..at + 4].copy_from_slice(&value.to_ne_bytes());
+        }
+        bytes
+    }
+
+    fn mark_of(bytes: &[u8; Self::LEN]) -> u32 {
+        u32::from_ne_bytes(std::array::from_fn(|i| bytes[Self::MARK + i]))
+    }
+}
+
+fn errno(error: &ProgramError) -> Errno {
+    let system = match error {
+        ProgramError::SyscallError(error) => error.io_error.raw_os_error(),
+        _ => None,
+    };
+    system.map_or_else(|| panic!("{error}"), Errno::from_raw)
+}
 
 /// What a program did with a packet.
 #[derive(Debug)]
@@ -155,39 +211,46 @@ impl Kernel {
         Self { datapath: load(&settings, false).0, _sockets: sockets }
     }
 
-    /// Runs a program on a packet without a mark.
+    /// Runs a program on a packet of which nothing else is known.
     pub(crate) fn run(&mut self, program: &str, packet: &[u8]) -> Outcome {
-        self.run_marked(program, packet, 0)
+        self.run_with(program, packet, Context::default())
     }
 
-    /// Runs a program on a packet with a mark. `ingress_ifindex` is 0, as of a
-    /// packet that this host sends: Linux 5.10 takes no other.
+    /// Runs a program on a packet with a mark.
     pub(crate) fn run_marked(&mut self, program: &str, packet: &[u8], mark: u32) -> Outcome {
-        self.run_with(program, packet, mark, 0)
+        self.run_with(program, packet, Context { mark, ..Context::default() })
     }
 
     /// Runs a program on a packet that is forwarded: it has arrived on an interface.
     pub(crate) fn run_forwarded(&mut self, program: &str, packet: &[u8]) -> Outcome {
-        self.run_with(program, packet, 0, 1)
+        self.run_with(program, packet, Context { ingress_ifindex: 1, ..Context::default() })
     }
 
-    fn run_with(&mut self, program: &str, packet: &[u8], mark: u32, ingress_ifindex: u32) -> Outcome {
-        // `struct __sk_buff`: the mark is the third word, ingress_ifindex the tenth.
-        const LEN: usize = 192;
-        const MARK: usize = 8;
-        const INGRESS_IFINDEX: usize = 36;
-        let mut ctx = [0u8; LEN];
-        ctx[MARK..MARK + 4].copy_from_slice(&mark.to_ne_bytes());
-        ctx[INGRESS_IFINDEX..INGRESS_IFINDEX + 4].copy_from_slice(&ingress_ifindex.to_ne_bytes());
-        let mut ctx_out = [0u8; LEN];
+    /// Runs a program on a packet; skips the test where the kernel cannot.
+    pub(crate) fn run_with(&mut self, program: &str, packet: &[u8], context: Context) -> Outcome {
+        match self.try_run(program, packet, context) {
+            Ok(outcome) => outcome,
+            Err(Errno::EINVAL) if context.ingress_ifindex != 0 => {
+                needs("ingress_ifindex in a test run", Version { major: 5, minor: 16 })
+            }
+            Err(error) => panic!("the kernel runs {program}: {error}"),
+        }
+    }
+
+    /// Runs a program on a packet, if the kernel takes it: it may refuse one
+    /// without a whole IP header, or longer than a page.
+    pub(crate) fn try_run(
+        &mut self,
+        program: &str,
+        packet: &[u8],
+        context: Context,
+    ) -> Result<Outcome, Errno> {
+        let ctx = context.to_bytes();
+        let mut ctx_out = [0u8; Context::LEN];
         let mut packet_out = vec![0u8; packet.len() + 64];
         let before = self.counters();
-        let classifier: &mut SchedClassifier =
-            self.datapath.ebpf().program_mut(program).expect("a program").try_into().expect("a classifier");
-        if classifier.fd().is_err() {
-            classifier.load().unwrap_or_else(|error| panic!("{error}"));
-        }
-        let result = classifier
+        let result = self
+            .loaded(program)
             .test_run(TestRunOptions {
                 data_in: Some(packet),
                 data_out: Some(&mut packet_out),
@@ -195,7 +258,7 @@ impl Kernel {
                 ctx_out: Some(&mut ctx_out),
                 ..TestRunOptions::default()
             })
-            .expect("the kernel runs the program");
+            .map_err(|error| errno(&error))?;
         packet_out.truncate(result.data_size_out as usize);
         let after = self.counters();
         let counters = before
@@ -205,17 +268,36 @@ impl Kernel {
             .filter(|(old, new)| old.1 != new.1)
             .map(|(old, new)| (new.0, new.1 - old.1))
             .collect();
-        Outcome {
+        Ok(Outcome {
             action: i32::from_ne_bytes(result.return_value.to_ne_bytes()),
-            mark: u32::from_ne_bytes([
-                ctx_out[MARK],
-                ctx_out[MARK + 1],
-                ctx_out[MARK + 2],
-                ctx_out[MARK + 3],
-            ]),
+            mark: Context::mark_of(&ctx_out),
             packet: packet_out,
             counters,
+        })
+    }
+
+    /// Attaches a program at ingress of an interface.
+    pub(crate) fn attach(&mut self, program: &str, interface: &str) {
+        // In a new namespace there is no qdisc yet; tcx does not need one.
+        add_clsact(interface).expect("a qdisc");
+        let classifier = self.loaded(program);
+        classifier.attach(interface, TcAttachType::Ingress).expect("attached");
+    }
+
+    /// Counters that are not zero.
+    pub(crate) fn counted(&mut self) -> Vec<(&'static str, u64)> {
+        let all = self.counters().entries();
+        all.into_iter().filter(|(_, count, _)| *count > 0).map(|(name, count, _)| (name, count)).collect()
+    }
+
+    /// A program, loaded.
+    fn loaded(&mut self, program: &str) -> &mut SchedClassifier {
+        let classifier: &mut SchedClassifier =
+            self.datapath.ebpf().program_mut(program).expect("a program").try_into().expect("a classifier");
+        if classifier.fd().is_err() {
+            classifier.load().unwrap_or_else(|error| panic!("{error}"));
         }
+        classifier
     }
 
     fn counters(&mut self) -> Counters {
@@ -230,14 +312,41 @@ impl Kernel {
 
     /// The one flow of the flow table.
     pub(crate) fn only_flow(&mut self) -> (FlowKey, Flow) {
-        let map = self.datapath.ebpf().map(map::FLOWS).expect("flows");
-        let flows: HashMap<&MapData, FlowKey, Flow> = match map {
-            map @ Map::LruHashMap(_) => HashMap::try_from(map).expect("flows"),
-            _ => panic!("not an LRU hash"),
-        };
+        let flows = self.hash::<FlowKey, Flow>(map::FLOWS);
         let all: Vec<_> = flows.iter().collect::<Result<_, _>>().expect("readable");
         assert_eq!(all.len(), 1, "{all:?}");
         all[0]
+    }
+
+    /// An entry of the flow table. To walk through the whole table takes a
+    /// while, and a corpus is long.
+    pub(crate) fn flow(&mut self, key: &FlowKey) -> Option<Flow> {
+        self.hash(map::FLOWS).get(key, 0).ok()
+    }
+
+    /// Forgets what the programs have noted of a packet.
+    pub(crate) fn forget(&mut self, packet: &Packet) {
+        let Packet { source, destination, protocol, source_port, destination_port, .. } = *packet;
+        let flow = FlowKey::up(protocol, source, destination, source_port, destination_port);
+        self.remove::<_, Flow>(map::FLOWS, &flow);
+        let fragment = FragmentKey { source, destination, id: packet.fragment_id, protocol, pad: [0; 3] };
+        self.remove::<_, FragmentInfo>(map::FRAGMENTS, &fragment);
+        self.remove::<_, u8>(map::HOST_PAIRS, &HostPair { client: source, destination });
+    }
+
+    fn remove<K: Pod, V: Pod>(&mut self, name: &str, key: &K) {
+        match self.hash::<K, V>(name).remove(key) {
+            Ok(()) | Err(MapError::KeyNotFound) => {}
+            Err(MapError::SyscallError(error)) if error.io_error.kind() == ErrorKind::NotFound => {}
+            Err(error) => panic!("{name}: {error}"),
+        }
+    }
+
+    fn hash<K: Pod, V: Pod>(&mut self, name: &str) -> HashMap<&mut MapData, K, V> {
+        match self.datapath.ebpf().map_mut(name) {
+            Some(map @ Map::LruHashMap(_)) => HashMap::try_from(map).expect("keys and values as declared"),
+            _ => panic!("{name} is no LRU hash"),
+        }
     }
 
     pub(crate) fn add_local(&mut self, v4: [u8; 4]) {

@@ -4,7 +4,14 @@ use crate::kernel::{DROP, Kernel, PASS, STEERED, usual};
 use crate::packets::{self as p, fragment_v4};
 use tproxy_common::abi::{Settings, program};
 
-#[test]
+tests![
+    listeners_are_found_by_port_too,
+    without_a_listener_fail_decides,
+    a_port_used_again_while_no_proxy_listens_stays_passed,
+    without_a_proxy_late_packets_go_their_way,
+    fragments_too_ask_whether_a_proxy_listens,
+];
+
 fn listeners_are_found_by_port_too() {
     // What Linux 5.7 does; the listeners of this kernel answer as well.
     for packet in [p::syn_v4(), p::syn_v6(), p::udp_v4(3), p::udp_v6(3)] {
@@ -13,7 +20,6 @@ fn listeners_are_found_by_port_too() {
     }
 }
 
-#[test]
 fn without_a_listener_fail_decides() {
     for (fail_open, action, counter) in [(1, PASS, "fail_open"), (0, DROP, "fail_closed")] {
         for packet in [p::syn_v4(), p::syn_v6(), p::udp_v4(3), p::udp_v6(3)] {
@@ -23,7 +29,6 @@ fn without_a_listener_fail_decides() {
     }
 }
 
-#[test]
 fn a_port_used_again_while_no_proxy_listens_stays_passed() {
     let mut kernel = Kernel::new(&usual());
     kernel.run(program::CAPTURE, &p::syn_v4());
@@ -34,7 +39,6 @@ fn a_port_used_again_while_no_proxy_listens_stays_passed() {
     kernel.run(program::CAPTURE, &p::ack_v4()).expect(PASS, "pass_policy");
 }
 
-#[test]
 fn without_a_proxy_late_packets_go_their_way() {
     let mut kernel = Kernel::new(&usual());
     kernel.run(program::CAPTURE, &p::syn_v4());
@@ -42,7 +46,6 @@ fn without_a_proxy_late_packets_go_their_way() {
     kernel.run(program::CAPTURE, &p::ack_v4()).expect(PASS, "fail_open");
 }
 
-#[test]
 fn fragments_too_ask_whether_a_proxy_listens() {
     for (fail_open, action, counter) in [(1, PASS, "fail_open"), (0, DROP, "fail_closed")] {
         let mut kernel = Kernel::without_listeners(&Settings { fail_open, ..usual() });

@@ -1,15 +1,60 @@
 //! Golden packets: the programs run on them in the kernel, by
 //! `BPF_PROG_TEST_RUN`, and counters, mark and return code tell what was decided.
 //!
-//! Each test has a network namespace of its own, so it needs root. In a test
-//! run the packet is not "at ingress", so that `bpf_sk_assign` answers
-//! EOPNOTSUPP: this counter stands for "was handed to a socket".
+//! Each test has a network namespace of its own, so it needs root; without it
+//! they are shown as ignored, and so is a test that needs of `BPF_PROG_TEST_RUN`
+//! what this kernel does not have. In a test run the packet is not "at ingress",
+//! so that `bpf_sk_assign` answers EOPNOTSUPP: this counter stands for "was
+//! handed to a socket".
+
+/// Lists the tests of a module by name. One that is not in the list is dead code.
+macro_rules! tests {
+    ($($test:ident),+ $(,)?) => {
+        pub(crate) const TESTS: &[(&str, fn())] =
+            &[$((concat!(module_path!(), "::", stringify!($test)), $test)),+];
+    };
+}
 
 mod capture;
+mod corpus;
+mod differential;
 mod fragments;
 mod headers;
 mod kernel;
+mod link;
 mod listeners;
 mod packets;
+mod predict;
 mod sides;
+mod skip;
 mod verifier;
+
+use libtest_mimic::{Arguments, Trial};
+
+fn main() {
+    let root = nix::unistd::geteuid().is_root();
+    let modules = [
+        capture::TESTS,
+        differential::TESTS,
+        fragments::TESTS,
+        headers::TESTS,
+        link::TESTS,
+        listeners::TESTS,
+        sides::TESTS,
+        verifier::TESTS,
+    ];
+    let trials = modules
+        .into_iter()
+        .flatten()
+        .map(|(name, test)| {
+            let name = name.trim_start_matches("golden::");
+            let test = || skip::run(*test);
+            if root {
+                Trial::ignorable_test(name, test)
+            } else {
+                Trial::ignorable_test(name, test).with_kind("needs root").with_ignored_flag(true)
+            }
+        })
+        .collect();
+    libtest_mimic::run(&Arguments::from_args(), trials).exit();
+}

@@ -1,8 +1,8 @@
 //! Packets as they stand on an Ethernet link.
 
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use etherparse::PacketBuilder;
+use etherparse::{IpNumber, PacketBuilder};
 
 pub(crate) const CLIENT_V4: [u8; 4] = [192, 0, 2, 2];
 pub(crate) const SERVER_V4: [u8; 4] = [203, 0, 113, 7];
@@ -11,7 +11,8 @@ const SERVER_V6: &str = "2001:db8:2::7";
 pub(crate) const CLIENT_PORT: u16 = 40_000;
 pub(crate) const SERVER_PORT: u16 = 4_433;
 
-const ETHERNET: usize = 14;
+/// Length of an Ethernet header.
+pub(crate) const ETHERNET: usize = 14;
 
 fn v6(text: &str) -> [u8; 16] {
     text.parse::<Ipv6Addr>().expect("an IPv6 address").octets()
@@ -110,6 +111,12 @@ pub(crate) fn with_ethertype(mut packet: Vec<u8>, ethertype: u16) -> Vec<u8> {
     packet
 }
 
+/// To another address (IPv4).
+pub(crate) fn with_destination(mut packet: Vec<u8>, destination: [u8; 4]) -> Vec<u8> {
+    packet[ETHERNET + 16..ETHERNET + 20].copy_from_slice(&destination);
+    packet
+}
+
 pub(crate) fn to_other_host(mut packet: Vec<u8>) -> Vec<u8> {
     packet[..6].copy_from_slice(&[2, 0, 0, 0, 0, 9]);
     packet
@@ -126,17 +133,97 @@ pub(crate) fn reply_of(packet: &[u8]) -> Vec<u8> {
     reply
 }
 
+/// An IPv4 packet with so many words of options put into its header.
+pub(crate) fn with_options(packet: &[u8], words: usize) -> Vec<u8> {
+    let (header, rest) = packet.split_at(ETHERNET + 20);
+    let mut packet = [header, &vec![1; words * 4], rest].concat();
+    packet[ETHERNET] += u8::try_from(words).expect("ten at most");
+    set_length(&mut packet);
+    packet
+}
+
 /// Record route, 40 bytes of options (RFC 791).
 pub(crate) fn syn_v4_with_options() -> Vec<u8> {
-    let plain = syn_v4();
-    let mut options = [1u8; 40];
-    options[0..3].copy_from_slice(&[7, 39, 4]);
-    let mut packet = plain[..ETHERNET + 20].to_vec();
-    packet[ETHERNET] = 0x4f;
-    packet.extend_from_slice(&options);
-    packet.extend_from_slice(&plain[ETHERNET + 20..]);
-    let total = u16::try_from(packet.len() - ETHERNET).expect("short");
-    packet[ETHERNET + 2..ETHERNET + 4].copy_from_slice(&total.to_be_bytes());
+    let mut packet = with_options(&syn_v4(), 10);
+    packet[ETHERNET + 20..ETHERNET + 23].copy_from_slice(&[7, 39, 4]);
+    packet
+}
+
+/// With some payload behind it (IPv4).
+pub(crate) fn with_payload(mut packet: Vec<u8>, bytes: usize) -> Vec<u8> {
+    packet.resize(packet.len() + bytes, 0x5a);
+    set_length(&mut packet);
+    packet
+}
+
+/// Makes the length in the IP header that of the packet.
+fn set_length(packet: &mut [u8]) {
+    let (at, before) = if packet[ETHERNET] >> 4 == 4 { (2, ETHERNET) } else { (4, ETHERNET + 40) };
+    let length = u16::try_from(packet.len() - before).expect("short");
+    packet[ETHERNET + at..ETHERNET + at + 2].copy_from_slice(&length.to_be_bytes());
+}
+
+/// With VLAN tags (type and control information, the outer first) in the frame.
+pub(crate) fn tagged(packet: &[u8], tags: &[(u16, u16)]) -> Vec<u8> {
+    let (addresses, rest) = packet.split_at(12);
+    let tags = tags.iter().flat_map(|(kind, tci)| [kind.to_be_bytes(), tci.to_be_bytes()]).flatten();
+    addresses.iter().copied().chain(tags).chain(rest.iter().copied()).collect()
+}
+
+/// An IPv4 packet with this behind its header.
+pub(crate) fn v4_with(protocol: IpNumber, payload: &[u8]) -> Vec<u8> {
+    let mut packet = Vec::new();
+    v4_to(SERVER_V4).write(&mut packet, protocol, payload).expect("a valid packet");
+    packet
+}
+
+/// An IPv6 extension header.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Extension {
+    HopByHop,
+    /// All segments used up.
+    Routing,
+    /// An atomic fragment.
+    Fragment,
+    Authentication,
+    Destination,
+}
+
+impl Extension {
+    const fn number(self) -> IpNumber {
+        match self {
+            Self::HopByHop => IpNumber::IPV6_HEADER_HOP_BY_HOP,
+            Self::Routing => IpNumber::IPV6_ROUTE_HEADER,
+            Self::Fragment => IpNumber::IPV6_FRAGMENTATION_HEADER,
+            Self::Authentication => IpNumber::AUTHENTICATION_HEADER,
+            Self::Destination => IpNumber::IPV6_DESTINATION_OPTIONS,
+        }
+    }
+
+    /// The header itself, which says what is next.
+    fn bytes(self, next: IpNumber) -> Vec<u8> {
+        match self {
+            // PadN; the length of the authentication header is in units of 4, but for the first 8 bytes.
+            Self::HopByHop | Self::Destination => vec![next.0, 0, 1, 4, 0, 0, 0, 0],
+            Self::Routing => vec![next.0, 0, 4, 0, 0, 0, 0, 0],
+            Self::Fragment => vec![next.0, 0, 0, 0, 0, 0, 0, 99],
+            Self::Authentication => {
+                vec![next.0, 4, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]
+            }
+        }
+    }
+}
+
+/// An IPv6 packet with these extension headers, and this behind them.
+pub(crate) fn v6_with(chain: &[Extension], protocol: IpNumber, payload: &[u8]) -> Vec<u8> {
+    let mut packet = Vec::new();
+    v6_to(SERVER_V6).write(&mut packet, protocol, payload).expect("a valid packet");
+    for (i, extension) in chain.iter().enumerate().rev() {
+        let next = chain.get(i + 1).map_or(protocol, |next| next.number());
+        packet.splice(ETHERNET + 40..ETHERNET + 40, extension.bytes(next));
+        packet[ETHERNET + 6] = extension.number().0;
+    }
+    set_length(&mut packet);
     packet
 }
 
@@ -149,8 +236,7 @@ pub(crate) fn udp_v6_with_extensions() -> Vec<u8> {
     packet.extend_from_slice(&[60, 0, 4, 0, 0, 0, 0, 0]);
     packet.extend_from_slice(&[17, 1, 1, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
     packet.extend_from_slice(&plain[ETHERNET + 40..]);
-    let payload = u16::try_from(packet.len() - ETHERNET - 40).expect("short");
-    packet[ETHERNET + 4..ETHERNET + 6].copy_from_slice(&payload.to_be_bytes());
+    set_length(&mut packet);
     packet
 }
 
@@ -191,6 +277,14 @@ pub(crate) fn fragment_v6(packet: &[u8], size: usize, id: u32) -> Vec<Vec<u8>> {
             fragment
         })
         .collect()
+}
+
+/// The bytes of an address of either family.
+pub(crate) fn octets(address: &str) -> Vec<u8> {
+    match address.parse::<IpAddr>().expect("an address") {
+        IpAddr::V4(v4) => v4.octets().to_vec(),
+        IpAddr::V6(v6) => v6.octets().to_vec(),
+    }
 }
 
 pub(crate) fn mapped(v4: [u8; 4]) -> [u8; 16] {

@@ -4,14 +4,19 @@ use crate::kernel::{Kernel, PASS, STEERED, usual};
 use crate::packets as p;
 use tproxy_common::abi::{Settings, program};
 
-#[test]
+tests![
+    upstream_side_takes_nothing_without_a_socket,
+    replies_are_counted,
+    own_packets_are_turned_back_and_those_of_the_proxy_are_not,
+    plain_loopback_traffic_is_left_alone,
+];
+
 fn upstream_side_takes_nothing_without_a_socket() {
     for packet in [p::syn_v4(), p::ack_v4(), p::udp_v6(9)] {
         Kernel::new(&usual()).run(program::UPLINK, &packet).expect(PASS, "pass_no_socket");
     }
 }
 
-#[test]
 fn replies_are_counted() {
     let mut kernel = Kernel::new(&usual());
     let request = p::udp_v4(20);
@@ -21,7 +26,6 @@ fn replies_are_counted() {
     assert_eq!((flow.packets_down, flow.bytes_down), (1, request.len() as u64 - 14));
 }
 
-#[test]
 fn own_packets_are_turned_back_and_those_of_the_proxy_are_not() {
     let settings = Settings { own_traffic: 1, ..usual() };
     let mut kernel = Kernel::new(&settings);
@@ -32,7 +36,6 @@ fn own_packets_are_turned_back_and_those_of_the_proxy_are_not() {
     assert_eq!((outcome.action, outcome.mark), (STEERED, 3));
 }
 
-#[test]
 fn plain_loopback_traffic_is_left_alone() {
     let mut kernel = Kernel::new(&Settings { own_traffic: 1, ..usual() });
     kernel.add_local(p::SERVER_V4);

@@ -5,11 +5,12 @@ use tproxy_common::abi::Settings;
 
 use crate::kernel::{load, usual};
 
+tests![the_verifier_takes_every_program_of_both_builds,];
+
 /// Of the million instructions that the verifier follows (`BPF_COMPLEXITY_LIMIT_INSNS`).
 /// Half is left to the versions, which differ in how many a program takes.
 const MOST_VERIFIED: u32 = 500_000;
 
-#[test]
 fn the_verifier_takes_every_program_of_both_builds() {
     for log in [false, true] {
         for own_traffic in [0, 1] {
@@ -31,7 +32,6 @@ fn load_all(settings: &Settings, log: bool) {
         loaded.unwrap_or_else(|error| panic!("{name}: {error}"));
         // Told since Linux 5.16.
         if let Some(count) = info.ok().and_then(|info| info.verified_instruction_count()) {
-            println!("{name}: {count} instructions verified");
             assert!(count <= MOST_VERIFIED, "{name}: {count} instructions verified");
         }
     }

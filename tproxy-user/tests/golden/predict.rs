@@ -1,0 +1,228 @@
+//! What userspace's parser and classification say of a packet that a program
+//! sees first, when nothing is known of any flow.
+
+use tproxy_common::abi::{Addr, Family, FlowKey, Origin, Settings, TCP, UDP, Verdict, program};
+use tproxy_common::classify::{Policy, captures, is_special, on_the_wire, segments};
+use tproxy_common::flow::tcp_seen;
+use tproxy_common::wire::{Fragment, Packet, Skip, parse_v4, parse_v6};
+
+use crate::corpus::Case;
+use crate::kernel::{Context, PASS, REDIRECTED, STEERED};
+use crate::packets::ETHERNET;
+
+/// What is to be seen after a program has run.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Seen {
+    pub(crate) action: i32,
+    pub(crate) mark: u32,
+    /// Those that rose by one, in the order of the map.
+    pub(crate) counters: Vec<&'static str>,
+    pub(crate) flow: Option<SeenFlow>,
+}
+
+/// What is compared of an entry of the flow table.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct SeenFlow {
+    pub(crate) key: FlowKey,
+    pub(crate) verdict: u8,
+    pub(crate) origin: u8,
+    pub(crate) packets_up: u64,
+    pub(crate) bytes_up: u64,
+    pub(crate) seen_up: u8,
+}
+
+/// The model: settings, and the ports that are captured where not all are.
+pub(crate) struct Model {
+    pub(crate) settings: Settings,
+    pub(crate) ports: Vec<u16>,
+}
+
+impl Policy for Model {
+    fn protocol(&self, protocol: u8) -> bool {
+        protocol == TCP && self.settings.tcp == 1 || protocol == UDP && self.settings.udp == 1
+    }
+    fn family(&self, family: Family) -> bool {
+        match family {
+            Family::V4 => self.settings.v4 == 1,
+            Family::V6 => self.settings.v6 == 1,
+        }
+    }
+    fn port(&self, port: u16) -> bool {
+        self.ports.contains(&port)
+    }
+    fn any_port(&self) -> bool {
+        self.settings.any_port == 1
+    }
+    fn source(&self, _: &Addr) -> bool {
+        true
+    }
+    fn destination(&self, _: &Addr) -> bool {
+        true
+    }
+}
+
+/// Parses a frame, as a program does: by the type in its Ethernet header.
+pub(crate) fn parse(frame: &[u8]) -> Result<Packet, Skip> {
+    let network = &frame[ETHERNET..];
+    match frame[12..14] {
+        [0x08, 0x00] => parse_v4(&network),
+        [0x86, 0xdd] => parse_v6(&network),
+        _ => Err(Skip::Protocol),
+    }
+}
+
+fn counter(skip: Skip) -> &'static str {
+    match skip {
+        Skip::Protocol => "pass_protocol",
+        Skip::Truncated => "truncated",
+        Skip::Malformed => "malformed",
+    }
+}
+
+impl Model {
+    /// What a program does with a packet.
+    pub(crate) fn predict(&self, name: &str, case: &Case) -> Seen {
+        match name {
+            program::CAPTURE => admitted(case, |case, packet| self.capture(case, packet)),
+            program::UPLINK => admitted(case, uplink),
+            program::REPLY => pass(case, &[]),
+            program::OWN => self.own(case),
+            program::LOOPBACK => self.loopback(case),
+            other => panic!("no model of {other}"),
+        }
+    }
+
+    fn capture(&self, case: &Case, packet: &Packet) -> Seen {
+        let opens = packet.protocol == UDP || packet.is_syn();
+        let captured = opens && self.captures(packet);
+        match packet.fragment {
+            Fragment::Whole if !opens => pass(case, &["pass_midstream"]),
+            Fragment::Whole if captured => Seen {
+                flow: Some(flow(case, packet, true, Origin::Captured)),
+                ..self.steered(case, &["assign_eopnotsupp", "flows_created"])
+            },
+            Fragment::First if captured => Seen {
+                flow: Some(flow(case, packet, true, Origin::Captured)),
+                ..self.steered(case, &["steered_fragment", "flows_created"])
+            },
+            Fragment::Whole | Fragment::First => Seen {
+                flow: Some(flow(case, packet, false, Origin::Captured)),
+                ..pass(case, &["pass_policy", "flows_created"])
+            },
+            Fragment::Later if self.captures(packet) => {
+                self.steered(case, &["steered_fragment", "fragment_unknown"])
+            }
+            Fragment::Later => pass(case, &["pass_policy", "fragment_unknown"]),
+        }
+    }
+
+    fn own(&self, case: &Case) -> Seen {
+        let Ok(packet) = parse(&case.frame) else { return pass(case, &[]) };
+        if case.context.mark & self.settings.own_mark == self.settings.own_mark {
+            return pass(case, &["pass_own_mark"]);
+        }
+        if has_special(&packet) {
+            return pass(case, &["pass_special"]);
+        }
+        if packet.fragment == Fragment::Later {
+            return pass(case, &["fragment_unknown"]);
+        }
+        if packet.protocol == TCP && !packet.is_syn() {
+            return pass(case, &["pass_midstream"]);
+        }
+        let captured = self.captures(&packet);
+        let flow = Some(flow(case, &packet, captured, Origin::Own));
+        if captured {
+            let left = pass(case, &["own_redirected", "flows_created"]);
+            Seen { action: REDIRECTED, flow, ..left }
+        } else {
+            Seen { flow, ..pass(case, &["pass_policy", "flows_created"]) }
+        }
+    }
+
+    fn loopback(&self, case: &Case) -> Seen {
+        let packet = match parse(&case.frame) {
+            Err(skip) => return pass(case, &[counter(skip)]),
+            Ok(packet) if is_special(&packet.destination, packet.family) => {
+                return pass(case, &["pass_special"]);
+            }
+            Ok(packet) => packet,
+        };
+        let steered = self.steered(
+            case,
+            if packet.fragment != Fragment::Whole {
+                &["steered_fragment"]
+            } else if packet.protocol == UDP || packet.is_syn() {
+                &["assign_eopnotsupp"]
+            } else {
+                &["steered_late"]
+            },
+        );
+        Seen { mark: steered.mark | self.settings.own_mark, ..steered }
+    }
+
+    fn steered(&self, case: &Case, counters: &[&'static str]) -> Seen {
+        let mark = case.context.mark & !self.settings.mark_mask | self.settings.mark_value;
+        Seen { action: STEERED, mark, ..pass(case, counters) }
+    }
+
+    fn captures(&self, packet: &Packet) -> bool {
+        let port = (packet.fragment != Fragment::Later).then_some(packet.destination_port);
+        captures(self, packet.family, packet.protocol, &packet.source, &packet.destination, port)
+    }
+}
+
+/// The checks of both ingress sides that need no lookup.
+fn admitted(case: &Case, decide: impl FnOnce(&Case, &Packet) -> Seen) -> Seen {
+    if case.frame[..6] != [0; 6] {
+        return pass(case, &["pass_not_for_us"]);
+    }
+    match parse(&case.frame) {
+        Err(skip) => pass(case, &[counter(skip)]),
+        Ok(packet) if has_special(&packet) => pass(case, &["pass_special"]),
+        Ok(packet) => decide(case, &packet),
+    }
+}
+
+fn uplink(case: &Case, packet: &Packet) -> Seen {
+    pass(
+        case,
+        match packet.fragment {
+            Fragment::Whole => &["pass_no_socket"],
+            Fragment::First => &["pass_policy"],
+            Fragment::Later => &["pass_policy", "fragment_unknown"],
+        },
+    )
+}
+
+fn pass(case: &Case, counters: &[&'static str]) -> Seen {
+    Seen { action: PASS, mark: case.context.mark, counters: counters.to_vec(), flow: None }
+}
+
+fn has_special(packet: &Packet) -> bool {
+    [&packet.source, &packet.destination].into_iter().any(|address| is_special(address, packet.family))
+}
+
+fn flow(case: &Case, packet: &Packet, proxied: bool, origin: Origin) -> SeenFlow {
+    let ip_len = match packet.ip_len {
+        0 => u32::try_from(case.frame.len() - ETHERNET).expect("short"),
+        len => len,
+    };
+    let Context { gso_segs, gso_size, .. } = case.context;
+    let count = segments(ip_len, packet.header_len, gso_segs, gso_size);
+    let (packets_up, bytes_up) = on_the_wire(ip_len, packet.header_len, count);
+    SeenFlow {
+        key: FlowKey::up(
+            packet.protocol,
+            packet.source,
+            packet.destination,
+            packet.source_port,
+            packet.destination_port,
+        ),
+        verdict: if proxied { Verdict::Proxy } else { Verdict::Pass } as u8,
+        origin: origin as u8,
+        packets_up,
+        bytes_up,
+        seen_up: packet.tcp_flags & tcp_seen::ALL,
+    }
+}
