@@ -11,8 +11,11 @@ mod account;
 mod bad_input;
 mod capture;
 mod common;
+mod company;
 mod faults;
+mod foreign;
 mod host;
+mod interfaces;
 mod leftovers;
 mod matching;
 mod packet;
@@ -24,6 +27,7 @@ mod sockopt;
 mod tcp;
 mod tcp_end;
 mod udp;
+mod upkeep;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -56,6 +60,9 @@ fn main() -> ExitCode {
         report::SCENARIOS,
         leftovers::SCENARIOS,
         bad_input::SCENARIOS,
+        interfaces::SCENARIOS,
+        upkeep::SCENARIOS,
+        company::SCENARIOS,
     ];
     let wanted = |name: &str| {
         let matches = |filter: &String| if arguments.exact { name == filter } else { name.contains(filter) };
