@@ -7,6 +7,7 @@ use anyhow::Context as _;
 use futures_util::stream::{FuturesUnordered, StreamExt as _};
 use rtnetlink::Handle;
 use tokio::net::UnixListener;
+use tokio::time::MissedTickBehavior;
 use tproxy_common::abi::ListenerKind;
 
 use crate::config::{Config, Steer};
@@ -57,19 +58,19 @@ async fn serve(
     let mut watch = netlink::Watch::new().context("cannot watch for changes of the network")?;
     let host = interfaces::snapshot(handle, config.steering.table).await?;
     let plan = Plan::new(config, &host)?;
-    plan.require_present(&host)?;
+    plan.require_interfaces(&host)?;
     for warning in &plan.warnings {
         tracing::warn!("{warning}");
     }
 
     let listeners = listener::bind(config).map_err(name_the_owner)?;
+    let stats = Arc::new(Stats::new(listeners.len()));
     let mut steering = match config.steering.by {
-        Steer::Ebpf => Some(Steering::prepare(config, &plan, &listeners, handle, instance).await?),
+        Steer::Ebpf => Some(Steering::prepare(config, &plan, &listeners, handle, instance, &stats).await?),
         Steer::None => None,
     };
     let control = control::bind(&instance.paths().control()).context("cannot make the control socket")?;
     let addresses = addresses(&listeners);
-    let stats = Arc::new(Stats::new(listeners.len()));
     let (controller, workers) = start_workers(config, listeners, &stats)?;
     // Last of all: from here on packets come.
     if let Some(steering) = &mut steering {
@@ -170,6 +171,13 @@ fn announce(config: &Config, steering: Option<&Steering>, files: u64) {
 /// After this a change of the network that could not be followed is tried again.
 const AGAIN: Duration = Duration::from_secs(5);
 
+/// How often it is looked whether others have taken off what is ours. Netlink
+/// tells at once of filters, rules and routes; of links that are detached and of
+/// settings nobody does. New connections go past the proxy until it is noticed,
+/// and a client repeats its SYN after a second; a look costs two system calls a
+/// program (clsact: three dumps).
+const CHECK: Duration = Duration::from_secs(1);
+
 /// Serves the control socket and follows the network until a signal comes.
 async fn until_a_signal(
     signals: &mut Signals,
@@ -182,6 +190,8 @@ async fn until_a_signal(
     let mut answers =
         std::pin::pin!(control::serve(control, |request| async move { reporter.answer(request) }));
     let mut behind = false;
+    let mut ticks = tokio::time::interval(CHECK);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             signal = signals.recv() => {
@@ -191,6 +201,13 @@ async fn until_a_signal(
             () = watch.changed() => {}
             () = tokio::time::sleep(AGAIN), if behind => {}
             () = &mut answers => continue,
+            _ = ticks.tick(), if !behind => {
+                if let Some(steering) = steering {
+                    // What fails here fails in `follow` as well, which tells.
+                    behind = steering.check(instance).await.is_err();
+                }
+                continue;
+            }
         }
         if let Some(steering) = steering {
             let followed = steering.follow(instance).await;

@@ -256,7 +256,7 @@ impl Instance {
             return Ok(());
         }
         self.record(|journal| {
-            journal.sysctls.push(state::SysctlChange { name: name.to_owned(), old, new: value.to_owned() });
+            journal.setting(state::SysctlChange { name: name.to_owned(), old, new: value.to_owned() });
         })?;
         crate::sysctl::write(name, value)?;
         Ok(())

@@ -143,6 +143,8 @@ pub struct Plan {
     pub workers: u32,
     /// `--iface` names (not globs) of which there is no interface now.
     pub missing: Vec<String>,
+    /// `--iface` names that cannot be captured as the host is now, and why.
+    pub refused: Vec<String>,
     /// What the user should know.
     pub warnings: Vec<String>,
 }
@@ -150,13 +152,13 @@ pub struct Plan {
 impl Plan {
     /// Makes the plan for a host as it is now.
     ///
-    /// A named interface that is not there only lands in [`Plan::missing`]: at
-    /// run time an interface may go and come back. At the start, see
-    /// [`Plan::require_present`].
+    /// A named interface that is not there only lands in [`Plan::missing`], and
+    /// one that cannot be captured in [`Plan::refused`]: at run time an interface
+    /// may go and come back, or become the port of a bridge for a while. At the
+    /// start, see [`Plan::require_interfaces`].
     ///
     /// # Errors
-    /// [`Failure::Usage`] for an interface that cannot be captured,
-    /// [`Failure::Unsupported`] where only IPv6 is wanted of a host without.
+    /// [`Failure::Usage`] for a bad glob, [`Failure::Unsupported`] where only IPv6 is wanted of a host without.
     pub fn new(config: &Config, host: &Host) -> Result<Self, Failure> {
         let steering = config.steering.by == Steer::Ebpf;
         let (ipv4, ipv6) = (config.capture.v4, config.capture.v6 && host.ipv6);
@@ -179,6 +181,7 @@ impl Plan {
             sockets: sockets(config, ipv4, ipv6),
             workers: config.workers,
             missing: Vec::new(),
+            refused: Vec::new(),
             warnings: Vec::new(),
         };
         if steering {
@@ -191,8 +194,11 @@ impl Plan {
     /// Refuses to start without an interface that the user named.
     ///
     /// # Errors
-    /// [`Failure::Usage`], naming the interfaces there are.
-    pub fn require_present(&self, host: &Host) -> Result<(), Failure> {
+    /// [`Failure::Usage`], saying why, or naming the interfaces there are.
+    pub fn require_interfaces(&self, host: &Host) -> Result<(), Failure> {
+        if let Some(refused) = self.refused.first() {
+            return Err(Failure::usage(refused));
+        }
         let Some(missing) = self.missing.first() else {
             return Ok(());
         };
@@ -209,6 +215,10 @@ impl Plan {
     fn add_interfaces(&mut self, config: &Config, host: &Host) -> Result<(), Failure> {
         let mut roles = BTreeMap::<u32, (&str, Role)>::new();
         for name in &config.capture.interfaces {
+            if let Some(refused) = refuse(name, host) {
+                self.refused.push(refused);
+                continue;
+            }
             let found = captured(name, host)?;
             if found.is_empty() && is_glob(name) {
                 self.warnings.push(format!("--iface '{name}': no interface matches yet"));
@@ -282,21 +292,22 @@ fn captured<'a>(name: &str, host: &'a Host) -> Result<Vec<&'a Interface>, Failur
         };
         return Ok(host.interfaces.iter().filter(matches).collect());
     }
-    let Some(interface) = host.interfaces.iter().find(|interface| interface.name == name) else {
-        return Ok(Vec::new());
-    };
+    Ok(host.interfaces.iter().filter(|interface| interface.name == name).collect())
+}
+
+/// Why the interface of this very name cannot be captured.
+fn refuse(name: &str, host: &Host) -> Option<String> {
+    let interface = host.interfaces.iter().find(|interface| interface.name == name)?;
     if interface.loopback {
-        return Err(Failure::usage(format_args!(
+        return Some(format!(
             "--iface {name}: a loopback device cannot be captured; for what this host itself sends there is --own-traffic"
-        )));
+        ));
     }
-    if let Some(bridge) = host.bridge_of(interface) {
-        return Err(Failure::usage(format_args!(
-            "--iface {name}: it is a port of the {} {}, which is where its packets are routed; name that: --iface {}",
-            bridge.kind, bridge.name, bridge.name
-        )));
-    }
-    Ok(vec![interface])
+    let bridge = host.bridge_of(interface)?;
+    Some(format!(
+        "--iface {name}: it is a port of the {} {}, which is where its packets are routed; name that: --iface {}",
+        bridge.kind, bridge.name, bridge.name
+    ))
 }
 
 /// Whether servers may be behind an interface.

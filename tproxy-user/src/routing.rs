@@ -49,14 +49,30 @@ impl Routing {
     /// # Errors
     /// Where the kernel refuses; a second try goes on where this one stopped.
     pub async fn apply(&self, rules: &[Rule], routes: &[LocalRoute]) -> Result<Changes, Error> {
+        self.apply_if(rules, routes, &mut |_| true).await
+    }
+
+    /// The same, but what `may_add` says no to (told the command of `ip` that
+    /// would do it) is not added now.
+    ///
+    /// # Errors
+    /// As [`apply`](Self::apply).
+    pub async fn apply_if(
+        &self,
+        rules: &[Rule],
+        routes: &[LocalRoute],
+        may_add: &mut dyn FnMut(&str) -> bool,
+    ) -> Result<Changes, Error> {
         let mut changes = Changes::default();
         let (present_rules, present_routes) = (self.own_rules().await?, self.own_routes().await?);
         // The route first: a rule without it would send packets on to the next rule.
         for route in
             routes.iter().filter(|route| !present_routes.iter().any(|(own, _)| own == &Some(**route)))
         {
-            self.add_route(*route).await?;
-            changes.added += 1;
+            if may_add(&route.to_string()) {
+                self.add_route(*route).await?;
+                changes.added += 1;
+            }
         }
         // A rule that was there twice is kept once.
         let mut kept: Vec<&Rule> = Vec::new();
@@ -69,8 +85,10 @@ impl Routing {
             }
         }
         for rule in rules.iter().filter(|rule| !kept.contains(rule)) {
-            self.add_rule(rule).await?;
-            changes.added += 1;
+            if may_add(&rule.to_string()) {
+                self.add_rule(rule).await?;
+                changes.added += 1;
+            }
         }
         for (own, message) in &present_routes {
             if !own.is_some_and(|own| routes.contains(&own)) {

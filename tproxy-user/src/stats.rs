@@ -1,7 +1,8 @@
 //! What the relay counts: the one list of names, help texts and values.
 //!
 //! Each worker has a struct of its own on cache lines of its own, so counting
-//! costs no traffic between cores; whoever reads sums them up.
+//! costs no traffic between cores; so has the thread that looks after the kernel
+//! side. Whoever reads sums them up.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -174,6 +175,12 @@ stats! {
         udp_no_destination,
         /// UDP datagrams dropped because no socket towards upstream could be had.
         udp_no_socket,
+        /// Programs that another detached (filter, qdisc, tcx or `sk_lookup` link), put back.
+        programs_put_back,
+        /// Routing rules and local routes that another removed, put back.
+        rules_put_back,
+        /// Kernel settings that another changed, set again.
+        settings_put_back,
     }
 }
 
@@ -181,13 +188,15 @@ stats! {
 #[derive(Debug)]
 pub struct Stats {
     workers: Box<[WorkerStats]>,
+    upkeep: WorkerStats,
 }
 
 impl Stats {
     /// Zeros for each of `workers` workers.
     #[must_use]
     pub fn new(workers: usize) -> Self {
-        Self { workers: (0..workers).map(|_| WorkerStats::default()).collect() }
+        let workers = (0..workers).map(|_| WorkerStats::default()).collect();
+        Self { workers, upkeep: WorkerStats::default() }
     }
 
     /// The values of one worker.
@@ -199,12 +208,18 @@ impl Stats {
         &self.workers[index]
     }
 
+    /// The values of the thread that looks after the kernel side.
+    #[must_use]
+    pub fn upkeep(&self) -> &WorkerStats {
+        &self.upkeep
+    }
+
     /// The sum of all. Workers count on meanwhile: values of one snapshot may
     /// be some events apart.
     #[must_use]
     pub fn snapshot(&self) -> Snapshot {
         let mut sum = Snapshot::default();
-        for worker in &self.workers {
+        for worker in self.workers.iter().chain([&self.upkeep]) {
             sum.add(worker);
         }
         sum

@@ -1,7 +1,12 @@
 //! The kernel side of a run: programs, maps, rules, routes, settings. It makes
-//! the kernel follow the plan; undoing is `undo.rs`, by the journal.
+//! the kernel follow the plan, whatever others do to it; undoing is `undo.rs`,
+//! by the journal.
+
+mod keep;
+mod upkeep;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use anyhow::Context as _;
 use rtnetlink::Handle;
@@ -10,19 +15,21 @@ use tproxy_common::abi::{ABI_VERSION, ListenerKind, MAX_WORKERS, Settings, liste
 
 use crate::clsact;
 use crate::config::{Attach, Config, Fail};
-use crate::datapath::attach::{Hook, Target};
+use crate::datapath::attach::Hook;
 use crate::datapath::bpffs;
 use crate::datapath::features::Features;
 use crate::datapath::load::Datapath;
 use crate::failure::Failure;
-use crate::instance::Instance;
 use crate::instance::state::QdiscMade;
+use crate::instance::{self, Instance};
 use crate::interfaces;
 use crate::listener::WorkerListeners;
 use crate::plan::{Plan, PlannedInterface, Role};
 use crate::privilege;
-use crate::routing::{self, Routing};
+use crate::routing;
+use crate::stats::Stats;
 use crate::undo;
+use upkeep::Upkeep;
 
 /// The running kernel side.
 #[derive(Debug)]
@@ -33,6 +40,7 @@ pub struct Steering {
     handle: Handle,
     /// By index: what is attached now.
     attached: BTreeMap<u32, Attached>,
+    upkeep: Upkeep,
 }
 
 /// An interface with programs.
@@ -61,10 +69,15 @@ impl Steering {
         listeners: &[WorkerListeners],
         handle: &Handle,
         instance: &mut Instance,
+        stats: &Arc<Stats>,
     ) -> anyhow::Result<Self> {
         let features = Features::of(privilege::kernel(config)?)?;
         check(config, features)?;
         let (table, mark) = (config.steering.table, config.steering.mark);
+        // A running instance first: it is named, where a rule alone is anybody's.
+        if let Some(conflict) = instance::claimed_by_another(instance.paths(), table, mark)? {
+            return Err(Failure::Conflict(conflict).into());
+        }
         if let Some(conflict) = routing::conflict::find(handle, table, mark).await? {
             return Err(Failure::Conflict(conflict).into());
         }
@@ -86,8 +99,14 @@ impl Steering {
                 datapath.set_listener(listener.kind, worker, &listener.fd)?;
             }
         }
-        let attached = BTreeMap::new();
-        Ok(Self { config: config.clone(), plan: plan.clone(), datapath, handle: handle.clone(), attached })
+        Ok(Self {
+            config: config.clone(),
+            plan: plan.clone(),
+            datapath,
+            handle: handle.clone(),
+            attached: BTreeMap::new(),
+            upkeep: Upkeep::new(Arc::clone(stats)),
+        })
     }
 
     /// Rules, routes and settings, then the programs: packets come from here on.
@@ -96,15 +115,10 @@ impl Steering {
     ///
     /// What failed.
     pub async fn start(&mut self, instance: &mut Instance) -> anyhow::Result<()> {
-        for sysctl in &self.plan.sysctls {
-            instance.set_sysctl(sysctl.name, sysctl.value)?;
-        }
         if self.config.steering.bpf_log {
             self.log()?;
         }
-        if self.datapath.features().sk_lookup() {
-            self.datapath.attach_lookup(&self.config.pin)?;
-        } else {
+        if !self.datapath.features().sk_lookup() {
             tracing::warn!(
                 "this kernel has no sk_lookup programs (Linux 5.9): fragmented datagrams are forwarded, not proxied, \
                  and a client port that is used again at once costs a retry"
@@ -124,31 +138,34 @@ impl Steering {
     pub async fn follow(&mut self, instance: &mut Instance) -> anyhow::Result<()> {
         let host = interfaces::snapshot(&self.handle, self.config.steering.table).await?;
         // Its own writes bring it here as well: then there is nothing to do.
-        self.plan = Plan::new(&self.config, &host)?;
+        let plan = Plan::new(&self.config, &host)?;
+        for refused in plan.refused.iter().filter(|refused| !self.plan.refused.contains(refused)) {
+            tracing::warn!("{refused}");
+        }
+        self.plan = plan;
         self.apply(instance).await
+    }
+
+    /// Looks after what another program may have removed without a notice, and
+    /// after what was left for later because it keeps being removed.
+    ///
+    /// # Errors
+    ///
+    /// What failed.
+    pub async fn check(&mut self, instance: &mut Instance) -> anyhow::Result<()> {
+        if self.upkeep.is_behind() {
+            return self.follow(instance).await;
+        }
+        self.keep(instance).await
     }
 
     /// Makes the kernel be as the plan says.
     async fn apply(&mut self, instance: &mut Instance) -> anyhow::Result<()> {
         let local: Vec<_> = self.plan.local.iter().map(|key| (*key, 1)).collect();
         self.datapath.set_prefixes(map::LOCAL, &local)?;
-        let routing = Routing::new(self.handle.clone(), self.config.steering.table);
-        let changes = routing.apply(&self.plan.rules, &self.plan.routes).await?;
-        tracing::debug!(?changes, "rules and routes");
+        self.keep_routing().await?;
         self.detach_stale(instance).await;
-        let mut outcome = Ok(());
-        for interface in self.plan.interfaces.clone() {
-            if self.attached.contains_key(&interface.index) {
-                continue;
-            }
-            // One that cannot be had must not keep the others from their programs.
-            match self.attach(&interface, instance).await {
-                Err(error) if outcome.is_ok() => outcome = Err(error),
-                Err(error) => tracing::warn!("{error:#}"),
-                Ok(()) => {}
-            }
-        }
-        outcome
+        self.keep(instance).await
     }
 
     /// Detaches from interfaces that are gone or changed their part. Links are
@@ -167,6 +184,7 @@ impl Steering {
         self.attached = stay;
         for (index, attached) in stale {
             tracing::info!("{}: detached", attached.name);
+            self.upkeep.forget(&attached.name);
             if let Err(error) = bpffs::remove_links(&self.config.pin, index) {
                 tracing::warn!("{error}");
             }
@@ -174,23 +192,6 @@ impl Steering {
                 tracing::warn!("{}: {error:#}", attached.name);
             }
         }
-    }
-
-    async fn attach(&mut self, interface: &PlannedInterface, instance: &mut Instance) -> anyhow::Result<()> {
-        let hook = self.hook();
-        if hook == Hook::Clsact {
-            self.ensure_clsact(interface, instance).await?;
-        }
-        let target = Target { interface: &interface.name, ifindex: interface.index, role: interface.role };
-        let own_traffic = self.config.capture.own_traffic;
-        self.datapath.attach(&target, hook, own_traffic, &self.config.pin, &mut |made| {
-            instance.record(|journal| journal.filters.push(made)).map_err(std::io::Error::other)
-        })?;
-        tracing::info!("{} ({:?}): attached by {hook:?}", interface.name, interface.role);
-        let attached =
-            Attached { index: interface.index, name: interface.name.clone(), role: interface.role, hook };
-        self.attached.insert(interface.index, attached);
-        Ok(())
     }
 
     async fn ensure_clsact(
@@ -207,7 +208,7 @@ impl Steering {
             .into()),
             clsact::Qdisc::Absent => {
                 let made = QdiscMade { ifindex: interface.index, ifname: interface.name.clone() };
-                instance.record(|journal| journal.qdiscs.push(made))?;
+                instance.record(|journal| journal.adding(made))?;
                 crate::datapath::attach::add_clsact(&interface.name)
                     .with_context(|| format!("cannot add a clsact qdisc to {}", interface.name))
             }

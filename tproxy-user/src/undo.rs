@@ -72,7 +72,7 @@ pub fn pins(pin: &Path, report: &mut Report) {
 
 /// Undoes a journal: filters, qdiscs, rules, routes, settings.
 pub async fn network(journal: &Journal, handle: &Handle, report: &mut Report) {
-    for made in ours(&journal.filters) {
+    for made in &journal.filters {
         let result = filter(made, handle).await.with_context(|| format!("on {}", made.ifname));
         report.note(result, |removed| {
             removed.then(|| {
@@ -96,8 +96,7 @@ pub async fn network(journal: &Journal, handle: &Handle, report: &mut Report) {
                 .then(|| format!("removed {} rules and routes of table {}", changes.removed, claim.table))
         });
     }
-    // In reverse: where one was changed twice, the first old value stays.
-    for change in journal.sysctls.iter().rev() {
+    for change in &journal.sysctls {
         let result = setting(change);
         report
             .note(result, |restored| restored.then(|| format!("restored {} = {}", change.name, change.old)));
@@ -110,7 +109,7 @@ pub async fn network(journal: &Journal, handle: &Handle, report: &mut Report) {
 /// Where the kernel refuses, or the journal cannot be written.
 pub async fn detached(instance: &mut Instance, ifindex: u32, handle: &Handle) -> anyhow::Result<()> {
     let journal = &instance.state().journal;
-    for made in ours(&journal.filters).filter(|made| made.ifindex == ifindex) {
+    for made in journal.filters.iter().filter(|made| made.ifindex == ifindex) {
         filter(made, handle).await?;
     }
     let name = if_indextoname(ifindex).ok().and_then(|name| name.into_string().ok());
@@ -118,20 +117,9 @@ pub async fn detached(instance: &mut Instance, ifindex: u32, handle: &Handle) ->
     Ok(())
 }
 
-/// The filters that are ours: the last that was recorded for each side of an
-/// interface. Those before it were tried, and found taken by another.
-fn ours(filters: &[FilterMade]) -> impl Iterator<Item = &FilterMade> {
-    let side = |made: &FilterMade| (made.ifindex, made.filter.egress);
-    filters
-        .iter()
-        .enumerate()
-        .filter(move |(index, made)| !filters[index + 1..].iter().any(|later| side(later) == side(made)))
-        .map(|(_, made)| made)
-}
-
 /// Whether the interface of this index still has this name: indices of devices
 /// that are gone may be given again.
-fn is_still(ifname: &str, ifindex: u32) -> bool {
+pub(crate) fn is_still(ifname: &str, ifindex: u32) -> bool {
     if_nametoindex(ifname) == Ok(ifindex)
 }
 
@@ -165,22 +153,4 @@ fn setting(change: &SysctlChange) -> anyhow::Result<bool> {
     }
     sysctl::write(&change.name, &change.old)?;
     Ok(true)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::clsact::Filter;
-
-    #[test]
-    fn the_last_filter_recorded_of_a_side_is_ours() {
-        let made = |ifindex, egress, priority| {
-            let filter = Filter { egress, priority, handle: 1, kind: "bpf".to_owned(), name: None };
-            FilterMade { ifindex, ifname: "eth0".to_owned(), filter }
-        };
-        let journal = [made(2, false, 1), made(2, false, 2), made(2, true, 1), made(3, false, 1)];
-        let ours: Vec<_> =
-            ours(&journal).map(|made| (made.ifindex, made.filter.egress, made.filter.priority)).collect();
-        assert_eq!(ours, [(2, false, 2), (2, true, 1), (3, false, 1)]);
-    }
 }

@@ -27,7 +27,7 @@ pub fn run(config: &Config, json: bool) -> anyhow::Result<()> {
             super::complain(&format!("warning: {warning}"));
         }
     }
-    plan.require_present(&host)?;
+    plan.require_interfaces(&host)?;
     match conflict.or_else(|| port_taken(config, &plan, &paths)) {
         Some(conflict) => Err(Failure::Conflict(conflict).into()),
         None => Ok(()),

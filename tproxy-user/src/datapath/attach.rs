@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::AsFd as _;
 use std::path::Path;
 
 use aya::programs::links::{FdLink, LinkError};
@@ -19,6 +20,7 @@ use crate::plan::Role;
 
 use super::bpffs;
 use super::load::{Datapath, LoadError, lookup_program, tc_program};
+use super::query::{self, Place};
 
 /// The kernel hook.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -32,7 +34,7 @@ pub enum Hook {
 
 /// Which way packets go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Direction {
+pub enum Direction {
     /// Arriving.
     Ingress,
     /// Leaving.
@@ -67,23 +69,27 @@ pub enum AttachError {
     /// The network namespace's `sk_lookup` hook.
     #[error("cannot attach tproxy_lookup to the network namespace: {0}")]
     Lookup(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// What is attached cannot be told.
+    #[error("cannot look which programs are attached: {0}")]
+    Query(#[source] Box<dyn std::error::Error + Send + Sync>),
 }
 
-/// The programs of a role.
-const fn programs(role: Role, own_traffic: bool) -> [(Direction, Option<&'static str>); 2] {
-    let egress = if own_traffic { Some(program::OWN) } else { None };
-    match (role, egress) {
-        (Role::Capture, None) => {
-            [(Direction::Ingress, Some(program::CAPTURE)), (Direction::Egress, Some(program::REPLY))]
-        }
-        (Role::Capture, egress) => {
-            [(Direction::Ingress, Some(program::CAPTURE)), (Direction::Egress, egress)]
-        }
-        (Role::Uplink, egress) => [(Direction::Ingress, Some(program::UPLINK)), (Direction::Egress, egress)],
-        (Role::Loopback, _) => {
-            [(Direction::Ingress, Some(program::LOOPBACK)), (Direction::Egress, Some(program::REPLY))]
-        }
-    }
+/// The programs of a role, with the side of the interface that each is for.
+#[must_use]
+pub fn programs(role: Role, own_traffic: bool) -> Vec<(Direction, &'static str)> {
+    let (ingress, counts) = match role {
+        Role::Capture => (program::CAPTURE, true),
+        Role::Uplink => (program::UPLINK, false),
+        Role::Loopback => (program::LOOPBACK, true),
+    };
+    let egress = match role {
+        Role::Capture | Role::Uplink if own_traffic => Some(program::OWN),
+        _ => counts.then_some(program::REPLY),
+    };
+    [(Direction::Ingress, Some(ingress)), (Direction::Egress, egress)]
+        .into_iter()
+        .filter_map(|(direction, name)| Some((direction, name?)))
+        .collect()
 }
 
 impl From<Direction> for TcAttachType {
@@ -102,39 +108,52 @@ pub struct Target<'a> {
     pub interface: &'a str,
     /// Its index.
     pub ifindex: u32,
-    /// What it is to the proxy.
-    pub role: Role,
 }
 
 impl Datapath {
-    /// Attaches the programs of a role to an interface. `journal` is told of
-    /// each clsact filter before it is made.
+    /// Attaches one of the [`programs`] of an interface. `journal` is told of a
+    /// clsact filter before it is made.
     ///
     /// # Errors
     ///
-    /// [`AttachError`]; what was attached before stays.
+    /// [`AttachError`].
     pub fn attach(
         &mut self,
         target: &Target<'_>,
+        (direction, name): (Direction, &'static str),
         hook: Hook,
-        own_traffic: bool,
         pin: &Path,
         journal: &mut dyn FnMut(FilterMade) -> io::Result<()>,
     ) -> Result<(), AttachError> {
-        for (direction, name) in programs(target.role, own_traffic) {
-            let Some(name) = name else { continue };
-            let result = match hook {
-                Hook::Tcx => self.attach_tcx(target, direction, name, pin),
-                Hook::Clsact => self.attach_clsact(target, direction, name, journal),
-            };
-            result.map_err(|source| AttachError::Attach {
-                program: name,
-                interface: target.interface.to_owned(),
-                hook,
-                source,
-            })?;
-        }
-        Ok(())
+        let result = match hook {
+            Hook::Tcx => self.attach_tcx(target, direction, name, pin),
+            Hook::Clsact => self.attach_clsact(target, direction, name, journal),
+        };
+        result.map_err(|source| AttachError::Attach {
+            program: name,
+            interface: target.interface.to_owned(),
+            hook,
+            source,
+        })
+    }
+
+    /// Whether a tcx link still holds a program at an interface. Nothing tells
+    /// when another program detaches it.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel refuses the query.
+    pub fn has_tcx(
+        &mut self,
+        ifindex: u32,
+        (direction, name): (Direction, &'static str),
+    ) -> Result<bool, AttachError> {
+        let id = tc_program(&mut self.ebpf, name)?.info().map_err(query_failed)?.id();
+        let place = match direction {
+            Direction::Ingress => Place::TcxIngress(ifindex),
+            Direction::Egress => Place::TcxEgress(ifindex),
+        };
+        Ok(query::programs(place).map_err(query_failed)?.contains(&id))
     }
 
     fn attach_tcx(
@@ -149,8 +168,7 @@ impl Datapath {
         let id = program.attach_with_options(target.interface, direction.into(), options)?;
         let link: FdLink = program.take_link(id)?.try_into().map_err(|error: LinkError| error)?;
         // bpffs takes no dots, which VLAN names have: the index names the interface.
-        link.pin(bpffs::links(pin).join(format!("{}_{name}", target.ifindex)))?;
-        Ok(())
+        pin_anew(link, &bpffs::links(pin).join(format!("{}_{name}", target.ifindex)))
     }
 
     fn attach_clsact(
@@ -201,11 +219,35 @@ impl Datapath {
             let program = lookup_program(ebpf)?;
             let id = program.attach(File::open("/proc/self/ns/net")?)?;
             let link: FdLink = program.take_link(id)?.into();
-            link.pin(bpffs::links(pin).join(program::LOOKUP))?;
-            Ok(())
+            pin_anew(link, &bpffs::links(pin).join(program::LOOKUP))
         };
         attach(&mut self.ebpf).map_err(AttachError::Lookup)
     }
+
+    /// Whether the `sk_lookup` link still holds its program.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel refuses the query.
+    pub fn has_lookup(&mut self) -> Result<bool, AttachError> {
+        let id = lookup_program(&mut self.ebpf)?.info().map_err(query_failed)?.id();
+        let netns = File::open("/proc/self/ns/net").map_err(query_failed)?;
+        Ok(query::programs(Place::SkLookup(netns.as_fd())).map_err(query_failed)?.contains(&id))
+    }
+}
+
+/// Pins a link where the pin of one that another program detached may still be.
+fn pin_anew(link: FdLink, path: &Path) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
+        _ => {}
+    }
+    link.pin(path)?;
+    Ok(())
+}
+
+fn query_failed(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> AttachError {
+    AttachError::Query(error.into())
 }
 
 /// The errno of a failed netlink request.

@@ -7,3 +7,4 @@ pub mod features;
 pub mod flows;
 pub mod load;
 pub mod policy;
+pub mod query;

@@ -69,6 +69,34 @@ pub struct Journal {
 }
 
 impl Journal {
+    /// Notes a filter that is about to be made. What was noted for that side of
+    /// the interface before was found taken by another, or removed by one.
+    pub fn attaching(&mut self, made: FilterMade) {
+        let side = |made: &FilterMade| (made.ifindex, made.filter.egress);
+        self.filters.retain(|earlier| side(earlier) != side(&made));
+        self.filters.push(made);
+    }
+
+    /// Notes a clsact qdisc that is about to be made.
+    pub fn adding(&mut self, made: QdiscMade) {
+        self.qdiscs.retain(|earlier| earlier.ifindex != made.ifindex);
+        self.qdiscs.push(made);
+    }
+
+    /// The filter at one side of an interface.
+    #[must_use]
+    pub fn filter(&self, ifindex: u32, egress: bool) -> Option<&Filter> {
+        let at = |made: &&FilterMade| made.ifindex == ifindex && made.filter.egress == egress;
+        self.filters.iter().find(at).map(|made| &made.filter)
+    }
+
+    /// Notes a setting that is about to be changed. What another program wrote
+    /// over ours is what is to be there in the end.
+    pub fn setting(&mut self, change: SysctlChange) {
+        self.sysctls.retain(|earlier| earlier.name != change.name);
+        self.sysctls.push(change);
+    }
+
     /// Forgets the filters of an interface. `name` is what it is called now;
     /// `None`: it is gone, and its qdisc went with it.
     pub fn detached(&mut self, ifindex: u32, name: Option<&str>) {

@@ -91,11 +91,15 @@ fn globs_take_what_can_be_captured() {
 #[test]
 fn bad_interfaces_are_explained() {
     let host = host();
-    let error = |flags| Plan::new(&config(flags), &host).expect_err(flags).to_string();
-    assert!(error("--iface lo").contains("--own-traffic"));
-    assert!(error("--iface eth1").contains("--iface br0"));
+    for (flags, explained) in [("--iface lo", "--own-traffic"), ("--iface eth1", "--iface br0")] {
+        let plan = Plan::new(&config(flags), &host).expect("plan");
+        assert!(plan.interfaces.iter().all(|interface| interface.role != Role::Capture), "{flags}");
+        let error = plan.require_interfaces(&host).expect_err(flags);
+        assert_eq!(error.exit_code(), 2);
+        assert!(error.to_string().contains(explained), "{error}");
+    }
     let plan = Plan::new(&config("--iface eth9"), &host).expect("plan");
-    let error = plan.require_present(&host).expect_err("missing");
+    let error = plan.require_interfaces(&host).expect_err("missing");
     assert_eq!(error.exit_code(), 2);
     assert!(error.to_string().contains("there are: eth0, eth1"), "{error}");
 }

@@ -29,7 +29,7 @@ pub(crate) const SCENARIOS: Scenarios = &[
         killed(lab, family, "--iface lan --own-traffic --attach clsact")
     }),
     ("restart_with_other_flags_after_kill", restart_changed),
-    ("two_instances_side_by_side", two_instances),
+    ("H7_two_instances_side_by_side", two_instances),
 ];
 
 fn graceful(lab: &Lab, family: Family, flags: &str, signal: Signal) -> Result<()> {

@@ -12,9 +12,12 @@ mod bad_input;
 mod bridge;
 mod capture;
 mod common;
+mod company;
 mod faults;
 mod firewall;
+mod foreign;
 mod host;
+mod interfaces;
 mod leftovers;
 mod links;
 mod matching;
@@ -29,6 +32,7 @@ mod tcp;
 mod tcp_end;
 mod tun;
 mod udp;
+mod upkeep;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -65,6 +69,9 @@ fn main() -> ExitCode {
         report::SCENARIOS,
         leftovers::SCENARIOS,
         bad_input::SCENARIOS,
+        interfaces::SCENARIOS,
+        upkeep::SCENARIOS,
+        company::SCENARIOS,
     ];
     let wanted = |name: &str| {
         let matches = |filter: &String| if arguments.exact { name == filter } else { name.contains(filter) };

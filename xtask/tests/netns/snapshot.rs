@@ -62,8 +62,34 @@ impl Snapshot {
     /// # Errors
     /// The lines that came and went, by command.
     pub(crate) fn expect_same(&self, before: &Self) -> Result<()> {
+        self.compare(before, |_| true)
+    }
+
+    /// The same where the scenario itself changed routes and interfaces.
+    ///
+    /// # Errors
+    /// As [`expect_same`](Self::expect_same).
+    pub(crate) fn expect_same_of_the_proxy(&self, before: &Self) -> Result<()> {
+        self.compare(before, |command| {
+            !command.contains("route show table all") && !command.starts_with("sysctls")
+        })
+    }
+
+    /// The same where the scenario itself added filters, and priorities of ours moved.
+    ///
+    /// # Errors
+    /// As [`expect_same`](Self::expect_same).
+    pub(crate) fn expect_same_but_for_others(&self, before: &Self) -> Result<()> {
+        self.compare(before, |command| {
+            !command.starts_with("tc filter")
+                && !command.starts_with("bpftool net")
+                && !command.contains("route show table all")
+        })
+    }
+
+    fn compare(&self, before: &Self, wanted: impl Fn(&str) -> bool) -> Result<()> {
         let mut differences = String::new();
-        for (command, now) in &self.0 {
+        for (command, now) in self.0.iter().filter(|(command, _)| wanted(command)) {
             let then = before.0.get(command).map_or("", String::as_str);
             let gone = then.lines().filter(|line| !now.contains(line)).map(|line| format!("    - {line}\n"));
             let came = now.lines().filter(|line| !then.contains(line)).map(|line| format!("    + {line}\n"));

@@ -1,0 +1,136 @@
+//! Part by part: is it there, and if not, make it.
+
+use std::time::Instant;
+
+use crate::clsact;
+use crate::datapath::attach::{Direction, Hook, Target, programs};
+use crate::instance::Instance;
+use crate::plan::{PlannedInterface, Sysctl};
+use crate::routing::Routing;
+use crate::{sysctl, undo};
+
+use super::upkeep::Kind;
+use super::{Attached, Steering};
+
+impl Steering {
+    /// Rules and routes.
+    pub(super) async fn keep_routing(&mut self) -> anyhow::Result<()> {
+        let routing = Routing::new(self.handle.clone(), self.config.steering.table);
+        let now = Instant::now();
+        let mut repairs = Vec::new();
+        let upkeep = &mut self.upkeep;
+        upkeep.caught_up();
+        let mut may_add = |part: &str| {
+            let kind = upkeep.may_make(part, now);
+            if let Some(Kind::Repair(_)) = kind {
+                repairs.extend(kind.map(|kind| (part.to_owned(), kind)));
+            }
+            kind.is_some()
+        };
+        let changes = routing.apply_if(&self.plan.rules, &self.plan.routes, &mut may_add).await?;
+        tracing::debug!(?changes, "rules and routes");
+        for (part, kind) in repairs {
+            self.upkeep.made(&part, kind, Ok(()), |stats| &stats.rules_put_back)?;
+        }
+        let rules = self.plan.rules.iter().map(ToString::to_string);
+        self.upkeep.routing_is(rules.chain(self.plan.routes.iter().map(ToString::to_string)));
+        Ok(())
+    }
+
+    /// Settings and programs. One that cannot be had must not keep the others from being made.
+    pub(super) async fn keep(&mut self, instance: &mut Instance) -> anyhow::Result<()> {
+        let mut outcomes = Vec::new();
+        for sysctl in self.plan.sysctls.clone() {
+            outcomes.push(self.keep_setting(sysctl, instance));
+        }
+        outcomes.push(self.keep_lookup());
+        for interface in self.plan.interfaces.clone() {
+            // Gone since the plan was made: notice of that is under way.
+            if undo::is_still(&interface.name, interface.index) {
+                outcomes.push(self.keep_programs(&interface, instance).await);
+            }
+        }
+        let mut failed = outcomes.into_iter().filter_map(Result::err);
+        let first = failed.next();
+        for error in failed {
+            tracing::warn!("{error:#}");
+        }
+        first.map_or(Ok(()), Err)
+    }
+
+    fn keep_setting(&mut self, setting: Sysctl, instance: &mut Instance) -> anyhow::Result<()> {
+        let part = setting.to_string();
+        if sysctl::read(setting.name)? == setting.value {
+            self.upkeep.found(&part);
+            return Ok(());
+        }
+        let Some(kind) = self.upkeep.may_make(&part, Instant::now()) else { return Ok(()) };
+        let set = instance.set_sysctl(setting.name, setting.value);
+        self.upkeep.made(&part, kind, set, |stats| &stats.settings_put_back)
+    }
+
+    fn keep_lookup(&mut self) -> anyhow::Result<()> {
+        let part = "tproxy_lookup of the network namespace";
+        if !self.datapath.features().sk_lookup() || self.datapath.has_lookup()? {
+            return Ok(());
+        }
+        let Some(kind) = self.upkeep.may_make(part, Instant::now()) else { return Ok(()) };
+        let attached = self.datapath.attach_lookup(&self.config.pin);
+        self.upkeep.made(part, kind, attached.map_err(Into::into), |stats| &stats.programs_put_back)
+    }
+
+    async fn keep_programs(
+        &mut self,
+        interface: &PlannedInterface,
+        instance: &mut Instance,
+    ) -> anyhow::Result<()> {
+        let hook = self.hook();
+        for side in programs(interface.role, self.config.capture.own_traffic) {
+            if self.is_attached(interface.index, side, hook, instance).await? {
+                continue;
+            }
+            let part = format!("{} at {}", side.1, interface.name);
+            let Some(kind) = self.upkeep.may_make(&part, Instant::now()) else { continue };
+            let attached = self.attach(interface, side, hook, instance).await;
+            self.upkeep.made(&part, kind, attached, |stats| &stats.programs_put_back)?;
+        }
+        let PlannedInterface { index, role, .. } = *interface;
+        let attached = Attached { index, name: interface.name.clone(), role, hook };
+        if self.attached.insert(index, attached).is_none() {
+            tracing::info!("{} ({role:?}): attached by {hook:?}", interface.name);
+        }
+        Ok(())
+    }
+
+    async fn is_attached(
+        &mut self,
+        ifindex: u32,
+        side: (Direction, &'static str),
+        hook: Hook,
+        instance: &Instance,
+    ) -> anyhow::Result<bool> {
+        if hook == Hook::Tcx {
+            return Ok(self.datapath.has_tcx(ifindex, side)?);
+        }
+        let made = instance.state().journal.filter(ifindex, side.0 == Direction::Egress);
+        let Some(made) = made else { return Ok(false) };
+        Ok(clsact::filters(&self.handle, ifindex).await?.contains(made))
+    }
+
+    async fn attach(
+        &mut self,
+        interface: &PlannedInterface,
+        side: (Direction, &'static str),
+        hook: Hook,
+        instance: &mut Instance,
+    ) -> anyhow::Result<()> {
+        if hook == Hook::Clsact {
+            self.ensure_clsact(interface, instance).await?;
+        }
+        let target = Target { interface: &interface.name, ifindex: interface.index };
+        self.datapath.attach(&target, side, hook, &self.config.pin, &mut |made| {
+            instance.record(|journal| journal.attaching(made)).map_err(std::io::Error::other)
+        })?;
+        Ok(())
+    }
+}
