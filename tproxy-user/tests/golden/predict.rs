@@ -18,6 +18,8 @@ pub(crate) struct Seen {
     /// Those that rose by one, in the order of the map.
     pub(crate) counters: Vec<&'static str>,
     pub(crate) flow: Option<SeenFlow>,
+    /// What was put before the packet; `None` where it was changed otherwise.
+    pub(crate) added: Option<Vec<u8>>,
 }
 
 /// What is compared of an entry of the flow table.
@@ -69,6 +71,14 @@ pub(crate) fn parse(frame: &[u8]) -> Result<Packet, Skip> {
         [0x86, 0xdd] => parse_v6(&network),
         _ => Err(Skip::Protocol),
     }
+}
+
+/// A frame that is not longer than its IP packet has no Ethernet header: this is the one that it gets.
+fn for_loopback(frame: &[u8], packet: &Packet) -> Vec<u8> {
+    if packet.ip_len == 0 || frame.len() > packet.ip_len as usize {
+        return Vec::new();
+    }
+    [&[0; 12], &frame[12..14]].concat()
 }
 
 fn counter(skip: Skip) -> &'static str {
@@ -134,7 +144,7 @@ impl Model {
         let flow = Some(flow(case, &packet, captured, Origin::Own));
         if captured {
             let left = pass(case, &["own_redirected", "flows_created"]);
-            Seen { action: REDIRECTED, flow, ..left }
+            Seen { action: REDIRECTED, flow, added: Some(for_loopback(&case.frame, &packet)), ..left }
         } else {
             Seen { flow, ..pass(case, &["pass_policy", "flows_created"]) }
         }
@@ -196,7 +206,13 @@ fn uplink(case: &Case, packet: &Packet) -> Seen {
 }
 
 fn pass(case: &Case, counters: &[&'static str]) -> Seen {
-    Seen { action: PASS, mark: case.context.mark, counters: counters.to_vec(), flow: None }
+    Seen {
+        action: PASS,
+        mark: case.context.mark,
+        counters: counters.to_vec(),
+        flow: None,
+        added: Some(Vec::new()),
+    }
 }
 
 fn has_special(packet: &Packet) -> bool {
