@@ -1,5 +1,6 @@
 //! Counters and the flow table.
 
+use core::hint::black_box;
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
@@ -61,7 +62,15 @@ impl FlowRef {
             Some(_) => BPF_ANY,
             None => BPF_NOEXIST,
         };
+        // Of zeros that it knows the compiler makes a call of `memset`, whose frame
+        // is one too many where each takes a multiple of 32 bytes of the stack
+        // (Linux before 6.8).
+        let zero = black_box(0);
         let flow = Flow {
+            packets_up: zero,
+            bytes_up: zero,
+            packets_down: zero,
+            bytes_down: zero,
             first_seen: now(),
             ifindex: skb.ifindex(),
             verdict: verdict as u8,

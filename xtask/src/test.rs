@@ -77,7 +77,7 @@ impl Part {
     const fn limit(self) -> Duration {
         Duration::from_secs(match self {
             Self::Unit => 180,
-            Self::Golden => 120,
+            Self::Golden => 240,
             Self::Netns => 720,
             Self::Fuzz => 4,
         })
