@@ -146,6 +146,17 @@ impl Daemon {
         Ok(fs::read_dir(format!("/proc/{}/fd", self.pid())).context("the program has ended")?.count())
     }
 
+    /// Bytes of memory that it occupies: its resident set.
+    ///
+    /// # Errors
+    /// Where the program has ended.
+    pub fn memory(&self) -> Result<u64> {
+        let status =
+            fs::read_to_string(format!("/proc/{}/status", self.pid())).context("the program has ended")?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
+        Ok(line.trim().trim_end_matches(" kB").parse::<u64>()? * 1024)
+    }
+
     /// What it is and the end of its log, for a message about a failure.
     #[must_use]
     pub fn describe(&self) -> String {

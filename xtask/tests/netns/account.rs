@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use xtask::lab::daemon::wait_for;
 use xtask::lab::load::{Load, LoadServer};
-use xtask::lab::peer::{self, UdpServer};
+use xtask::lab::peer::{self, TcpServer, UdpServer};
 use xtask::lab::proxy::FlowRecord;
 use xtask::lab::{Family, Lab, Proxy, server};
 
@@ -20,6 +20,7 @@ pub(crate) const SCENARIOS: Scenarios = &[
     ("F13_tcp_bulk_counters_with_offloads", |lab, family| bulk(lab, family, true, "--iface lan")),
     ("F13_udp_counters_equal_the_wire", |lab, family| udp(lab, family, "--iface lan")),
     ("F13_many_connections_on_several_cores", many),
+    ("F13_eight_flows_of_each_protocol_at_once", eight),
     ("clsact_F13_tcp_bulk_counters", |lab, family| bulk(lab, family, true, "--iface lan --attach clsact")),
     ("clsact_F13_udp_counters", |lab, family| udp(lab, family, "--iface lan --attach clsact")),
 ];
@@ -110,6 +111,45 @@ fn udp(lab: &Lab, family: Family, flags: &str) -> Result<()> {
         }
     }
     expect_equal(&proxy, &capture, targets.len())
+}
+
+/// Eight connections and eight client ports, busy at the same time on two workers.
+fn eight(lab: &Lab, family: Family) -> Result<()> {
+    const FLOWS: u16 = 8;
+    let _tcp = TcpServer::echo(&lab.server, at(family.unspecified(), 9010))?;
+    let targets: Vec<_> = (1..=FLOWS).map(|n| at(family.anywhere(n), 9010)).collect();
+    let _udp = targets.iter().map(|to| UdpServer::echo(&lab.server, *to)).collect::<Result<Vec<_>>>()?;
+    let proxy = start_proxy(lab, "--iface lan --workers 2")?;
+    let capture = Capture::start(&lab.router, "lan")?;
+    std::thread::scope(|scope| {
+        let busy: Vec<_> = targets
+            .iter()
+            .flat_map(|to| [scope.spawn(|| talk(lab, *to)), scope.spawn(|| exchanges(lab, family, *to))])
+            .collect();
+        busy.into_iter()
+            .try_for_each(|flow| flow.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+    })?;
+    expect_equal(&proxy, &capture, 2 * usize::from(FLOWS))
+}
+
+fn talk(lab: &Lab, to: SocketAddr) -> Result<()> {
+    let mut stream = peer::connect(&lab.client, None, to, Duration::from_secs(5))?;
+    for round in 0..40 {
+        let line = "x".repeat(round * 1000);
+        let (echo, _) = peer::ask(&mut stream, &line)?;
+        ensure!(echo == line, "{} bytes to {to} came back changed", line.len());
+    }
+    Ok(())
+}
+
+fn exchanges(lab: &Lab, family: Family, to: SocketAddr) -> Result<()> {
+    let socket = peer::udp(&lab.client, at(family.client(), 0))?;
+    for round in 0..100 {
+        let datagram = peer::pattern(round * 37);
+        let (echo, _) = peer::exchange(&socket, to, &datagram)?;
+        ensure!(echo == datagram, "{} bytes to {to} came back changed", datagram.len());
+    }
+    Ok(())
 }
 
 fn many(lab: &Lab, family: Family) -> Result<()> {

@@ -9,30 +9,39 @@
 
 mod account;
 mod bad_input;
+mod bounds;
 mod bridge;
 mod capture;
 mod common;
 mod company;
 mod faults;
 mod firewall;
+mod flood;
 mod foreign;
 mod host;
 mod interfaces;
 mod leftovers;
 mod links;
+mod malformed;
 mod matching;
+mod offloads;
+mod options;
 mod outside;
 mod packet;
 mod packet_socket;
 mod pass;
+mod patience;
 mod report;
 mod snapshot;
+mod soak;
 mod sockopt;
 mod tcp;
 mod tcp_end;
 mod tun;
 mod udp;
+mod udp_errors;
 mod upkeep;
+mod variants;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -63,6 +72,15 @@ fn main() -> ExitCode {
         bridge::SCENARIOS,
         links::SCENARIOS,
         firewall::SCENARIOS,
+        options::SCENARIOS,
+        malformed::SCENARIOS,
+        offloads::SCENARIOS,
+        variants::SCENARIOS,
+        bounds::SCENARIOS,
+        flood::SCENARIOS,
+        patience::SCENARIOS,
+        udp_errors::SCENARIOS,
+        soak::SCENARIOS,
         faults::SCENARIOS,
         account::SCENARIOS,
         matching::SCENARIOS,

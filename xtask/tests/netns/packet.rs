@@ -108,6 +108,38 @@ pub(crate) fn udp_fragments(
     Ok(packets)
 }
 
+/// An IPv6 extension header of 8 bytes: its protocol number, and itself but for
+/// the number of what follows.
+pub(crate) type Extension = (u8, [u8; 7]);
+
+/// Builds a UDP datagram over IPv6 with extension headers, first one first.
+///
+/// # Errors
+/// Where an address is not IPv6 or the data does not fit.
+pub(crate) fn udp_with_extensions(
+    from: SocketAddr,
+    to: SocketAddr,
+    extensions: &[Extension],
+    data: &[u8],
+) -> Result<Vec<u8>> {
+    let (IpAddr::V6(source), IpAddr::V6(target)) = (from.ip(), to.ip()) else {
+        anyhow::bail!("{from} or {to} is not IPv6");
+    };
+    let length = u16::try_from(extensions.len() * 8 + UdpHeader::LEN + data.len())?;
+    let first = extensions.first().map_or(IpNumber::UDP, |(number, _)| IpNumber(*number));
+    let header = ipv6(source.octets(), target.octets(), first, length);
+    let udp = UdpHeader::with_ipv6_checksum(from.port(), to.port(), &header, data)?;
+    let mut packet = Vec::new();
+    header.write(&mut packet)?;
+    for (position, (_, rest)) in extensions.iter().enumerate() {
+        packet.push(extensions.get(position + 1).map_or(IpNumber::UDP.0, |(number, _)| *number));
+        packet.extend_from_slice(rest);
+    }
+    packet.extend_from_slice(&udp.to_bytes());
+    packet.extend_from_slice(data);
+    Ok(packet)
+}
+
 /// Builds a packet of any protocol, without extension headers or options.
 ///
 /// # Errors

@@ -1,6 +1,6 @@
 //! The one place that speaks to `AF_PACKET`, packet(7): its options are in no crate.
 
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd};
 
@@ -71,6 +71,16 @@ impl PacketSocket {
         // Offsets of `gso_type` and `gso_size`, host byte order.
         let segmented = header[1] != 0;
         Some((if segmented { u16::from_ne_bytes([header[4], header[5]]) } else { 0 }, frame))
+    }
+
+    /// Puts a frame on the wire, whatever is in it.
+    ///
+    /// # Errors
+    /// Where the interface does not take it.
+    pub(crate) fn send(&self, frame: &[u8]) -> io::Result<()> {
+        // Without a header of its own, the frame is to be sent as it is.
+        let framed = [&[0; VNET], frame].concat();
+        (&self.0).write_all(&framed)
     }
 
     /// Packets that the kernel could not keep for this socket since the last call.

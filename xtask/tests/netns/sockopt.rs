@@ -1,23 +1,31 @@
-//! Socket options that are in no crate; all of them take an int.
+//! Socket options that are in no crate.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use xtask::lab::Family;
 
-const INT_SIZE: libc::socklen_t = 4;
-const _: () = assert!(size_of::<libc::c_int>() == INT_SIZE as usize);
-
-/// Sets an option, setsockopt(2).
+/// Sets an option that takes an int, setsockopt(2).
 pub(crate) fn set(
     socket: BorrowedFd,
     level: libc::c_int,
     option: libc::c_int,
     value: libc::c_int,
 ) -> io::Result<()> {
-    // SAFETY: the option's value is an int that outlives the call, and its size is given.
+    set_bytes(socket, level, option, &value.to_ne_bytes())
+}
+
+/// Sets an option that takes bytes, setsockopt(2).
+pub(crate) fn set_bytes(
+    socket: BorrowedFd,
+    level: libc::c_int,
+    option: libc::c_int,
+    value: &[u8],
+) -> io::Result<()> {
+    let length = libc::socklen_t::try_from(value.len()).map_err(io::Error::other)?;
+    // SAFETY: the option's value outlives the call, and its size is given.
     let result =
-        unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, (&raw const value).cast(), INT_SIZE) };
+        unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, value.as_ptr().cast(), length) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
