@@ -19,7 +19,7 @@ const PORT: u16 = 6400;
 const SLACK: u64 = 4 << 20;
 
 fn soak(lab: &Lab, family: Family) -> Result<()> {
-    const ROUNDS: usize = 5;
+    const ROUNDS: usize = 4;
     let server = LoadServer::start(&lab.server, at(family.unspecified(), PORT), family.client())?;
     let echo = at(family.anywhere(3), PORT);
     let _udp = UdpServer::echo(&lab.server, echo)?;
@@ -32,7 +32,7 @@ fn soak(lab: &Lab, family: Family) -> Result<()> {
         let load = Load {
             targets: vec![at(family.anywhere(1), PORT), at(family.anywhere(2), PORT)],
             concurrency: 64,
-            connections: 4000,
+            connections: 3000,
             duration: Duration::from_secs(20),
             reset: round % 2 == 1,
         };

@@ -6,16 +6,17 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use socket2::{Domain, Protocol, Socket, Type};
-use xtask::lab::peer::{self, TcpServer};
+use xtask::lab::peer::{self, TcpServer, UdpServer};
 use xtask::lab::{Family, Lab, Namespace};
 
-use crate::common::{Scenarios, Skip, at, start};
+use crate::common::{Scenarios, Skip, at, needs_proxy, start, start_proxy};
 use crate::sockopt;
 
 pub(crate) const SCENARIOS: Scenarios = &[
     ("T11_multipath_tcp_client_falls_back", multipath),
     ("T11_fast_open_client", fast_open),
-    ("T11_ecn", ecn),
+    ("T11_ecn_of_tcp", ecn),
+    ("T11_ecn_of_udp_ends_at_the_proxy", ecn_of_udp),
 ];
 
 const PORT: u16 = 5800;
@@ -139,4 +140,25 @@ fn ecn(lab: &Lab, family: Family) -> Result<()> {
         );
     }
     running.expect_tcp(2)
+}
+
+/// Documented: a datagram is sent on without its ECN bits. The server here takes
+/// none that has any.
+fn ecn_of_udp(lab: &Lab, family: Family) -> Result<()> {
+    needs_proxy()?;
+    let to = at(family.anywhere(1), PORT);
+    let _server = UdpServer::echo(&lab.server, to)?;
+    let any = family.pick("ip ecn != not-ect", "ip6 ecn != not-ect");
+    let rules = format!(
+        "table inet picky {{\nchain in {{\ntype filter hook input priority filter\nmeta l4proto udp {any} drop\n}}\n}}\n"
+    );
+    lab.server.cmd("nft").args(["-f", "-"]).stdin(rules).check()?;
+    let (level, option) = family.pick((libc::SOL_IP, libc::IP_TOS), (libc::SOL_IPV6, libc::IPV6_TCLASS));
+    let socket = peer::udp(&lab.client, at(family.client(), 0))?;
+    sockopt::set(socket.as_fd(), level, option, 2)?;
+    socket.set_read_timeout(Some(Duration::from_millis(500)))?;
+    ensure!(peer::exchange(&socket, to, b"marked").is_err(), "without a proxy the bits were lost as well");
+    let _proxy = start_proxy(lab, "--iface lan")?;
+    peer::exchange(&socket, to, b"marked").context("the bits went through: say so in the documentation")?;
+    Ok(())
 }
