@@ -13,6 +13,7 @@ mod bridge;
 mod capture;
 mod common;
 mod company;
+mod doctor;
 mod faults;
 mod firewall;
 mod foreign;
@@ -72,6 +73,7 @@ fn main() -> ExitCode {
         interfaces::SCENARIOS,
         upkeep::SCENARIOS,
         company::SCENARIOS,
+        doctor::SCENARIOS,
     ];
     let wanted = |name: &str| {
         let matches = |filter: &String| if arguments.exact { name == filter } else { name.contains(filter) };
