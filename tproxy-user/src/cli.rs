@@ -37,6 +37,8 @@ Examples:
         DNS only, and servers see this host's address.
   tproxy-user check --iface eth0
         Print what that would set up, and change nothing (needs no root).
+  tproxy-user doctor --iface eth0
+        Look for what on this host would keep that from working, and what mends it.
   tproxy-user flows
         Who talks to whom, with packets and bytes each way.
 
@@ -75,6 +77,18 @@ pub enum Command {
     /// Prints interfaces, map entries, routing rules, routes and sockets, and
     /// reports what would stop `run`: a conflict is exit code 5 here as there.
     Check {
+        /// Flags of `run`.
+        #[command(flatten)]
+        run: Box<RunArgs>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Look for what on this host would keep `run` with the same flags from working; changes nothing
+    ///
+    /// Each line is ok, warn or FAIL, with what mends it: a command, or flags to start with.
+    /// Run it as root: without, some of it cannot be looked at. Exit code 1 where a line is a FAIL.
+    Doctor {
         /// Flags of `run`.
         #[command(flatten)]
         run: Box<RunArgs>,

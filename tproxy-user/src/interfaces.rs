@@ -5,8 +5,8 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use rtnetlink::Handle;
-use rtnetlink::packet_route::address::AddressAttribute;
-use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
+use rtnetlink::packet_route::address::{AddressAttribute, AddressScope};
+use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, LinkXdp};
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteType};
 
 use crate::netlink::{self, Error, collect, family};
@@ -105,6 +105,67 @@ pub async fn snapshot(handle: &Handle, own_table: u32) -> Result<Host, Error> {
     local.sort();
     local.dedup();
     Ok(Host { interfaces, local, ipv6: netlink::has_ipv6()? })
+}
+
+/// What `doctor` wants to know of an interface besides.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LinkDetail {
+    /// ifindex.
+    pub index: u32,
+    /// ifindex of the device below it.
+    pub parent: Option<u32>,
+    /// It is a VLAN device.
+    pub vlan: bool,
+    /// It has an XDP program.
+    pub xdp: bool,
+}
+
+/// The details of all interfaces.
+///
+/// # Errors
+/// Where the kernel refuses the dump.
+pub async fn details(handle: &Handle) -> Result<Vec<LinkDetail>, Error> {
+    let links = collect("list interfaces", handle.link().get().execute()).await?;
+    Ok(links.iter().map(detail).collect())
+}
+
+fn detail(message: &LinkMessage) -> LinkDetail {
+    let mut detail = LinkDetail { index: message.header.index, ..LinkDetail::default() };
+    for attribute in &message.attributes {
+        match attribute {
+            LinkAttribute::Link(parent) => detail.parent = Some(*parent),
+            LinkAttribute::LinkInfo(infos) => detail.vlan = infos.contains(&LinkInfo::Kind(InfoKind::Vlan)),
+            LinkAttribute::Xdp(parts) => {
+                detail.xdp = parts.iter().any(|part| matches!(part, LinkXdp::ProgId(id) if *id != 0));
+            }
+            _ => {}
+        }
+    }
+    detail
+}
+
+/// The networks of the addresses that interfaces have, but for link-local ones,
+/// which are never captured.
+///
+/// # Errors
+/// Where the kernel refuses the dump.
+pub async fn networks(handle: &Handle, interfaces: &[u32]) -> Result<Vec<IpNet>, Error> {
+    let mut networks = Vec::new();
+    for message in collect("list addresses", handle.address().get().execute()).await? {
+        let length = message.header.prefix_len;
+        let address = message.attributes.iter().find_map(|attribute| match attribute {
+            AddressAttribute::Address(address) => Some(*address),
+            _ => None,
+        });
+        let is_link = message.header.scope == AddressScope::Link;
+        if interfaces.contains(&message.header.index)
+            && !is_link
+            && let Some(Ok(network)) = address.map(|address| IpNet::new(address, length))
+        {
+            networks.push(network.trunc());
+        }
+    }
+    Ok(networks)
 }
 
 fn interface(message: LinkMessage) -> Interface {

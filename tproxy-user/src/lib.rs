@@ -10,6 +10,7 @@ pub mod clsact;
 pub mod cmd;
 pub mod config;
 pub mod datapath;
+pub mod doctor;
 pub mod failure;
 pub mod instance;
 pub mod interfaces;

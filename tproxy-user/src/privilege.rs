@@ -61,7 +61,7 @@ pub fn require_admin(command: &str) -> Result<(), Failure> {
 }
 
 /// The effective capabilities of this process, a bit each.
-fn effective() -> Result<u64, Failure> {
+pub(crate) fn effective() -> Result<u64, Failure> {
     procfs::process::Process::myself()
         .and_then(|process| process.status())
         .map(|status| status.capeff)
@@ -78,6 +78,19 @@ fn check(config: &Config, kernel: Kernel, capabilities: u64) -> Result<(), Failu
              with rules of your own (iptables -j TPROXY) there is --steer none"
         )));
     }
+    let missing = missing(config, kernel, capabilities);
+    if missing.is_empty() {
+        return Ok(());
+    }
+    Err(Failure::unsupported(format_args!(
+        "missing {}; run as root, or give the service these capabilities",
+        missing.join(", ")
+    )))
+}
+
+/// The capabilities that `run` needs and does not have, with what for.
+pub(crate) fn missing(config: &Config, kernel: Kernel, capabilities: u64) -> Vec<&'static str> {
+    let steers = config.steering.by == Steer::Ebpf;
     let has = |capability: u32| capabilities >> capability & 1 == 1;
     let mut missing = Vec::new();
     if !has(NET_ADMIN) {
@@ -91,13 +104,7 @@ fn check(config: &Config, kernel: Kernel, capabilities: u64) -> Result<(), Failu
     if steers && !has(SYS_ADMIN) && !(split && has(BPF) && has(PERFMON)) {
         missing.push("CAP_BPF and CAP_PERFMON, or CAP_SYS_ADMIN before Linux 5.8 (loading programs)");
     }
-    if missing.is_empty() {
-        return Ok(());
-    }
-    Err(Failure::unsupported(format_args!(
-        "missing {}; run as root, or give the service these capabilities",
-        missing.join(", ")
-    )))
+    missing
 }
 
 #[cfg(test)]

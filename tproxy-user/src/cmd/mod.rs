@@ -3,6 +3,7 @@
 pub mod check;
 pub mod cleanup;
 pub mod completions;
+pub mod doctor;
 pub mod flows;
 pub mod man;
 pub mod run;
@@ -32,7 +33,7 @@ pub fn main() -> ExitCode {
     };
     let _guard = telemetry::init(&cli.logging, access_log);
     match dispatch(cli) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             complain(&format!("{error:#}"));
             exit_code(&error).into()
@@ -40,17 +41,19 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn dispatch(cli: Cli) -> anyhow::Result<()> {
-    match cli.command {
+fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
+    let done = match cli.command {
         None => start(&cli.run),
         Some(Command::Run(run)) => start(&run),
         Some(Command::Check { run, json }) => check::run(&resolve::config(&run)?, json),
+        Some(Command::Doctor { run, json }) => return doctor::run(&resolve::config(&run)?, json),
         Some(Command::Flows(args)) => flows::run(&args),
         Some(Command::Status(args)) => status::run(&args),
         Some(Command::Cleanup { pin }) => cleanup::run(&pin),
         Some(Command::Completions { shell }) => completions::run(shell),
         Some(Command::Man { dir }) => man::run(&dir),
-    }
+    };
+    done.map(|()| ExitCode::SUCCESS)
 }
 
 fn start(args: &RunArgs) -> anyhow::Result<()> {

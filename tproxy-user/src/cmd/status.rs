@@ -58,7 +58,7 @@ fn from_state(pid: i32, state: Option<&State>) -> Value {
 }
 
 /// What a killed run left, in words.
-fn leftovers(pin: &std::path::Path, state: Option<&State>) -> Vec<String> {
+pub(crate) fn leftovers(pin: &std::path::Path, state: Option<&State>) -> Vec<String> {
     let mut left = Vec::new();
     if pin.join(tproxy_common::abi::map::FLOWS).exists() {
         left.push("pinned maps and programs".to_owned());

@@ -29,9 +29,11 @@ pub enum PinError {
     },
 }
 
-const MOUNT_POINT: &str = "/sys/fs/bpf";
+/// Where the BPF file system belongs.
+pub(crate) const MOUNT_POINT: &str = "/sys/fs/bpf";
 
-fn is_bpffs(path: &Path) -> bool {
+/// Whether a path is on a BPF file system.
+pub(crate) fn is_bpffs(path: &Path) -> bool {
     statfs(path).is_ok_and(|fs| fs.filesystem_type() == BPF_FS_MAGIC)
 }
 

@@ -1,6 +1,7 @@
 //! Rules and routes of others that are in the way.
 
 use rtnetlink::Handle;
+use rtnetlink::packet_route::rule::RuleAttribute;
 
 use super::message::{Parts, describe_route, describe_rule, parts, route_protocol};
 use super::{rules, table_routes};
@@ -54,6 +55,57 @@ pub async fn find(handle: &Handle, table: u32, mark: Mark) -> Result<Option<Stri
         }));
     }
     Ok(None)
+}
+
+/// A rule that comes before ours.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Earlier {
+    /// As `ip rule` prints it.
+    pub text: String,
+    /// IPv6 (else IPv4).
+    pub v6: bool,
+    /// Its place.
+    pub priority: u32,
+    /// Interface that it asks for.
+    pub iif: Option<String>,
+    /// Mark that it asks for.
+    pub mark: Option<Mark>,
+    /// It has `not`.
+    pub inverted: bool,
+    /// It asks for more: addresses, ports, users.
+    pub narrow: bool,
+}
+
+/// Rules of others before `priority`, but for the one that delivers to this
+/// host's own addresses, which are never captured.
+///
+/// # Errors
+/// Where the kernel refuses the dump.
+pub async fn earlier(handle: &Handle, priority: u32) -> Result<Vec<Earlier>, Error> {
+    const TABLE_LOCAL: u32 = 255;
+    let mut found = Vec::new();
+    for message in rules(handle).await? {
+        let Parts { iif, mark, table, priority: at, ours, inverted } = parts(&message);
+        if at >= priority || ours || table == TABLE_LOCAL {
+            continue;
+        }
+        let narrow = message.attributes.iter().any(|attribute| {
+            !matches!(
+                attribute,
+                RuleAttribute::Priority(_)
+                    | RuleAttribute::Table(_)
+                    | RuleAttribute::FwMark(_)
+                    | RuleAttribute::FwMask(_)
+                    | RuleAttribute::Iifname(_)
+                    | RuleAttribute::Protocol(_)
+                    // "None", as every rule has it.
+                    | RuleAttribute::SuppressPrefixLen(u32::MAX)
+            )
+        });
+        let v6 = message.header.family == family(true);
+        found.push(Earlier { text: describe_rule(&message), v6, priority: at, iif, mark, inverted, narrow });
+    }
+    Ok(found)
 }
 
 fn ip(v6: bool) -> &'static str {

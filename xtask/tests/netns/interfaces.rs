@@ -79,13 +79,8 @@ impl Cable {
             self.router.split("route").next().unwrap_or_default()
         ))?;
         end.ip_batch(&format!("link set eth0 up\n{}", self.other))?;
-        let routes: String = self
-            .router
-            .lines()
-            .filter(|line| line.starts_with("route"))
-            .map(|line| format!("{line}\n"))
-            .collect();
-        lab.router.ip_batch(&routes)
+        let routes: Vec<_> = self.router.lines().filter(|line| line.starts_with("route")).collect();
+        lab.router.ip_batch(&(routes.join("\n") + "\n"))
     }
 }
 

@@ -14,6 +14,7 @@ mod bridge;
 mod capture;
 mod common;
 mod company;
+mod doctor;
 mod faults;
 mod firewall;
 mod flood;
@@ -90,6 +91,7 @@ fn main() -> ExitCode {
         interfaces::SCENARIOS,
         upkeep::SCENARIOS,
         company::SCENARIOS,
+        doctor::SCENARIOS,
     ];
     let wanted = |name: &str| {
         let matches = |filter: &String| if arguments.exact { name == filter } else { name.contains(filter) };

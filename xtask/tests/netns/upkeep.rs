@@ -102,10 +102,10 @@ fn put_back(
     expect_capture(lab, family, &proxy)?;
     let complete = Snapshot::take(lab)?;
     for round in 1..=2 {
-        let counted = proxy.counter(counter)?;
+        let earlier = proxy.counter(counter)?;
         interfere(lab)?;
         wait_for("what was removed to be counted", Duration::from_secs(3 * round), || {
-            Ok(proxy.counter(counter)? > counted)
+            Ok(proxy.counter(counter)? > earlier)
         })
         .with_context(|| format!("round {round}, the log:\n{}", proxy.daemon.log()))?;
         expect_capture(lab, family, &proxy).with_context(|| format!("round {round}"))?;
