@@ -16,6 +16,9 @@ const PROXY: &str = "/tests/tproxy-user";
 /// How much longer a guest may take than the machine itself, without
 /// acceleration and beside another guest.
 const SLOWDOWN: u32 = 10;
+/// Programs that come with the packages of those that are asked for.
+const COMPANIONS: &[&str] =
+    &["tc", "ss", "ip6tables", "iptables-restore", "ip6tables-restore", "mount", "umount"];
 /// Files that a program opens by itself: libraries that are not linked, tables.
 const DATA: &[&str] = &[
     "/etc/protocols",
@@ -47,7 +50,7 @@ pub(crate) fn common(tests: &[Test], proxy: &Path) -> Result<Archive> {
     // Not busybox's shell: Debian's runs its own `ip` whatever PATH says.
     archive.host_program(&found("dash")?, Path::new("/bin/sh"))?;
     archive.host_program(&found("busybox")?, Path::new("/bin/busybox"))?;
-    for program in needs::NETNS.iter().map(packages::Need::probe).chain(["ip", "tc", "ss"]) {
+    for program in needs::NETNS.iter().map(packages::Need::probe).chain(COMPANIONS.iter().copied()) {
         let path = found(program)?;
         // Before the directory of busybox's own.
         let name = path.file_name().context("a program without a name")?;
