@@ -33,7 +33,6 @@ pub(crate) const NETNS: &[Need] = &[
     Need::new("ethtool", "ethtool", "switching segmentation offload off"),
     Need::new("sysctl", "procps", "comparing sysctls before and after"),
     Need::new("setpriv", "util-linux", "running without root"),
-    IPTABLES,
 ];
 
 /// What the comparison with iptables runs.
