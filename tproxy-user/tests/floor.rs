@@ -118,9 +118,11 @@ fn the_core_calls_these_helpers() {
         (1, "map_lookup_elem"),
         (2, "map_update_elem"),
         (5, "ktime_get_ns, 4.1"),
+        (9, "skb_store_bytes, 4.1"),
         (23, "redirect, 4.4"),
         (32, "skb_change_type, 4.8"),
         (39, "skb_pull_data, 4.9"),
+        (43, "skb_change_head, 4.10"),
         (68, "skb_load_bytes_relative, 4.18"),
         (85, "sk_lookup_udp, 4.20"),
         (86, "sk_release, 4.20"),
@@ -138,6 +140,72 @@ fn maps_are_of_types_that_linux_5_7_has() {
         assert!(map.map_type() <= LAST_MAP_TYPE, "{name} has type {}", map.map_type());
         assert!(map.map_flags() < LAST_MAP_FLAG << 1, "{name} has flags {:#x}", map.map_flags());
         assert_eq!(map.map_extra(), 0, "{name}: map_extra came with 5.16");
+    }
+}
+
+/// Bytes of stack that a function of a program uses, as the verifier counts
+/// them: the lowest offset from the frame pointer.
+fn frame(instructions: &[bpf_insn]) -> usize {
+    const FRAME: u8 = 10;
+    let mut lowest = 0;
+    // Registers that hold the frame pointer itself, until something is added.
+    let mut copies = HashSet::from([FRAME]);
+    for insn in instructions {
+        let (class, to, from) = (insn.code & 0x07, insn.dst_reg(), insn.src_reg());
+        match class {
+            0x01 if from == FRAME => lowest = lowest.min(i32::from(insn.off)),
+            0x02 | 0x03 if to == FRAME => lowest = lowest.min(i32::from(insn.off)),
+            // r = frame pointer
+            0x07 if insn.code == 0xbf && from == FRAME => {
+                copies.insert(to);
+                continue;
+            }
+            // r += number
+            0x07 if insn.code == 0x07 && copies.contains(&to) => lowest = lowest.min(insn.imm),
+            _ => {}
+        }
+        if matches!(class, 0x00 | 0x01 | 0x04 | 0x07) && to != FRAME {
+            copies.remove(&to);
+        }
+    }
+    usize::try_from(-lowest).expect("offsets below the frame pointer")
+}
+
+/// The deepest chain of calls from the function at `start`: bytes, and where its functions begin.
+fn deepest(instructions: &[bpf_insn], starts: &BTreeSet<usize>, start: usize) -> (usize, Vec<usize>) {
+    let end = starts.range(start + 1..).next().copied().unwrap_or(instructions.len());
+    let body = &instructions[start..end];
+    let called = body.iter().enumerate().filter_map(|(at, insn)| target(start + at, *insn));
+    let (below, mut chain) = called
+        .map(|callee| deepest(instructions, starts, callee))
+        .max_by_key(|(bytes, _)| *bytes)
+        .unwrap_or_default();
+    chain.insert(0, start);
+    // check_max_stack_depth, kernel/bpf/verifier.c of 5.7: each frame in steps of 32 bytes.
+    (frame(body).max(1).next_multiple_of(32) + below, chain)
+}
+
+/// Where a call to a function of the program leads.
+fn target(at: usize, insn: bpf_insn) -> Option<usize> {
+    (insn.code == 0x85 && insn.src_reg() == 1)
+        .then(|| at.checked_add_signed(insn.imm as isize + 1).expect("inside the program"))
+}
+
+/// All frames of a chain of calls share `MAX_BPF_STACK`. Newer kernels
+/// count less, so what loads here may be too deep for an older one.
+#[test]
+fn no_chain_of_calls_needs_more_stack_than_there_is() {
+    const MAX_BPF_STACK: usize = 512;
+    const MAX_CALL_FRAMES: usize = 8;
+    let object = object();
+    for (name, instructions) in core(&object) {
+        let calls = instructions.iter().enumerate().filter_map(|(at, insn)| target(at, *insn));
+        let starts: BTreeSet<usize> = calls.chain([0]).collect();
+        let (bytes, chain) = deepest(instructions, &starts, 0);
+        assert!(
+            bytes <= MAX_BPF_STACK && chain.len() <= MAX_CALL_FRAMES,
+            "{name}: {bytes} bytes in the chain of the functions at {chain:?}"
+        );
     }
 }
 

@@ -24,11 +24,14 @@ use anyhow::{Context, Result};
 pub mod command;
 pub mod daemon;
 pub mod firewall;
+pub mod kernel;
 pub mod load;
 pub mod namespace;
+pub mod pace;
 pub mod peer;
 pub mod proxy;
 pub mod reclaim;
+pub mod selection;
 pub mod server;
 pub mod sockets;
 

@@ -13,6 +13,8 @@ mod packages;
 mod term;
 mod test;
 mod toolchain;
+mod totals;
+mod vm;
 mod workspace;
 
 use std::process::ExitCode;

@@ -33,8 +33,21 @@ pub(crate) const NETNS: &[Need] = &[
     Need::new("ethtool", "ethtool", "switching segmentation offload off"),
     Need::new("sysctl", "procps", "comparing sysctls before and after"),
     Need::new("setpriv", "util-linux", "running without root"),
-    IPTABLES,
 ];
 
 /// What the comparison with iptables runs.
 pub(crate) const BENCH: &[Need] = &[IP, IPTABLES];
+
+/// What boots other kernels.
+pub(crate) const VM: &[Need] = &[
+    Need::new("qemu-system-x86_64", "qemu-system-x86", "running other kernels"),
+    Need::new("busybox", "busybox-static", "the small tools in a guest"),
+    Need::new("dash", "dash", "the shell in a guest"),
+    Need::new("depmod", "kmod", "finding the modules of a kernel"),
+    Need::new("xz", "xz-utils", "unpacking the modules of a kernel"),
+    Need::new(
+        "/usr/share/keyrings/debian-archive-keyring.gpg",
+        "debian-archive-keyring",
+        "checking where the packages of other kernels come from",
+    ),
+];

@@ -27,6 +27,11 @@ impl Need {
         Self { probe, package, why, service: None }
     }
 
+    /// The program's name, or the absolute path.
+    pub(crate) const fn probe(&self) -> &'static str {
+        self.probe
+    }
+
     /// The package starts this systemd service when it is installed. It is
     /// stopped and disabled again: the machine is to offer no more than before.
     #[allow(dead_code, reason = "for the servers of the tests")]

@@ -115,14 +115,14 @@ impl<'a> Step<'a> {
             // Short at first: most commands of a second run end at once.
             let early = start.elapsed() < Duration::from_millis(500);
             thread::sleep(Duration::from_millis(if early { 10 } else { 100 }));
-            progress.tick(start.elapsed(), log);
+            progress.tick(start.elapsed(), || tail(log, 1));
         }
     }
 }
 
 /// One line that says what is going on: redrawn on a terminal, printed once
 /// elsewhere. Nothing is printed for what takes less than a second.
-struct Progress<'a> {
+pub(crate) struct Progress<'a> {
     label: &'a str,
     terminal: bool,
     shown: bool,
@@ -130,11 +130,13 @@ struct Progress<'a> {
 }
 
 impl<'a> Progress<'a> {
-    fn new(label: &'a str) -> Self {
+    /// Nothing is shown yet.
+    pub(crate) fn new(label: &'a str) -> Self {
         Self { label, terminal: std::io::stderr().is_terminal(), shown: false, drawn_at: Duration::ZERO }
     }
 
-    fn tick(&mut self, elapsed: Duration, log: &Path) {
+    /// Draws the line with a note on what is done at the moment.
+    pub(crate) fn tick(&mut self, elapsed: Duration, note: impl FnOnce() -> String) {
         let due = self.drawn_at + Duration::from_millis(200);
         if elapsed < Duration::from_secs(1) || elapsed < due {
             return;
@@ -142,7 +144,7 @@ impl<'a> Progress<'a> {
         self.drawn_at = elapsed;
         if self.terminal {
             let frame = ['|', '/', '-', '\\'][(elapsed.as_millis() / 200 % 4) as usize];
-            let last: String = tail(log, 1).trim().chars().take(50).collect();
+            let last: String = note().trim().chars().take(60).collect();
             let mut stderr = std::io::stderr();
             drop(write!(stderr, "\r\x1b[K{frame} {} ({} s) {last}", self.label, elapsed.as_secs()));
             drop(stderr.flush());
@@ -152,7 +154,8 @@ impl<'a> Progress<'a> {
         self.shown = true;
     }
 
-    fn finish(&self, elapsed: Duration, success: bool) {
+    /// Says how long it took.
+    pub(crate) fn finish(&self, elapsed: Duration, success: bool) {
         if !self.shown {
             return;
         }

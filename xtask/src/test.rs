@@ -1,5 +1,7 @@
 //! `cargo xtask test`: builds the tests, runs them, counts.
 
+mod choice;
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead as _, BufReader};
@@ -14,18 +16,21 @@ use clap::ValueEnum;
 use serde_json::Value;
 use xtask::lab::{proxy, reclaim};
 
+use self::choice::{Choice, chosen};
 use crate::build::{self, Profile};
 use crate::fuzz::{Fuzzers, Target};
 use crate::term::{Step, say};
-use crate::{needs, packages, workspace};
+use crate::totals::Totals;
+use crate::vm::{Kernel, Matrix};
+use crate::{needs, packages, vm, workspace};
 
 /// Flags of `cargo xtask test`.
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// Parts to run [default: all]
-    #[arg(value_name = "PART")]
-    parts: Vec<Part>,
+    /// Parts to run [default: all]; a kernel's version stands for part vm on that kernel
+    #[arg(value_name = "PART|KERNEL")]
+    choices: Vec<Choice>,
     /// Run only tests whose name contains one of these; flags of libtest such as --list
     #[arg(last = true, value_name = "FILTER")]
     filters: Vec<String>,
@@ -36,10 +41,21 @@ Examples:
   cargo xtask test                 everything
   cargo xtask test unit golden     two parts
   cargo xtask test netns -- T7     the end-to-end scenarios that are called T7…
+  cargo xtask test vm              golden and netns on all other kernels
+  cargo xtask test vm 6.1 newest   on these kernels, and there everything
+  cargo xtask test 5.10 -- T7      some scenarios on one kernel
 
 The last line says how many passed, failed and, if any, were skipped. A test that
 cannot run on this machine is skipped with its reason, and never counts as passed.
-Parts `golden` and `netns` need root.";
+Parts `golden` and `netns` need root.
+
+Part `vm` boots Debian's kernels in QEMU, without root, acceleration or an installed
+kernel. They are fetched with apt from the Debian mirror that this machine uses, and
+kept in target/vm for a week, beside results.json and each guest's console. In the
+whole matrix each scenario runs on one kernel with one family, those that rest on what
+kernels came to have at different times on all; on a kernel that is named everything
+runs, which takes half an hour. What a kernel lacks is skipped with the version that
+has it; on a kernel that should have it, that is a failure.";
 
 /// A group of tests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -52,6 +68,8 @@ enum Part {
     Netns,
     /// The parser and the classification on inputs that a fuzzer makes, for some seconds
     Fuzz,
+    /// `golden` and `netns` on Linux 5.10, 6.1, 6.12 and the newest, in virtual machines
+    Vm,
 }
 
 impl Part {
@@ -61,16 +79,24 @@ impl Part {
             Self::Golden => "golden",
             Self::Netns => "netns",
             Self::Fuzz => "fuzz",
+            Self::Vm => "vm",
         }
     }
 
-    /// The part that an executable of cargo's belongs to.
-    fn of(target: &str) -> Self {
-        match target {
-            "golden" => Self::Golden,
-            "netns" | "relay_netns" => Self::Netns,
-            _ => Self::Unit,
+    /// Whether an executable of cargo's belongs to it.
+    fn has(self, target: &str) -> bool {
+        match self {
+            Self::Unit => !["golden", "netns", "relay_netns"].contains(&target),
+            Self::Golden => target == "golden",
+            Self::Netns => ["netns", "relay_netns"].contains(&target),
+            Self::Vm => ["golden", "netns"].contains(&target),
+            Self::Fuzz => false,
         }
+    }
+
+    /// Whether it needs privileges on this kernel.
+    const fn needs_root(self) -> bool {
+        matches!(self, Self::Golden | Self::Netns)
     }
 
     /// How long one of its executables may run; a fuzz target runs all that time.
@@ -80,6 +106,7 @@ impl Part {
             Self::Golden => 240,
             Self::Netns => 720,
             Self::Fuzz => 4,
+            Self::Vm => 1200,
         })
     }
 
@@ -91,38 +118,40 @@ impl Part {
             Self::Golden => &["--package", "tproxy-user", "--test", "golden"],
             Self::Netns => &["--package", "xtask", "--package", "tproxy-user", "--test", "*netns"],
             Self::Fuzz => return None,
+            // With optimisation: emulation makes them slow enough.
+            Self::Vm => &[
+                "--release",
+                "--package",
+                "tproxy-user",
+                "--package",
+                "xtask",
+                "--test",
+                "golden",
+                "--test",
+                "netns",
+            ],
         })
     }
 }
 
 /// A test executable that cargo has built.
 struct Executable {
+    target: String,
     name: String,
     path: PathBuf,
     /// The directory of its package, where cargo would run it.
     home: PathBuf,
 }
 
-/// What came of tests.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Totals {
-    passed: u64,
-    failed: u64,
-    skipped: u64,
-}
-
 /// Runs the task.
 pub(crate) fn run(args: &Args) -> Result<()> {
     reclaim::on_signals()?;
-    let mut parts = args.parts.clone();
-    if parts.is_empty() {
-        parts = Part::value_variants().to_vec();
-    }
+    let (parts, kernels) = chosen(&args.choices);
     let mut totals = Totals::default();
     match prepare(&parts) {
         Ok(proxy) => {
             for part in parts {
-                totals.add(run_part(part, &args.filters, proxy.as_deref()));
+                totals.add(run_part(part, &kernels, &args.filters, proxy.as_deref()));
             }
         }
         Err(error) => {
@@ -135,35 +164,12 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     std::process::exit(i32::from(totals.failed > 0));
 }
 
-impl Totals {
-    fn add(&mut self, other: Self) {
-        self.passed += other.passed;
-        self.failed += other.failed;
-        self.skipped += other.skipped;
-    }
-
-    fn line(self) -> String {
-        let skipped = if self.skipped > 0 { format!(", {} skipped", self.skipped) } else { String::new() };
-        format!("{} passed, {} failed{skipped}", self.passed, self.failed)
-    }
-
-    /// Reads the line that ends the output of a test executable.
-    fn parse(line: &str) -> Option<Self> {
-        let counts = line.strip_prefix("test result: ")?.split_once(". ")?.1;
-        let count = |what: &str| {
-            let piece = counts.split("; ").find(|piece| piece.ends_with(what))?;
-            piece.split(' ').next()?.parse().ok()
-        };
-        Some(Self { passed: count(" passed")?, failed: count(" failed")?, skipped: count(" ignored")? })
-    }
-}
-
 /// Builds what the tests themselves do not; gives the proxy to be tested.
 fn prepare(parts: &[Part]) -> Result<Option<PathBuf>> {
     if parts == [Part::Fuzz] {
         return Ok(None);
     }
-    if parts.contains(&Part::Netns) {
+    if parts.contains(&Part::Netns) || parts.contains(&Part::Vm) {
         if is_root() {
             packages::ensure(needs::NETNS)?;
         }
@@ -179,9 +185,9 @@ fn is_root() -> bool {
     nix::unistd::geteuid().is_root()
 }
 
-fn run_part(part: Part, filters: &[String], proxy: Option<&Path>) -> Totals {
+fn run_part(part: Part, kernels: &[Kernel], filters: &[String], proxy: Option<&Path>) -> Totals {
     let Some(selection) = part.selection() else { return fuzz(filters) };
-    if part != Part::Unit && !is_root() {
+    if part.needs_root() && !is_root() {
         println!("{}: skipped: needs root (run `sudo -E env PATH=\"$PATH\" cargo xtask test`)", part.name());
         return Totals { skipped: 1, ..Totals::default() };
     }
@@ -193,6 +199,16 @@ fn run_part(part: Part, filters: &[String], proxy: Option<&Path>) -> Totals {
         }
     };
     let mut totals = Totals::default();
+    if part == Part::Vm {
+        match run_vm(&executables, kernels, filters, proxy) {
+            Ok(counts) => totals.add(counts),
+            Err(error) => {
+                println!("vm: FAILED: {error:#}");
+                totals.failed += 1;
+            }
+        }
+        return totals;
+    }
     for executable in executables {
         match execute(part, &executable, filters, proxy) {
             Ok(counts) => totals.add(counts),
@@ -233,6 +249,18 @@ fn fuzz(filters: &[String]) -> Totals {
     totals
 }
 
+fn run_vm(
+    executables: &[Executable],
+    kernels: &[Kernel],
+    filters: &[String],
+    proxy: Option<&Path>,
+) -> Result<Totals> {
+    let test = |of: &Executable| vm::Test { name: of.target.clone(), path: of.path.clone() };
+    let tests: Vec<_> = executables.iter().map(test).collect();
+    let proxy = proxy.context("no tproxy-user was built")?;
+    Matrix { kernels, tests: &tests, proxy, filters }.run()
+}
+
 /// Builds the executables of a part.
 fn compile(part: Part, selection: &[&str]) -> Result<Vec<Executable>> {
     let messages = workspace::target().join(format!("log/test-{}.json", part.name()));
@@ -242,12 +270,8 @@ fn compile(part: Part, selection: &[&str]) -> Result<Vec<Executable>> {
     cargo.args(["--locked", "--no-run", "--message-format", "json-render-diagnostics"]).args(selection);
     Step::new(&label, &format!("test-{}", part.name())).stdout(&messages).run(&mut cargo)?;
     let messages = fs::read_to_string(&messages)?;
-    let executables: Vec<_> = messages
-        .lines()
-        .filter_map(executable)
-        .filter(|(of, _)| *of == part)
-        .map(|(_, found)| found)
-        .collect();
+    let executables: Vec<_> =
+        messages.lines().filter_map(executable).filter(|found| part.has(&found.target)).collect();
     if executables.is_empty() {
         bail!("cargo built no test of part {}", part.name());
     }
@@ -255,7 +279,7 @@ fn compile(part: Part, selection: &[&str]) -> Result<Vec<Executable>> {
 }
 
 /// Reads the test executable that one of cargo's messages tells of.
-fn executable(message: &str) -> Option<(Part, Executable)> {
+fn executable(message: &str) -> Option<Executable> {
     let message: Value = serde_json::from_str(message).ok()?;
     if message["profile"]["test"] != true {
         return None;
@@ -270,7 +294,8 @@ fn executable(message: &str) -> Option<(Part, Executable)> {
         Some(&"bin") => format!("{package}, program {target}"),
         _ => package,
     };
-    Some((Part::of(target), Executable { name, path: message["executable"].as_str()?.into(), home }))
+    let path = message["executable"].as_str()?.into();
+    Some(Executable { target: target.to_owned(), name, path, home })
 }
 
 /// Runs one executable and shows what it prints, once it has shown a test.
@@ -353,24 +378,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn results_are_read() {
-        let line = "test result: FAILED. 79 passed; 11 failed; 120 ignored; 0 measured; 0 filtered out; finished in 5s";
-        assert_eq!(Totals::parse(line), Some(Totals { passed: 79, failed: 11, skipped: 120 }));
-        assert_eq!(Totals::parse("test a ... ok"), None);
-    }
-
-    #[test]
-    fn the_last_line_is_as_documented() {
-        assert_eq!(Totals { passed: 3, failed: 0, skipped: 0 }.line(), "3 passed, 0 failed");
-        assert_eq!(Totals { passed: 3, failed: 1, skipped: 2 }.line(), "3 passed, 1 failed, 2 skipped");
-    }
-
-    #[test]
     fn executables_are_found_and_named() {
         let message = r#"{"reason":"compiler-artifact","manifest_path":"/w/tproxy-user/Cargo.toml","target":{"kind":["test"],
             "name":"golden"},"profile":{"test":true},"executable":"/t/golden-1"}"#;
-        let (part, found) = executable(&message.replace('\n', "")).expect("a test executable");
-        assert_eq!((part, found.name.as_str()), (Part::Golden, "tproxy-user, tests/golden"));
+        let found = executable(&message.replace('\n', "")).expect("a test executable");
+        assert_eq!(found.name, "tproxy-user, tests/golden");
+        let parts: Vec<_> = Part::value_variants().iter().filter(|part| part.has(&found.target)).collect();
+        assert_eq!(parts, [&Part::Golden, &Part::Vm]);
         assert!(executable(r#"{"reason":"build-finished","success":true}"#).is_none());
     }
 }

@@ -15,6 +15,7 @@ use nix::sys::stat::Mode;
 use nix::unistd::Pid;
 
 use super::namespace::Namespace;
+use super::pace::patience;
 
 /// How long a command may take unless it says otherwise.
 pub const TIMEOUT: Duration = Duration::from_secs(20);
@@ -183,7 +184,7 @@ impl Cmd {
         };
         let started = Instant::now();
         let mut child = self.start(stdin, stdout.try_clone()?, stderr.try_clone()?)?;
-        let ended = wait(&mut child, self.timeout)?;
+        let ended = wait(&mut child, patience(self.timeout))?;
         if ended.is_none() {
             kill_group(&mut child);
         }
@@ -198,7 +199,7 @@ impl Cmd {
             described: self.describe(),
         };
         if ended.is_none() {
-            bail!("not done within {:?}, {}", self.timeout, output.describe());
+            bail!("not done within {:?}, {}", patience(self.timeout), output.describe());
         }
         Ok(output)
     }

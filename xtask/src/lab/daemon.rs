@@ -14,6 +14,7 @@ use nix::unistd::Pid;
 
 use super::command::{Cmd, kill_group, wait};
 use super::namespace::Namespace;
+use super::pace::patience;
 use super::{Lab, sockets};
 
 /// How long a daemon may take to be ready.
@@ -68,7 +69,8 @@ impl Daemon {
     /// # Errors
     /// Where it ends, or is not ready within [`READY`].
     pub fn wait_ready(&mut self, what: &str, mut ready: impl FnMut(&Self) -> Result<bool>) -> Result<()> {
-        let deadline = Instant::now() + READY;
+        let limit = patience(READY);
+        let deadline = Instant::now() + limit;
         loop {
             if let Some(status) = self.ended()? {
                 bail!("ended with {status} before {what}, {}", self.describe());
@@ -78,7 +80,7 @@ impl Daemon {
             }
             ensure!(
                 Instant::now() < deadline,
-                "still waiting for {what} after {READY:?}, {}",
+                "still waiting for {what} after {limit:?}, {}",
                 self.describe()
             );
             thread::sleep(Duration::from_millis(10));
@@ -119,6 +121,7 @@ impl Daemon {
     pub fn stop(&mut self, signal: Signal, timeout: Duration) -> Result<(i32, Duration)> {
         let started = Instant::now();
         self.signal(signal)?;
+        let timeout = patience(timeout);
         let status = wait(&mut self.child, timeout)?;
         let status =
             status.with_context(|| format!("still there {timeout:?} after {signal}, {}", self.describe()))?;
@@ -178,6 +181,7 @@ impl Drop for Daemon {
 /// # Errors
 /// Where that takes longer than `timeout`, or `done` fails.
 pub fn wait_for(what: &str, timeout: Duration, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
+    let timeout = patience(timeout);
     let deadline = Instant::now() + timeout;
     while !done()? {
         ensure!(Instant::now() < deadline, "waited {timeout:?} in vain for {what}");

@@ -16,6 +16,7 @@ use tokio::task::{JoinSet, LocalSet};
 use tokio::time::{sleep, timeout};
 
 use super::namespace::Namespace;
+use super::pace::patience;
 
 const REQUEST: [u8; 64] = [b'q'; 64];
 const RESPONSE: [u8; 64] = [b'a'; 64];
@@ -66,7 +67,7 @@ impl LoadServer {
                     if client.ip() != expected {
                         strangers.fetch_add(1, Ordering::Relaxed);
                     }
-                    tokio::task::spawn_local(timeout(PATIENCE * 3, respond(stream)));
+                    tokio::task::spawn_local(timeout(patience(PATIENCE * 3), respond(stream)));
                 }
             });
         })?;
@@ -182,7 +183,7 @@ impl Load {
         let mut targets = self.targets.iter().copied().cycle();
         loop {
             let more = begun < self.connections
-                && started.elapsed() < self.duration
+                && started.elapsed() < patience(self.duration)
                 && !stop.load(Ordering::Relaxed);
             if more && running.len() < self.concurrency {
                 let Some(target) = targets.next() else { break };
@@ -213,9 +214,10 @@ impl Load {
 
 async fn one(target: SocketAddr, reset: bool) -> (io::Result<()>, Duration) {
     let started = Instant::now();
-    let result = match timeout(PATIENCE, exchange(target, reset)).await {
+    let limit = patience(PATIENCE);
+    let result = match timeout(limit, exchange(target, reset)).await {
         Ok(result) => result,
-        Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, format!("not done within {PATIENCE:?}"))),
+        Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, format!("not done within {limit:?}"))),
     };
     (result, started.elapsed())
 }

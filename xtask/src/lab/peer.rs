@@ -15,6 +15,7 @@ use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use std::os::fd::AsFd;
 
 use super::namespace::Namespace;
+use super::pace::patience;
 
 /// How long a read or write of a peer waits.
 pub const PATIENCE: Duration = Duration::from_secs(10);
@@ -177,8 +178,8 @@ fn bind_udp(address: SocketAddr) -> io::Result<UdpSocket> {
 }
 
 fn patient(stream: &TcpStream) -> io::Result<()> {
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))
+    stream.set_read_timeout(Some(patience(PATIENCE)))?;
+    stream.set_write_timeout(Some(patience(PATIENCE)))
 }
 
 /// A UDP socket in a namespace, with a read time-out.
@@ -188,7 +189,7 @@ fn patient(stream: &TcpStream) -> io::Result<()> {
 pub fn udp(namespace: &Namespace, address: SocketAddr) -> Result<UdpSocket> {
     namespace.try_enter(|| {
         let socket = bind_udp(address)?;
-        socket.set_read_timeout(Some(PATIENCE))?;
+        socket.set_read_timeout(Some(patience(PATIENCE)))?;
         Ok(socket)
     })
 }
@@ -233,7 +234,7 @@ pub fn try_connect(from: Option<SocketAddr>, to: SocketAddr, timeout: Duration) 
         socket.set_reuse_address(true)?;
         socket.bind(&from.into())?;
     }
-    socket.connect_timeout(&to.into(), timeout)?;
+    socket.connect_timeout(&to.into(), patience(timeout))?;
     let stream = TcpStream::from(socket);
     patient(&stream)?;
     Ok(stream)

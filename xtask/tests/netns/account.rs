@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use xtask::lab::daemon::wait_for;
 use xtask::lab::load::{Load, LoadServer};
+use xtask::lab::pace;
 use xtask::lab::peer::{self, TcpServer, UdpServer};
 use xtask::lab::proxy::FlowRecord;
 use xtask::lab::{Family, Lab, Proxy, server};
@@ -89,7 +90,7 @@ fn bulk(lab: &Lab, family: Family, offloads: bool, flags: &str) -> Result<()> {
             "--client",
             &family.anywhere(1).to_string(),
             "--bytes",
-            "12M",
+            &pace::share(12 << 20).to_string(),
             direction,
         ]);
         iperf.timeout(Duration::from_secs(30)).check()?;
@@ -153,17 +154,17 @@ fn exchanges(lab: &Lab, family: Family, to: SocketAddr) -> Result<()> {
 }
 
 fn many(lab: &Lab, family: Family) -> Result<()> {
-    const CONNECTIONS: u64 = 3000;
+    let count = pace::share(3000);
     let _server = LoadServer::start(&lab.server, at(family.unspecified(), 9000), family.client())?;
     let proxy = start_proxy(lab, "--iface lan --workers 2")?;
     let capture = Capture::start(&lab.router, "lan")?;
     let load = Load {
         targets: vec![at(family.anywhere(1), 9000), at(family.anywhere(2), 9000)],
         concurrency: 64,
-        connections: CONNECTIONS,
+        connections: count,
         duration: Duration::from_secs(20),
         reset: false,
     };
-    load.run(&lab.client, &AtomicBool::new(false))?.expect_all(CONNECTIONS)?;
-    expect_equal(&proxy, &capture, usize::try_from(CONNECTIONS)?)
+    load.run(&lab.client, &AtomicBool::new(false))?.expect_all(count)?;
+    expect_equal(&proxy, &capture, usize::try_from(count)?)
 }

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
+use xtask::lab::kernel::{Lacking, Version};
 use xtask::lab::peer::{self, TcpServer, UdpServer};
 use xtask::lab::proxy::{self, Launch};
 use xtask::lab::{Family, Lab, Proxy};
@@ -18,6 +19,18 @@ pub(crate) type Scenarios = &'static [(&'static str, Scenario)];
 /// The reason why a scenario cannot run here.
 #[derive(Debug)]
 pub(crate) struct Skip(pub(crate) String);
+
+/// The version that brought tcx.
+pub(crate) const TCX: Version = Version(6, 6);
+
+/// Skips a scenario on a kernel before `since`, which brought `what`. On a
+/// later kernel nothing is skipped, so that there the lack shows as a failure.
+pub(crate) fn needs_linux(since: Version, what: &str) -> Result<()> {
+    if Version::running()? < since {
+        bail!(Skip(Lacking { since, what: what.to_owned() }.to_string()));
+    }
+    Ok(())
+}
 
 impl fmt::Display for Skip {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {

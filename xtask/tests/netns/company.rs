@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 use xtask::lab::proxy::Launch;
 use xtask::lab::{Family, Lab};
 
-use crate::common::{Scenarios, expect_service, needs_proxy, service, start_proxy};
+use crate::common::{Scenarios, TCX, expect_service, needs_linux, needs_proxy, service, start_proxy};
 use crate::foreign::{Foreign, Verdict};
 use crate::interfaces::expect_capture;
 
@@ -27,6 +27,7 @@ fn ping(lab: &Lab, family: Family) -> Result<bool> {
 /// One before ours that has nothing to say, and one after ours that drops what it sees.
 fn tcx_neighbours(lab: &Lab, family: Family) -> Result<()> {
     needs_proxy()?;
+    needs_linux(TCX, "tcx")?;
     let _service = service(lab, family)?;
     let _before = Foreign::attach(&lab.router, "lan", Verdict::Next)?;
     let proxy = start_proxy(lab, "--iface lan")?;

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
+use xtask::lab::pace::patience;
 use xtask::lab::proxy;
 use xtask::lab::{Family, Lab};
 
@@ -40,7 +41,7 @@ fn graceful(lab: &Lab, family: Family, flags: &str, signal: Signal) -> Result<()
     expect_service(lab, family)?;
     let (code, took) = proxy.daemon.stop(signal, Duration::from_secs(15))?;
     ensure!(code == 0, "exit code {code} after {signal}, {}", proxy.daemon.describe());
-    ensure!(took < Duration::from_secs(5), "with nothing to drain, the end took {took:?}");
+    ensure!(took < patience(Duration::from_secs(5)), "with nothing to drain, the end took {took:?}");
     Snapshot::take(lab)?.expect_same(&before).with_context(|| format!("after {signal}"))?;
     expect_service(lab, family).context("without the proxy, traffic must be forwarded")
 }

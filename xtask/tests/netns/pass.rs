@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use xtask::lab::pace::{self, patience};
 use xtask::lab::peer::{self, UdpServer};
 use xtask::lab::{Family, Lab, Namespace, server, url};
 
@@ -38,8 +39,12 @@ pub(crate) fn expect_untouched(running: &Running) -> Result<()> {
 }
 
 fn ping(from: &Namespace, more: &[&str], to: &str) -> Result<()> {
-    let output =
-        from.cmd("ping").args(["-n", "-c", "3", "-i", "0.2", "-W", "2"]).args(more).arg(to).check()?;
+    let output = from
+        .cmd("ping")
+        .args(["-n", "-c", "3", "-i", "0.2", "-W", &pace::seconds(2)])
+        .args(more)
+        .arg(to)
+        .check()?;
     ensure!(output.stdout.contains("3 received"), "some packets were lost, {}", output.describe());
     Ok(())
 }
@@ -89,7 +94,7 @@ fn other_protocols(lab: &Lab, family: Family) -> Result<()> {
     let running = start(lab, "--iface lan")?;
     let (from, to) = (family.client(), family.anywhere(1));
     for (protocol, name) in PROTOCOLS {
-        let mut receiver = packet::receiver(&lab.server, to, protocol, Duration::from_secs(3))?;
+        let mut receiver = packet::receiver(&lab.server, to, protocol, patience(Duration::from_secs(3)))?;
         let data = format!("these bytes look like nothing that {name} knows");
         packet::send(&lab.client, to, &[packet::other(from, to, protocol, data.as_bytes())?])?;
         let mut buffer = [0; 256];
@@ -216,7 +221,7 @@ fn this_host(lab: &Lab, family: Family) -> Result<()> {
         let output = lab
             .client
             .cmd("curl")
-            .args(["--silent", "--show-error", "--max-time", "5"])
+            .args(["--silent", "--show-error", "--max-time", &pace::seconds(5)])
             .args(["--local-port", &port.to_string(), &url(to, 80, "/")])
             .check()?;
         ensure!(

@@ -8,7 +8,7 @@ use xtask::lab::firewall;
 use xtask::lab::proxy::Launch;
 use xtask::lab::{Family, Lab};
 
-use crate::common::{Scenarios, at, expect_service, needs_proxy, service, start_proxy};
+use crate::common::{Scenarios, TCX, at, expect_service, needs_linux, needs_proxy, service, start_proxy};
 
 pub(crate) const SCENARIOS: Scenarios = &[
     ("flows_as_documented", flows),
@@ -17,7 +17,8 @@ pub(crate) const SCENARIOS: Scenarios = &[
     ("status_when_nothing_runs", not_running),
     ("check_needs_no_privilege", check),
     ("no_packet_filter_rule_anywhere", no_firewall),
-    ("attach_is_told_and_chosen", attach),
+    ("attach_clsact_is_told_and_chosen", |lab, family| attach(lab, family, "clsact")),
+    ("attach_tcx_is_told_and_chosen", attach_tcx),
 ];
 
 fn flows(lab: &Lab, family: Family) -> Result<()> {
@@ -192,33 +193,25 @@ fn no_firewall(lab: &Lab, family: Family) -> Result<()> {
     Ok(())
 }
 
-fn attach(lab: &Lab, family: Family) -> Result<()> {
-    let _service = service(lab, family)?;
-    for wanted in ["clsact", "tcx"] {
-        if wanted == "tcx" && !has_tcx() {
-            continue;
-        }
-        let proxy = start_proxy(lab, &format!("--iface lan --attach {wanted}"))?;
-        expect_service(lab, family)?;
-        let status = proxy.status()?;
-        ensure!(
-            status["interfaces"][0]["attach"] == wanted,
-            "asked for {wanted}, status says {}",
-            status["interfaces"]
-        );
-        let filters = lab.router.sh("tc filter show dev lan ingress")?.stdout;
-        ensure!(
-            filters.contains("bpf") == (wanted == "clsact"),
-            "attached by {wanted}, `tc filter show dev lan ingress` prints:\n{filters}"
-        );
-        proxy.terminate(Duration::from_secs(10))?;
-    }
-    Ok(())
+fn attach_tcx(lab: &Lab, family: Family) -> Result<()> {
+    needs_linux(TCX, "tcx")?;
+    attach(lab, family, "tcx")
 }
 
-/// tcx came with Linux 6.6.
-fn has_tcx() -> bool {
-    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let mut numbers = release.split(['.', '-']).map_while(|number| number.parse::<u32>().ok());
-    (numbers.next(), numbers.next()) >= (Some(6), Some(6))
+fn attach(lab: &Lab, family: Family, wanted: &str) -> Result<()> {
+    let _service = service(lab, family)?;
+    let proxy = start_proxy(lab, &format!("--iface lan --attach {wanted}"))?;
+    expect_service(lab, family)?;
+    let status = proxy.status()?;
+    ensure!(
+        status["interfaces"][0]["attach"] == wanted,
+        "asked for {wanted}, status says {}",
+        status["interfaces"]
+    );
+    let filters = lab.router.sh("tc filter show dev lan ingress")?.stdout;
+    ensure!(
+        filters.contains("bpf") == (wanted == "clsact"),
+        "attached by {wanted}, `tc filter show dev lan ingress` prints:\n{filters}"
+    );
+    proxy.terminate(Duration::from_secs(10)).map(drop)
 }

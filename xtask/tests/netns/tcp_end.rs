@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use xtask::lab::load::{Load, LoadServer};
+use xtask::lab::pace::{self, patience};
 use xtask::lab::peer::{self, TcpServer};
 use xtask::lab::{Family, Lab, server, url};
 
@@ -97,7 +98,7 @@ fn server_half_close(lab: &Lab, family: Family) -> Result<()> {
     let sent = peer::pattern(300_000);
     stream.write_all(&sent).context("the client could not send after the server had closed its half")?;
     drop(stream);
-    let received = told.recv_timeout(peer::PATIENCE).context("the server never saw the end")??;
+    let received = told.recv_timeout(patience(peer::PATIENCE)).context("the server never saw the end")??;
     ensure!(
         received == sent,
         "the server received {} bytes that differ from the {} sent",
@@ -132,7 +133,10 @@ fn client_reset(lab: &Lab, family: Family) -> Result<()> {
     let mut stream = connect(lab, family)?;
     peer::ask(&mut stream, "hello")?;
     peer::reset(stream)?;
-    match told.recv_timeout(peer::PATIENCE).context("the server never saw the end of the connection")? {
+    match told
+        .recv_timeout(patience(peer::PATIENCE))
+        .context("the server never saw the end of the connection")?
+    {
         Err(error) if peer::is_reset(&error) => {}
         other => bail!("the client reset the connection; the server saw {other:?}"),
     }
@@ -169,13 +173,13 @@ fn bytes_before_close(lab: &Lab, family: Family) -> Result<()> {
             bytes.len()
         );
         drop(stream);
-        told.recv_timeout(peer::PATIENCE).context("the server did not end")??;
+        told.recv_timeout(patience(peer::PATIENCE)).context("the server did not end")??;
 
         let mut stream = connect(lab, family)?;
         stream.write_all(b"take\n")?;
         stream.write_all(&expected)?;
         drop(stream);
-        let bytes = told.recv_timeout(peer::PATIENCE).context("the server never saw the end")??;
+        let bytes = told.recv_timeout(patience(peer::PATIENCE)).context("the server never saw the end")??;
         ensure!(
             bytes == expected,
             "round {round}: {} of the client's {LARGE} bytes arrived, or they differ",
@@ -203,6 +207,7 @@ fn expect_told(lab: &Lab, to: SocketAddr, allowed: Duration) -> Result<()> {
             "a connection to {to}, which cannot be made, ended after {took:?} with {other:?}; expected a refusal or a reset"
         ),
     }
+    let allowed = patience(allowed);
     ensure!(took < allowed, "the client was told after {took:?}, allowed {allowed:?}");
     Ok(())
 }
@@ -213,7 +218,7 @@ fn refused(lab: &Lab, family: Family) -> Result<()> {
     let curl = lab
         .client
         .cmd("curl")
-        .args(["--silent", "--show-error", "--max-time", "5", &url(family.anywhere(1), 4, "/")])
+        .args(["--silent", "--show-error", "--max-time", &pace::seconds(5), &url(family.anywhere(1), 4, "/")])
         .run()?;
     // curl(1): 7 is a refused connection, 56 a reset one.
     ensure!(matches!(curl.code(), 7 | 56), "expected a refused or a reset connection: {}", curl.describe());
@@ -276,7 +281,7 @@ fn late(lab: &Lab, family: Family, flags: &str) -> Result<()> {
             End::Reset => peer::reset(stream)?,
         }
         // The server's handler ends with the connection, in error or not.
-        let _ = told.recv_timeout(peer::PATIENCE).context("the server never saw the end")?;
+        let _ = told.recv_timeout(patience(peer::PATIENCE)).context("the server never saw the end")?;
         std::thread::sleep(Duration::from_millis(300));
         let before = uplink.count(6, from, to);
         let segments = [
@@ -308,7 +313,7 @@ fn late(lab: &Lab, family: Family, flags: &str) -> Result<()> {
 
 /// Under churn: nothing leaves by the uplink with the client's own address and port.
 fn no_leak_under_load(lab: &Lab, family: Family) -> Result<()> {
-    const CONNECTIONS: u64 = 9000;
+    let count = pace::share(9000);
     let _server = LoadServer::start(&lab.server, at(family.unspecified(), PORT), family.client())?;
     let proxy = start_proxy(lab, "--iface lan")?;
     let uplink = Capture::start(&lab.router, "wan")?;
@@ -316,15 +321,15 @@ fn no_leak_under_load(lab: &Lab, family: Family) -> Result<()> {
         let load = Load {
             targets: vec![at(family.anywhere(1), PORT), at(family.anywhere(2), PORT)],
             concurrency: 64,
-            connections: CONNECTIONS / 2,
+            connections: count / 2,
             duration: Duration::from_secs(30),
             reset,
         };
-        load.run(&lab.client, &AtomicBool::new(false))?.expect_all(CONNECTIONS / 2)?;
+        load.run(&lab.client, &AtomicBool::new(false))?.expect_all(count / 2)?;
     }
     std::thread::sleep(Duration::from_millis(500));
     uplink.expect_complete()?;
-    ensure!(proxy.counter("steered_tcp_new")? >= CONNECTIONS, "the connections went past the proxy");
+    ensure!(proxy.counter("steered_tcp_new")? >= count / 2 * 2, "the connections went past the proxy");
     // The client's own ports and those that the router chooses do not overlap.
     let leaked: Vec<_> = uplink
         .directions()
@@ -334,7 +339,7 @@ fn no_leak_under_load(lab: &Lab, family: Family) -> Result<()> {
         .collect();
     ensure!(
         leaked.is_empty(),
-        "packets of {} connections out of {CONNECTIONS} leaked to the server: {leaked:?}",
+        "packets of {} connections out of {count} leaked to the server: {leaked:?}",
         leaked.len()
     );
     Ok(())

@@ -8,13 +8,14 @@ use anyhow::{Context, Result, ensure};
 use xtask::lab::daemon::wait_for;
 use xtask::lab::{Family, Lab, Proxy};
 
-use crate::common::{Scenarios, needs_proxy, service, start_proxy};
+use crate::common::{Scenarios, TCX, needs_linux, needs_proxy, service, start_proxy};
 use crate::company::{NEXT, filter};
 use crate::interfaces::expect_capture;
 use crate::snapshot::Snapshot;
 
 pub(crate) const SCENARIOS: Scenarios = &[
     ("H6_tcx_link_is_detached", |lab, family| {
+        needs_linux(TCX, "tcx")?;
         put_back(lab, family, "", "programs_put_back", |lab| {
             for link in links(lab)? {
                 lab.router.sh(&format!("bpftool link detach pinned {link}"))?;
