@@ -3,6 +3,7 @@
 use std::os::fd::AsFd;
 
 use anyhow::{Context, Result, ensure};
+use xtask::lab::pace;
 use xtask::lab::peer::{self, UdpServer};
 use xtask::lab::sockets::Protocol;
 use xtask::lab::{Family, Lab, server};
@@ -93,7 +94,9 @@ fn source(lab: &Lab, family: Family, flags: &str, expected: std::net::IpAddr) ->
     let to = family.anywhere(5);
     let _socat = server::socat_udp(lab, &lab.server, to, PORT, "read line; echo \"$SOCAT_PEERADDR\"")?;
     let running = start(lab, &format!("--iface lan {flags}"))?;
-    let nc = lab.client.cmd("nc").args(["-u", "-w", "2", family.flag(), &to.to_string(), &PORT.to_string()]);
+    let patience = pace::seconds(2);
+    let nc =
+        lab.client.cmd("nc").args(["-u", "-w", &patience, family.flag(), &to.to_string(), &PORT.to_string()]);
     let output = nc.stdin("who am I?\n").check()?;
     let seen: std::net::IpAddr = output
         .stdout
