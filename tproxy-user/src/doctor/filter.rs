@@ -1,5 +1,7 @@
 //! Packet filter, NAT, connection tracking.
 
+use crate::config::Mark;
+
 use super::facts::Facts;
 use super::nft::{Certainty, Effect, Found, Packet};
 use super::{Finding, Level};
@@ -76,11 +78,9 @@ fn judge(facts: &Facts, hook: &str, packet: &Packet<'_>, found: &Found) -> Optio
     let doubt = if certain { "" } else { "may " };
     let mark = facts.config.steering.mark;
     let incoming = matches!(hook, "prerouting" | "input");
-    let accept = if incoming {
-        found.chain.insert(&format!("meta mark and {:#x} == {:#x} accept", mark.mask, mark.value))
-    } else {
-        found.chain.insert(&format!("meta mark {:#x} accept", packet.mark))
-    };
+    // What the proxy sends has its own mark, and no other.
+    let own = Mark { value: packet.mark, mask: u32::MAX };
+    let accept = found.chain.accept(if incoming { mark } else { own });
     let finding = |level, id, text: String| Some(Finding::new(id, level, text));
     let level = if certain { Level::Fail } else { Level::Warn };
     match found.effect {
@@ -89,7 +89,9 @@ fn judge(facts: &Facts, hook: &str, packet: &Packet<'_>, found: &Found) -> Optio
         Effect::Drop => {
             let what = if incoming { "captured packets" } else { "what the proxy sends" };
             let at = if incoming { packet.iif } else { packet.oif };
-            let text = format!("{chain} {doubt}drop{} {what} ({at})", if certain { "s" } else { "" });
+            let unless =
+                if certain { "" } else { ", unless a match of iptables that nft does not show accepts them" };
+            let text = format!("{chain} drops {what} ({at}){unless}");
             finding(level, "packet-filter", text).map(|finding| finding.mend(accept))
         }
         Effect::MarkLost if hook == "prerouting" => {

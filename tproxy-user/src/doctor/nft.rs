@@ -7,6 +7,8 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use serde_json::Value;
 
+use crate::config::Mark;
+
 /// A packet, as far as it is known.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Packet<'a> {
@@ -76,10 +78,24 @@ impl Chain {
         format!("chain {} of table {} {}", self.name, self.family, self.table)
     }
 
-    /// The command that puts a rule before all others.
+    /// The command that accepts what has a mark, before all other rules, in the
+    /// words of the tool that made the chain.
     #[must_use]
-    pub fn insert(&self, rule: &str) -> String {
-        format!("nft insert rule {} {} {} {rule}", self.family, self.table, self.name)
+    pub fn accept(&self, mark: Mark) -> String {
+        let Self { family, table, name } = self;
+        let built_in = ["PREROUTING", "INPUT", "OUTPUT", "POSTROUTING"].contains(&&**name);
+        match &**family {
+            "ip" | "ip6" if built_in => {
+                let tool = if family == "ip6" { "ip6tables" } else { "iptables" };
+                format!("{tool} -t {table} -I {name} -m mark --mark {mark} -j ACCEPT")
+            }
+            _ => {
+                let Mark { value, mask } = mark;
+                format!(
+                    "nft insert rule {family} {table} {name} meta mark and {mask:#x} == {value:#x} accept"
+                )
+            }
+        }
     }
 
     fn of(value: &Value, name: &str) -> Self {

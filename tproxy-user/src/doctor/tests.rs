@@ -172,6 +172,23 @@ fn an_input_chain_drops_unless_something_accepts() {
 }
 
 #[test]
+fn the_mend_is_of_the_tool_that_made_the_chain() {
+    let mend = |family: &str, name: &str| {
+        let chain = json!({"chain": {"family": family, "table": "filter", "name": name, "hook": "input", "policy": "drop"}});
+        let ruleset = Ruleset::parse(&json!({"nftables": [chain]}));
+        let facts = facts("--iface lan", |facts| facts.nft = Ok(ruleset));
+        diagnose(&facts)
+            .into_iter()
+            .find(|finding| finding.level == Level::Fail)
+            .and_then(|finding| finding.mend)
+    };
+    let nft = "nft insert rule inet filter input meta mark and 0x1 == 0x1 accept";
+    assert_eq!(mend("inet", "input").as_deref(), Some(nft));
+    let iptables = "ip6tables -t filter -I INPUT -m mark --mark 0x1/0x1 -j ACCEPT";
+    assert_eq!(mend("ip6", "INPUT").as_deref(), Some(iptables));
+}
+
+#[test]
 fn jumps_and_verdict_maps_are_followed() {
     let map = json!([{"vmap": {"key": {"ct": {"key": "state"}},
         "data": {"set": [["established", {"accept": null}], ["new", {"jump": {"target": "fresh"}}]]}}}]);
