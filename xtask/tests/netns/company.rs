@@ -46,9 +46,9 @@ fn tcx_neighbours(lab: &Lab, family: Family) -> Result<()> {
 /// A classic BPF program that leaves every packet to the next filter.
 pub(crate) const NEXT: &str = "1,6 0 0 4294967295";
 
-/// A direct-action filter of another program.
-pub(crate) fn filter(lab: &Lab, side: &str, priority: u16, bytecode: &str) -> Result<()> {
-    let words = format!("filter add dev lan {side} pref {priority} handle 1 bpf da bytecode");
+/// A direct-action filter of another program; `verb` is `add` or `replace`.
+pub(crate) fn filter(lab: &Lab, verb: &str, side: &str, priority: u16, bytecode: &str) -> Result<()> {
+    let words = format!("filter {verb} dev lan {side} pref {priority} handle 1 bpf da bytecode");
     lab.router.cmd("tc").args(words.split_whitespace()).arg(bytecode).check().map(drop)
 }
 
@@ -57,8 +57,8 @@ fn filter_neighbours(lab: &Lab, family: Family, flags: &str) -> Result<()> {
     needs_proxy()?;
     let _service = service(lab, family)?;
     lab.router.sh("tc qdisc add dev lan clsact")?;
-    filter(lab, "ingress", 1, NEXT)?;
-    filter(lab, "egress", 1, NEXT)?;
+    filter(lab, "add", "ingress", 1, NEXT)?;
+    filter(lab, "add", "egress", 1, NEXT)?;
     let proxy = start_proxy(lab, flags)?;
     expect_capture(lab, family, &proxy)?;
     ensure!(ping(lab, family)?, "what is not captured does not pass");
@@ -68,7 +68,7 @@ fn filter_neighbours(lab: &Lab, family: Family, flags: &str) -> Result<()> {
         // Neighbour discovery is ICMPv6 too: by the type as well, echo request.
         "6,48 0 0 20,21 0 3 58,48 0 0 54,21 0 1 128,6 0 0 2,6 0 0 4294967295",
     );
-    filter(lab, "ingress", 40_000, drop_icmp)?;
+    filter(lab, "add", "ingress", 40_000, drop_icmp)?;
     ensure!(!ping(lab, family)?, "the other filter did not see what is not captured");
     expect_capture(lab, family, &proxy)?;
     proxy.terminate(Duration::from_secs(10))?;

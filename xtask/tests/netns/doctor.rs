@@ -309,7 +309,7 @@ fn programs_of_others(lab: &Lab, family: Family) -> Result<()> {
     drop(program);
     no_finding(lab, "--iface lan", "tc-programs")?;
     lab.router.sh("tc qdisc add dev lan clsact")?;
-    filter(lab, "ingress", 7, NEXT)?;
+    filter(lab, "add", "ingress", 7, NEXT)?;
     // Behind a tcx program of ours, and before a filter of ours.
     no_finding(lab, "--iface lan", "tc-programs")?;
     let flags = "--iface lan --attach clsact";

@@ -44,8 +44,12 @@ pub(crate) const SCENARIOS: Scenarios = &[
     }),
     ("clsact_H6_filter_is_replaced_by_anothers", |lab, family| {
         put_back(lab, family, "--attach clsact", "programs_put_back", |lab| {
-            lab.router.sh("tc filter del dev lan ingress")?;
-            filter(lab, "ingress", 29_808, NEXT)
+            let shown = lab.router.sh("tc filter show dev lan ingress")?.stdout;
+            let ours =
+                shown.lines().find(|line| line.contains("tproxy_capture")).context("no filter of ours")?;
+            let mut words = ours.split_whitespace().skip_while(|word| *word != "pref").skip(1);
+            // In one step, so that ours cannot be back in between.
+            filter(lab, "replace", "ingress", words.next().context("no priority")?.parse()?, NEXT)
         })
     }),
     ("H6_rules_are_deleted", |lab, family| {
