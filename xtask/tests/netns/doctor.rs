@@ -8,7 +8,7 @@ use xtask::lab::peer::{self, TcpServer, UdpServer};
 use xtask::lab::proxy::{self, Launch};
 use xtask::lab::{Family, Lab};
 
-use crate::common::{SERVICE_PORT, Scenarios, at, needs_proxy, service, start_proxy};
+use crate::common::{SERVICE_PORT, Scenarios, TCX, at, needs_linux, needs_proxy, service, start_proxy};
 use crate::company::{NEXT, filter};
 use crate::foreign::{Foreign, Verdict};
 use crate::interfaces::expect_capture;
@@ -304,6 +304,7 @@ fn port_taken(lab: &Lab, family: Family) -> Result<()> {
 }
 
 fn programs_of_others(lab: &Lab, family: Family) -> Result<()> {
+    needs_linux(TCX, "tcx")?;
     let program = Foreign::attach(&lab.router, "lan", Verdict::Next)?;
     Broken { flags: "--iface la[n]", says: "tcx, id", ..warns("tc-programs", "true") }.find(lab, family)?;
     drop(program);
