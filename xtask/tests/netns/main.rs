@@ -25,6 +25,7 @@ mod leftovers;
 mod links;
 mod malformed;
 mod matching;
+mod nat;
 mod offloads;
 mod options;
 mod outside;
@@ -103,6 +104,7 @@ fn main() -> ExitCode {
         faults::SCENARIOS,
         account::SCENARIOS,
         matching::SCENARIOS,
+        nat::SCENARIOS,
         report::SCENARIOS,
         leftovers::SCENARIOS,
         bad_input::SCENARIOS,
