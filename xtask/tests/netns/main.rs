@@ -20,6 +20,7 @@ mod firewall;
 mod flood;
 mod foreign;
 mod host;
+mod icmp;
 mod interfaces;
 mod leftovers;
 mod links;
@@ -105,6 +106,7 @@ fn main() -> ExitCode {
         account::SCENARIOS,
         matching::SCENARIOS,
         nat::SCENARIOS,
+        icmp::SCENARIOS,
         report::SCENARIOS,
         leftovers::SCENARIOS,
         bad_input::SCENARIOS,

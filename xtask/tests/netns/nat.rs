@@ -37,7 +37,7 @@ const PORT: u16 = 9900;
 
 /// Ways to change the source of what leaves by `wan`.
 #[derive(Clone, Copy, Debug)]
-enum Nat {
+pub(crate) enum Nat {
     /// nft, to the address of the interface.
     Masquerade,
     /// The same by iptables.
@@ -50,7 +50,7 @@ enum Nat {
 
 impl Nat {
     /// Sets the rule; the address that servers see from now on.
-    fn apply(self, lab: &Lab, family: Family) -> Result<IpAddr> {
+    pub(crate) fn apply(self, lab: &Lab, family: Family) -> Result<IpAddr> {
         let elsewhere = family.pick("198.51.100.77", "2001:db8:2::77");
         let nft = |statement: &str| {
             let table = format!(
