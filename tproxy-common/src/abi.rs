@@ -5,7 +5,7 @@
 //! reads maps that another version may have pinned.
 
 /// Version of everything in this module.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// Most workers (listeners of one kind) that [`map::LISTENERS`] holds.
 pub const MAX_WORKERS: u32 = 64;
@@ -33,9 +33,13 @@ pub mod map {
     pub const FRAGMENTS: &str = "FRAGMENTS";
     /// LRU hash [`HostPair`](super::HostPair) → 1: who asked whom over UDP.
     pub const HOST_PAIRS: &str = "HOST_PAIRS";
+    /// LRU hash [`FlowKey`](super::FlowKey) → [`Endpoint`](super::Endpoint): what NAT made of
+    /// the proxy's own packets. The key's client is the address and port that the server sees,
+    /// the value those of the proxy's socket.
+    pub const NAT: &str = "NAT";
     /// All of them: what is pinned.
-    pub const ALL: [&str; 9] =
-        [FLOWS, COUNTERS, LISTENERS, LOCAL, SOURCES, DESTINATIONS, PORTS, FRAGMENTS, HOST_PAIRS];
+    pub const ALL: [&str; 10] =
+        [FLOWS, COUNTERS, LISTENERS, LOCAL, SOURCES, DESTINATIONS, PORTS, FRAGMENTS, HOST_PAIRS, NAT];
 }
 
 /// Program names, as in the object.
@@ -44,9 +48,11 @@ pub mod program {
     pub const CAPTURE: &str = "tproxy_capture";
     /// TC ingress of upstream-facing interfaces: return traffic of `source = client`.
     pub const UPLINK: &str = "tproxy_uplink";
-    /// TC egress of captured interfaces (and of `lo` with own traffic): counts replies, notes requests from outside.
+    /// TC egress of upstream-facing interfaces: notes what NAT made of the proxy's packets.
+    pub const NAT: &str = "tproxy_nat";
+    /// TC egress of captured interfaces (and of `lo` with own traffic): counts replies, notes requests from outside, and what [`NAT`] notes.
     pub const REPLY: &str = "tproxy_reply";
-    /// TC egress of all interfaces with own traffic: counts replies, turns the host's own flows back to `lo`.
+    /// TC egress of all interfaces with own traffic: does what [`REPLY`] does, turns the host's own flows back to `lo`.
     pub const OWN: &str = "tproxy_own";
     /// TC ingress of `lo` with own traffic.
     pub const LOOPBACK: &str = "tproxy_lo";
@@ -246,6 +252,18 @@ pub struct HostPair {
     pub destination: Addr,
 }
 
+/// An address and port.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Endpoint {
+    /// The address.
+    pub addr: Addr,
+    /// The port, host byte order.
+    pub port: u16,
+    /// Zero.
+    pub pad: [u8; 2],
+}
+
 /// Constants that userspace writes into the object before it is loaded; the
 /// verifier sees them as known values and drops the branches that they exclude.
 #[repr(C)]
@@ -289,8 +307,8 @@ pub struct Settings {
     pub own_traffic: u8,
     /// 1: the `sk_lookup` program is attached, so reassembled fragments find their socket.
     pub sk_lookup: u8,
-    /// Zero.
-    pub pad: u8,
+    /// 1: the proxy's sockets have the client's own port, so nothing tells its datagrams from the client's.
+    pub client_port: u8,
     /// Ports of the listeners, by [`listener_index`]; for `listener_by_tuple`.
     pub listener_ports: ListenerPorts,
 }
@@ -313,6 +331,7 @@ const _: () = {
     assert!(size_of::<FragmentKey>() == 40);
     assert!(size_of::<FragmentInfo>() == 24);
     assert!(size_of::<HostPair>() == 32);
+    assert!(size_of::<Endpoint>() == 20);
     assert!(size_of::<Settings>() == 24 + 20 + 12 + 8 * MAX_WORKERS as usize);
 };
 

@@ -49,6 +49,8 @@ counters! {
     SteeredUdpReturn => steered_udp_return,
     /// Fragments marked for local reassembly; the `sk_lookup` program picks the socket.
     SteeredFragment => steered_fragment,
+    /// ICMP errors about packets that the proxy had sent, delivered to this host.
+    SteeredIcmp => steered_icmp,
     /// Late TCP packets of a proxied connection that has ended, answered with a reset instead of leaking to the server.
     SteeredLate => steered_late,
     /// Lookups by the stack itself that the `sk_lookup` program gave to the proxy's listener.

@@ -4,6 +4,8 @@
 //! buffer and tests run it on a slice. Offsets count from the network header:
 //! the link layer (Ethernet, VLAN, none) does not matter here.
 
+pub mod icmp;
+
 use core::hint::black_box;
 
 use crate::abi::{Addr, Family, TCP, UDP, mapped};
@@ -104,6 +106,13 @@ impl Packet {
         fragment: Fragment::Whole,
         fragment_id: 0,
     };
+
+    /// Turns it into a packet the other way.
+    #[inline(always)]
+    pub const fn reverse(&mut self) {
+        core::mem::swap(&mut self.source, &mut self.destination);
+        core::mem::swap(&mut self.source_port, &mut self.destination_port);
+    }
 
     /// Whether it opens a TCP connection.
     #[inline(always)]

@@ -14,6 +14,7 @@ use tproxy_common::wire::{Packet, Skip};
 use crate::capture::note_host_pair;
 use crate::fragment;
 use crate::maps::{COUNTERS, FLOWS};
+use crate::nat;
 use crate::skb::Skb;
 use crate::steer::NEXT;
 
@@ -223,11 +224,13 @@ pub(crate) fn down_key(packet: &Packet) -> FlowKey {
     )
 }
 
-/// TC egress of a captured interface: counts replies, changes nothing.
+/// TC egress of a captured interface, which may face servers as well: notes
+/// NAT, counts replies, changes nothing.
 #[inline(always)]
 pub(crate) fn egress(skb: &Skb) -> i32 {
     let mut packet = Packet::EMPTY;
     if skb.parse(&mut packet).is_ok() && fragment::resolve_ports(&mut packet) {
+        nat::note(skb, &packet);
         reply(skb, &packet);
     }
     NEXT

@@ -3,16 +3,18 @@
 use tproxy_common::abi::{HostPair, Origin, UDP, Verdict};
 use tproxy_common::classify::is_special;
 use tproxy_common::counter::Counter;
-use tproxy_common::wire::{Fragment, Packet};
+use tproxy_common::wire::{Fragment, Packet, Skip};
 
 use crate::account::{FlowRef, count, down_key, skip_counter, up_key};
 use crate::fragment::{self, Side};
+use crate::icmp;
 use crate::maps::HOST_PAIRS;
+use crate::nat;
 use crate::policy;
 use crate::settings;
 use crate::skb::Skb;
 use crate::sock;
-use crate::steer::{Mark, drop, fail, pass, to_socket, to_stack};
+use crate::steer::{Mark, NEXT, drop, fail, pass, to_socket, to_stack};
 use crate::trace::trace;
 
 /// The identifier in a VLAN tag (IEEE 802.1Q).
@@ -52,6 +54,7 @@ pub(crate) fn admitted(skb: &Skb, decide: impl FnOnce(&Packet) -> i32) -> i32 {
             pass(Counter::PassSpecial)
         }
         Ok(()) => decide(&packet),
+        Err(Skip::Protocol) if skb.parse_icmp_error(&mut packet).is_ok() => icmp::ingress(skb, &packet),
         Err(skip) => pass(skip_counter(skip)),
     }
 }
@@ -69,7 +72,7 @@ fn tcp(skb: &Skb, packet: &Packet) -> i32 {
         return pass(Counter::PassPolicy);
     }
     if !proxied && policy::is_local(&packet.destination) {
-        return pass(Counter::PassLocal);
+        return natted(skb, packet, Counter::PassLocal);
     }
     let mut time_wait = None;
     if let Some(sock) = sock::connection(skb, packet) {
@@ -93,7 +96,7 @@ fn tcp(skb: &Skb, packet: &Packet) -> i32 {
                 }
                 to_stack(skb, Mark::Tproxy, Counter::SteeredLate)
             }
-            _ => pass(Counter::PassMidstream),
+            _ => natted(skb, packet, Counter::PassMidstream),
         };
     }
     if !policy::captures(packet) {
@@ -119,6 +122,16 @@ fn tcp(skb: &Skb, packet: &Packet) -> i32 {
     to_socket(skb, time_wait.unwrap_or(listener), Mark::Tproxy, Counter::SteeredTcpNew)
 }
 
+/// One interface may be captured and upstream-facing at once: the packet may
+/// be an answer to what NAT has changed, else it passes.
+#[inline(always)]
+fn natted(skb: &Skb, packet: &Packet, reason: Counter) -> i32 {
+    match nat::steer(skb, packet) {
+        NEXT => pass(reason),
+        action => action,
+    }
+}
+
 #[inline(never)]
 fn udp(skb: &Skb, packet: &Packet) -> i32 {
     let key = up_key(packet);
@@ -129,11 +142,15 @@ fn udp(skb: &Skb, packet: &Packet) -> i32 {
             return pass(Counter::PassPolicy);
         }
         None => {
+            // One interface may be captured and upstream-facing at once.
+            let action = nat::steer(skb, packet);
+            if action != NEXT {
+                return action;
+            }
             if policy::is_local(&packet.destination) {
                 note_request_to_host(skb, packet);
                 return pass(Counter::PassLocal);
             }
-            // One interface may be captured and upstream-facing at once.
             if let Some(sock) = sock::own_udp(skb, packet) {
                 return to_socket(skb, sock, Mark::Tproxy, Counter::SteeredUdpReturn);
             }
@@ -150,7 +167,7 @@ fn udp(skb: &Skb, packet: &Packet) -> i32 {
             let Some(sock) = sock::listener(skb, packet) else { return fail() };
             // The route of its destination leads back in here. Taken again it
             // would be sent again, with a new TTL and without end.
-            if sock::is_sent_by_own_udp(skb, packet) {
+            if settings::client_port() == 0 && sock::is_sent_by_own_udp(skb, packet) {
                 return drop(Counter::LoopDropped);
             }
             note_host_pair(packet);
@@ -208,6 +225,7 @@ impl Side for Captured {
             Some(flow) if packet.protocol == UDP || !packet.is_syn() => flow.is_proxied(),
             _ if packet.protocol == UDP => {
                 sock::own_udp(skb, packet).is_some()
+                    || nat::is_answer(skb, packet)
                     || (answered_request(packet).is_none() && policy::captures(packet))
             }
             _ => sock::connection(skb, packet).is_some() || (packet.is_syn() && policy::captures(packet)),

@@ -9,6 +9,7 @@ use tproxy_common::wire::{Fragment, Packet};
 use crate::account::{FlowRef, count, up_key};
 use crate::capture::{answered_request, note_host_pair, note_request_to_host};
 use crate::maps::FRAGMENTS;
+use crate::nat;
 use crate::policy;
 use crate::settings;
 use crate::skb::Skb;
@@ -44,6 +45,10 @@ pub(crate) fn ingress<S: Side>(skb: &Skb, packet: &Packet) -> i32 {
     let is_first = packet.fragment == Fragment::First;
     if policy::is_local(&packet.destination) {
         if is_first && packet.protocol == UDP {
+            // Connection tracking reassembles, and a datagram has the mark of its first fragment.
+            if nat::is_answer(skb, packet) {
+                return to_stack(skb, Mark::Tproxy, Counter::SteeredFragment);
+            }
             note_request_to_host(skb, packet);
         }
         return pass(Counter::PassLocal);

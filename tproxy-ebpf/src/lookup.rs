@@ -10,7 +10,7 @@ use tproxy_common::counter::Counter;
 
 use crate::account::{FlowRef, count};
 use crate::maps::LISTENERS;
-use crate::sock::listener_index_of;
+use crate::sock::{joined, listener_index_of};
 
 /// `SK_PASS`: take the assigned socket, or go on with the usual lookup.
 const SK_PASS: u32 = 1;
@@ -78,7 +78,6 @@ fn assign(ctx: &SkLookupContext, family: Family, key: &FlowKey) {
 #[inline(always)]
 unsafe fn words(from: *const u32) -> Addr {
     // SAFETY: by contract of this function.
-    let word = |i| unsafe { core::ptr::read_volatile(from.add(i)) }.to_ne_bytes();
-    let (a, b, c, d) = (word(0), word(1), word(2), word(3));
-    [a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3], c[0], c[1], c[2], c[3], d[0], d[1], d[2], d[3]]
+    let word = |i| unsafe { core::ptr::read_volatile(from.add(i)) };
+    joined([word(0), word(1), word(2), word(3)])
 }

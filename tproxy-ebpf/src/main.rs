@@ -3,8 +3,9 @@
 //! ```text
 //! tproxy_capture  TC ingress, captured interfaces   classify, steer to the proxy
 //! tproxy_uplink   TC ingress, upstream-facing ones  return traffic of `source = client`
-//! tproxy_reply    TC egress, captured interfaces    count replies
-//! tproxy_own      TC egress, with own traffic       count replies, turn own flows back to lo
+//! tproxy_nat      TC egress, upstream-facing ones   note what NAT made of the proxy's packets
+//! tproxy_reply    TC egress, captured interfaces    the same, and count replies
+//! tproxy_own      TC egress, with own traffic       the same, and turn own flows back to lo
 //! tproxy_lo       TC ingress of lo, own traffic     steer what was turned back
 //! tproxy_lookup   sk_lookup of the namespace        where the stack looks a listener up itself
 //! ```
@@ -32,8 +33,10 @@
 mod account;
 mod capture;
 mod fragment;
+mod icmp;
 mod lookup;
 mod maps;
+mod nat;
 mod own;
 mod policy;
 mod settings;
@@ -57,6 +60,12 @@ pub fn tproxy_capture(ctx: TcContext) -> i32 {
 #[classifier]
 pub fn tproxy_uplink(ctx: TcContext) -> i32 {
     uplink::ingress(&Skb::new(&ctx))
+}
+
+/// TC egress of upstream-facing interfaces.
+#[classifier]
+pub fn tproxy_nat(ctx: TcContext) -> i32 {
+    nat::egress(&Skb::new(&ctx))
 }
 
 /// TC egress of captured interfaces.

@@ -4,7 +4,7 @@
 use aya_ebpf::btf_maps::{Array, LpmTrie, LruHashMap, PerCpuArray, SockMap};
 use aya_ebpf::macros::btf_map;
 use tproxy_common::abi::{
-    Addr, DEFAULT_MAX_FLOWS, Flow, FlowKey, FragmentInfo, FragmentKey, HostPair, MAX_WORKERS,
+    Addr, DEFAULT_MAX_FLOWS, Endpoint, Flow, FlowKey, FragmentInfo, FragmentKey, HostPair, MAX_WORKERS,
 };
 use tproxy_common::counter::Counters;
 
@@ -43,3 +43,7 @@ pub(crate) static FRAGMENTS: LruHashMap<FragmentKey, FragmentInfo, 8192> = LruHa
 /// Who asked whom over UDP.
 #[btf_map]
 pub(crate) static HOST_PAIRS: LruHashMap<HostPair, u8, 16_384> = LruHashMap::new();
+
+/// What NAT made of the proxy's packets: as many as there may be connections by default.
+#[btf_map]
+pub(crate) static NAT: LruHashMap<FlowKey, Endpoint, 65_536> = LruHashMap::new();

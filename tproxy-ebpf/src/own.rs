@@ -9,6 +9,7 @@ use tproxy_common::wire::{Fragment, Packet};
 
 use crate::account::{FlowRef, down_key, reply, skip_counter, up_key};
 use crate::fragment::resolve_ports;
+use crate::nat;
 use crate::policy;
 use crate::settings;
 use crate::skb::Skb;
@@ -30,6 +31,7 @@ pub(crate) fn egress(skb: &Skb) -> i32 {
 fn leaving(skb: &Skb, packet: &mut Packet) -> i32 {
     let known = resolve_ports(packet);
     if known {
+        nat::note(skb, packet);
         reply(skb, packet);
     }
     // Forwarded packets have arrived on an interface.

@@ -24,7 +24,7 @@ static SETTINGS: Settings = Settings {
     any_destination: 1,
     own_traffic: 0,
     sk_lookup: 1,
-    pad: 0,
+    client_port: 0,
     listener_ports: ListenerPorts([0; 4 * MAX_WORKERS as usize]),
 };
 
@@ -59,6 +59,7 @@ setting! {
     any_destination: u8,
     own_traffic: u8,
     sk_lookup: u8,
+    client_port: u8,
     listen_v4: [u8; 4],
     listen_v6: [u8; 16],
 }

@@ -1,11 +1,11 @@
 //! Access to the packet buffer.
 
-use aya_ebpf::bindings::__sk_buff;
+use aya_ebpf::bindings::{__sk_buff, bpf_sock};
 use aya_ebpf::cty::c_void;
 use aya_ebpf::helpers::generated::{bpf_skb_load_bytes_relative, bpf_skb_pull_data};
 use aya_ebpf::programs::TcContext;
 use tproxy_common::classify::{on_the_wire, segments};
-use tproxy_common::wire::{Load, Packet, Skip, parse_v4, parse_v6};
+use tproxy_common::wire::{Load, Packet, Skip, icmp, parse_v4, parse_v6};
 
 /// `BPF_HDR_START_NET`: offsets count from the network header.
 const FROM_NETWORK_HEADER: u32 = 1;
@@ -69,6 +69,19 @@ impl Skb {
         gso_size,
     }
 
+    /// The socket that sends or gets the packet, of any kind; null where there is none (Linux 5.1).
+    #[inline(always)]
+    pub(crate) fn sk(&self) -> *mut bpf_sock {
+        // SAFETY: the context is valid, and the union has but this field in use.
+        unsafe { core::ptr::read_volatile(&raw const (*self.0).__bindgen_anon_2.sk) }
+    }
+
+    /// Whether a socket sends or gets the packet.
+    #[inline(always)]
+    pub(crate) fn has_socket(&self) -> bool {
+        !self.sk().is_null()
+    }
+
     /// Whether the frame is addressed to this host at the link layer.
     #[inline(always)]
     pub(crate) fn is_for_host(&self) -> bool {
@@ -89,6 +102,32 @@ impl Skb {
         }
     }
 
+    /// An answer to the packet that this ICMP error is about.
+    #[inline(always)]
+    pub(crate) fn parse_icmp_error(&self, packet: &mut Packet) -> Result<(), Skip> {
+        match self.parse_icmp_linear(packet) {
+            Err(Skip::Truncated) if self.pull_headers() => self.parse_icmp_linear(packet),
+            parsed => parsed,
+        }
+    }
+
+    #[inline(never)]
+    fn parse_icmp_linear(&self, packet: &mut Packet) -> Result<(), Skip> {
+        *packet = match self.ethertype() {
+            ETH_P_IP => icmp::error_v4(self),
+            ETH_P_IPV6 => icmp::error_v6(self),
+            _ => Err(Skip::Protocol),
+        }?;
+        packet.reverse();
+        Ok(())
+    }
+
+    /// The EtherType, host byte order.
+    #[inline(always)]
+    fn ethertype(&self) -> u32 {
+        u32::from((self.protocol() as u16).swap_bytes())
+    }
+
     /// Makes the headers part of the linear buffer (Linux 4.9). Whether it worked.
     #[inline(always)]
     fn pull_headers(&self) -> bool {
@@ -103,7 +142,7 @@ impl Skb {
     /// gap of `Packet`, and the kernel refuses type information of such a union.
     #[inline(never)]
     fn parse_linear(&self, packet: &mut Packet) -> Result<(), Skip> {
-        *packet = match u32::from((self.protocol() as u16).swap_bytes()) {
+        *packet = match self.ethertype() {
             ETH_P_IP => parse_v4(self),
             ETH_P_IPV6 => parse_v6(self),
             _ => Err(Skip::Protocol),

@@ -6,9 +6,10 @@ use core::ptr::NonNull;
 use aya_ebpf::bindings::bpf_sock;
 use aya_ebpf::cty::c_void;
 use aya_ebpf::helpers::generated::{
-    bpf_map_lookup_elem, bpf_sk_assign, bpf_sk_lookup_udp, bpf_sk_release, bpf_skc_lookup_tcp,
+    bpf_map_lookup_elem, bpf_sk_assign, bpf_sk_fullsock, bpf_sk_lookup_udp, bpf_sk_release,
+    bpf_skc_lookup_tcp,
 };
-use tproxy_common::abi::{Addr, Family, ListenerKind, TCP, listener_index};
+use tproxy_common::abi::{Addr, Endpoint, Family, ListenerKind, TCP, listener_index, mapped};
 use tproxy_common::flow;
 use tproxy_common::wire::Packet;
 
@@ -21,6 +22,13 @@ const CURRENT_NETNS: u64 = u64::MAX;
 /// `include/net/tcp_states.h`.
 const TCP_TIME_WAIT: u32 = 6;
 const TCP_LISTEN: u32 = 10;
+
+/// Reads a field of a socket by itself, as the verifier wants it.
+macro_rules! read {
+    ($sk:expr, $field:ident) => {
+        core::ptr::read_volatile(&raw const (*$sk).$field)
+    };
+}
 
 /// A socket with a reference that is released on drop.
 pub(crate) struct Sock(NonNull<bpf_sock>);
@@ -59,29 +67,110 @@ impl Sock {
     /// Whether it is bound to exactly this address, not to a wildcard.
     #[inline(always)]
     fn is_bound_to(&self, addr: &Addr, family: Family) -> bool {
-        let sk = self.0.as_ptr();
-        match family {
-            // SAFETY: the field may be read; the address is in network byte order.
-            Family::V4 => unsafe { core::ptr::read_volatile(&raw const (*sk).src_ip4) == word(addr, 12) },
-            Family::V6 => {
-                // SAFETY: as above, word by word as the verifier wants it.
-                let at = |i: usize| unsafe {
-                    core::ptr::read_volatile((&raw const (*sk).src_ip6).cast::<u32>().add(i))
-                };
-                at(0) == word(addr, 0)
-                    && at(1) == word(addr, 4)
-                    && at(2) == word(addr, 8)
-                    && at(3) == word(addr, 12)
-            }
-        }
+        // SAFETY: the fields may be read.
+        unsafe { is_bound(self.0.as_ptr(), addr, family) }
     }
 
     /// Whether the proxy made it. For full sockets only.
     #[inline(always)]
     fn is_own(&self) -> bool {
         // SAFETY: `mark` may be read from a full socket.
-        unsafe { core::ptr::read_volatile(&raw const (*self.0.as_ptr()).mark) == settings::own_mark() }
+        unsafe { read!(self.0.as_ptr(), mark) == settings::own_mark() }
     }
+}
+
+/// Whether a socket is bound to exactly this address.
+///
+/// # Safety
+///
+/// `sk` is a socket whose addresses may be read.
+#[inline(always)]
+unsafe fn is_bound(sk: *const bpf_sock, addr: &Addr, family: Family) -> bool {
+    match family {
+        // SAFETY: by contract of this function; the address is in network byte order.
+        Family::V4 => unsafe { read!(sk, src_ip4) == word(addr, 12) },
+        Family::V6 => {
+            // SAFETY: as above.
+            let at = |i| unsafe { bound_word(sk, i) };
+            at(0) == word(addr, 0)
+                && at(1) == word(addr, 4)
+                && at(2) == word(addr, 8)
+                && at(3) == word(addr, 12)
+        }
+    }
+}
+
+/// A word of the IPv6 address that a socket is bound to, read by itself as the
+/// verifier wants it.
+///
+/// # Safety
+///
+/// `sk` is a socket whose addresses may be read, and `i` is below 4.
+#[inline(always)]
+unsafe fn bound_word(sk: *const bpf_sock, i: usize) -> u32 {
+    // SAFETY: by contract of this function.
+    unsafe { core::ptr::read_volatile((&raw const (*sk).src_ip6).cast::<u32>().add(i)) }
+}
+
+/// Whether the packet, which the proxy sends, has another source than its socket
+/// is bound to; then `original` is the socket's.
+#[inline(never)]
+pub(crate) fn is_source_changed(skb: &Skb, packet: &Packet, original: &mut Endpoint) -> bool {
+    /// A raw socket's source is what each message says.
+    const SOCK_RAW: u32 = 3;
+    let sk = skb.sk();
+    if sk.is_null() {
+        return false;
+    }
+    // SAFETY: the socket is not null.
+    let sk = unsafe { bpf_sk_fullsock(sk) };
+    if sk.is_null() {
+        return false;
+    }
+    // SAFETY: a full socket, whose fields may be read.
+    unsafe {
+        if read!(sk, mark) != settings::own_mark() || read!(sk, type_) == SOCK_RAW {
+            return false;
+        }
+        original.port = read!(sk, src_port) as u16;
+        match packet.family {
+            Family::V4 => bound_v4(sk, &mut original.addr),
+            Family::V6 => bound_v6(sk, &mut original.addr),
+        }
+    }
+    // Where it is bound to no address, routing chose this one.
+    let bound = original.addr != mapped([0; 4]) && original.addr != [0; 16];
+    bound && (original.port != packet.source_port || original.addr != packet.source)
+}
+
+/// The address that a socket is bound to. One function a family: merged, the
+/// compiler would choose the field by a computed offset, which the verifier refuses.
+///
+/// # Safety
+///
+/// `sk` is a full socket.
+#[inline(never)]
+unsafe fn bound_v4(sk: *const bpf_sock, addr: &mut Addr) {
+    // SAFETY: by contract of this function.
+    *addr = mapped(unsafe { read!(sk, src_ip4) }.to_ne_bytes());
+}
+
+/// See [`bound_v4`].
+///
+/// # Safety
+///
+/// `sk` is a full socket.
+#[inline(never)]
+unsafe fn bound_v6(sk: *const bpf_sock, addr: &mut Addr) {
+    // SAFETY: by contract of this function.
+    *addr = joined([0, 1, 2, 3].map(|i| unsafe { bound_word(sk, i) }));
+}
+
+/// An address of four words, as they stand.
+#[inline(always)]
+pub(crate) fn joined(words: [u32; 4]) -> Addr {
+    let [a, b, c, d] = words.map(u32::to_ne_bytes);
+    [a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3], c[0], c[1], c[2], c[3], d[0], d[1], d[2], d[3]]
 }
 
 /// Four bytes of an address, as they stand.
@@ -193,8 +282,7 @@ pub(crate) fn own_udp(skb: &Skb, packet: &Packet) -> Option<Sock> {
 #[inline(always)]
 pub(crate) fn is_sent_by_own_udp(skb: &Skb, packet: &Packet) -> bool {
     let mut reversed = *packet;
-    (reversed.source, reversed.destination) = (packet.destination, packet.source);
-    (reversed.source_port, reversed.destination_port) = (packet.destination_port, packet.source_port);
+    reversed.reverse();
     own_udp(skb, &reversed).is_some()
 }
 

@@ -1,6 +1,6 @@
 //! TC ingress of upstream-facing interfaces: with `source = client` the
 //! servers answer to the client's address, and the answers belong to sockets
-//! of the proxy. Everything else passes.
+//! of the proxy, also where NAT stands between. Everything else passes.
 
 use tproxy_common::abi::{HostPair, UDP};
 use tproxy_common::counter::Counter;
@@ -10,10 +10,11 @@ use crate::account::{FlowRef, down_key};
 use crate::capture::{admitted, note_request_to_host};
 use crate::fragment::{self, Side};
 use crate::maps::HOST_PAIRS;
+use crate::nat;
 use crate::policy;
 use crate::skb::Skb;
 use crate::sock;
-use crate::steer::{Mark, pass, to_socket};
+use crate::steer::{Mark, NEXT, pass, to_socket};
 use crate::trace::trace;
 
 /// Decides over a packet.
@@ -32,6 +33,10 @@ pub(crate) fn ingress(skb: &Skb) -> i32 {
 #[inline(never)]
 fn whole(skb: &Skb, packet: &Packet) -> i32 {
     if policy::is_local(&packet.destination) {
+        let action = nat::steer(skb, packet);
+        if action != NEXT {
+            return action;
+        }
         if packet.protocol == UDP {
             note_request_to_host(skb, packet);
         }
@@ -42,7 +47,16 @@ fn whole(skb: &Skb, packet: &Packet) -> i32 {
     }
     match sock::connection(skb, packet) {
         Some(sock) if !packet.is_syn() => to_socket(skb, sock, Mark::Tproxy, Counter::SteeredEstablished),
-        _ => pass(Counter::PassNoSocket),
+        _ => natted(skb, packet),
+    }
+}
+
+/// No socket owns the packet as it is.
+#[inline(always)]
+fn natted(skb: &Skb, packet: &Packet) -> i32 {
+    match nat::steer(skb, packet) {
+        NEXT => pass(Counter::PassNoSocket),
+        action => action,
     }
 }
 
@@ -58,7 +72,7 @@ fn udp(skb: &Skb, packet: &Packet) -> i32 {
     if let Some(sock) = sock::own_udp(skb, packet) {
         return to_socket(skb, sock, Mark::Tproxy, Counter::SteeredUdpReturn);
     }
-    pass(Counter::PassNoSocket)
+    natted(skb, packet)
 }
 
 /// Fragments of servers.
@@ -70,7 +84,7 @@ impl Side for Uplink {
     #[inline(always)]
     fn takes(skb: &Skb, packet: &Packet) -> bool {
         if packet.protocol == UDP {
-            sock::own_udp(skb, packet).is_some()
+            sock::own_udp(skb, packet).is_some() || nat::is_answer(skb, packet)
         } else {
             !packet.is_syn() && sock::connection(skb, packet).is_some()
         }

@@ -5,7 +5,7 @@
 //! would capture what the proxy itself sends.
 
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
@@ -94,7 +94,8 @@ impl UpstreamSocket {
     }
 
     /// A UDP socket of the client's family, unconnected and without an address.
-    /// It sends datagrams larger than the path MTU in fragments.
+    /// It sends datagrams larger than the path MTU in fragments, and queues ICMP errors
+    /// about what it has sent.
     ///
     /// # Errors
     /// [`SocketError`]: no descriptor left, or no `CAP_NET_ADMIN` for the mark.
@@ -104,6 +105,7 @@ impl UpstreamSocket {
             socket.set_only_v6(true).call("setsockopt IPV6_V6ONLY")?;
         }
         allow_fragments(&socket, client.is_ipv6())?;
+        queue_errors(&socket, client.is_ipv6())?;
         setsockopt(&socket, sockopt::RcvBufForce, &FLOW_UDP_BUFFER).call("setsockopt SO_RCVBUFFORCE")?;
         Ok(Self(socket))
     }
@@ -186,20 +188,20 @@ pub fn udp_listener(addr: SocketAddr, options: ListenerOptions) -> Result<UdpSoc
     Ok(socket.into())
 }
 
-/// A raw socket that sends UDP datagrams from any address and receives nothing.
+/// A raw socket that sends packets of a protocol from any address and receives nothing.
 ///
-/// The kernel would copy every UDP packet of the host to it. Two things keep it
+/// The kernel would copy every such packet of the host to it. Two things keep it
 /// from that: it is bound to an address to which nothing is sent (the copy is not
 /// even made), and a filter drops all.
 ///
 /// # Errors
 /// [`SocketError`]: `EPERM` without `CAP_NET_RAW` and `CAP_NET_ADMIN`, `EAFNOSUPPORT`
 /// where the family is off.
-pub fn raw_udp_sender(v6: bool, mark: OwnMark) -> Result<OwnedFd, SocketError> {
+pub fn raw_sender(v6: bool, protocol: Protocol, mark: OwnMark) -> Result<OwnedFd, SocketError> {
     /// `BPF_RET | BPF_K`: keep as many bytes as the constant says, which is none.
     const DROP_ALL: u16 = 0x06;
     let domain = if v6 { Domain::IPV6 } else { Domain::IPV4 };
-    let socket = marked(domain, Type::RAW, Protocol::UDP, mark)?;
+    let socket = marked(domain, Type::RAW, protocol, mark)?;
     socket.attach_filter(&[SockFilter::new(DROP_ALL, 0, 0, 0)]).call("setsockopt SO_ATTACH_FILTER")?;
     transparent(&socket, v6)?;
     allow_fragments(&socket, v6)?;
@@ -281,6 +283,17 @@ pub fn send_to(socket: BorrowedFd<'_>, payload: &[u8], to: SocketAddr) -> io::Re
     SockRef::from(&socket).send_to(payload, &to.into())
 }
 
+/// This host's address towards another one, by its routes. Nothing is sent.
+///
+/// # Errors
+/// [`SocketError`]: no descriptor left, no route.
+pub fn address_towards(peer: SocketAddr, mark: OwnMark) -> Result<IpAddr, SocketError> {
+    let socket = marked(Domain::for_address(peer), Type::DGRAM, Protocol::UDP, mark)?;
+    socket.connect(&peer.into()).call("connect")?;
+    let here = socket.local_addr().call("getsockname")?.as_socket();
+    here.map(|here| here.ip()).ok_or(io::Error::from(io::ErrorKind::InvalidData)).call("getsockname")
+}
+
 /// Whether an address is this host's: an ordinary socket can be bound to it.
 #[must_use]
 pub fn is_local(addr: SocketAddr) -> bool {
@@ -327,8 +340,21 @@ fn allow_fragments(socket: &Socket, v6: bool) -> Result<(), SocketError> {
     } else {
         (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DONT)
     };
-    // SAFETY: both options take one int, whose address and size are given.
+    set_int(socket, level, option, value).call("setsockopt IP_MTU_DISCOVER")
+}
+
+/// ICMP errors about what was sent are queued with the datagram that they are about
+/// (`IP_RECVERR`, Linux 2.2), also on a socket that is not connected.
+fn queue_errors(socket: &Socket, v6: bool) -> Result<(), SocketError> {
+    let (level, option) =
+        if v6 { (libc::IPPROTO_IPV6, libc::IPV6_RECVERR) } else { (libc::IPPROTO_IP, libc::IP_RECVERR) };
+    set_int(socket, level, option, 1).call("setsockopt IP_RECVERR")
+}
+
+/// Sets an option that takes an int.
+fn set_int(socket: &Socket, level: c_int, option: c_int, value: c_int) -> io::Result<()> {
+    // SAFETY: the option takes one int, whose address and size are given.
     let result =
         unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, (&raw const value).cast(), INT) };
-    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }.call("setsockopt IP_MTU_DISCOVER")
+    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

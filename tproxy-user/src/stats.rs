@@ -169,6 +169,10 @@ stats! {
         udp_send_errors,
         /// UDP replies that could not be sent to the client.
         udp_reply_errors,
+        /// ICMP errors about UDP datagrams passed on to their clients.
+        udp_icmp_errors,
+        /// ICMP errors about UDP datagrams not passed on: there were too many (1,000 a second and worker, 50 at once).
+        udp_icmp_errors_limited,
         /// Errors when receiving UDP datagrams.
         udp_receive_errors,
         /// UDP datagrams dropped because the kernel did not tell their original destination.

@@ -14,7 +14,7 @@ use tokio::io::unix::AsyncFd;
 use tproxy_common::abi::{ABI_VERSION, ListenerKind, MAX_WORKERS, Settings, listener_index, map};
 
 use crate::clsact;
-use crate::config::{Attach, Config, Fail};
+use crate::config::{Attach, Config, Fail, SourceMode};
 use crate::datapath::attach::Hook;
 use crate::datapath::bpffs;
 use crate::datapath::features::Features;
@@ -305,6 +305,7 @@ fn settings(config: &Config, plan: &Plan, features: Features, listeners: &[Worke
         any_destination: (capture.to.is_empty() && capture.not_to.is_empty()).into(),
         own_traffic: capture.own_traffic.into(),
         sk_lookup: features.sk_lookup().into(),
+        client_port: (config.source == SourceMode::ClientPort).into(),
         ..Settings::default()
     };
     for (worker, listeners) in (0..).zip(listeners) {

@@ -71,8 +71,15 @@ fn too_new(insn: bpf_insn) -> Option<&'static str> {
 fn programs_are_of_types_that_linux_5_7_has() {
     let object = object();
     let names: BTreeSet<&str> = object.programs.keys().map(String::as_str).collect();
-    let expected =
-        [program::CAPTURE, program::UPLINK, program::REPLY, program::OWN, program::LOOPBACK, program::LOOKUP];
+    let expected = [
+        program::CAPTURE,
+        program::UPLINK,
+        program::NAT,
+        program::REPLY,
+        program::OWN,
+        program::LOOPBACK,
+        program::LOOKUP,
+    ];
     assert_eq!(names, BTreeSet::from(expected));
     for (name, program) in &object.programs {
         let lookup = name == program::LOOKUP;
@@ -126,6 +133,7 @@ fn the_core_calls_these_helpers() {
         (68, "skb_load_bytes_relative, 4.18"),
         (85, "sk_lookup_udp, 4.20"),
         (86, "sk_release, 4.20"),
+        (95, "sk_fullsock, 5.1"),
         (99, "skc_lookup_tcp, 5.2"),
         (124, "sk_assign, 5.7"),
     ];

@@ -76,20 +76,17 @@ pub enum AttachError {
 
 /// The programs of a role, with the side of the interface that each is for.
 #[must_use]
-pub fn programs(role: Role, own_traffic: bool) -> Vec<(Direction, &'static str)> {
-    let (ingress, counts) = match role {
-        Role::Capture => (program::CAPTURE, true),
-        Role::Uplink => (program::UPLINK, false),
-        Role::Loopback => (program::LOOPBACK, true),
+pub const fn programs(role: Role, own_traffic: bool) -> [(Direction, &'static str); 2] {
+    let (ingress, egress) = match role {
+        Role::Capture => (program::CAPTURE, program::REPLY),
+        Role::Uplink => (program::UPLINK, program::NAT),
+        Role::Loopback => (program::LOOPBACK, program::REPLY),
     };
     let egress = match role {
-        Role::Capture | Role::Uplink if own_traffic => Some(program::OWN),
-        _ => counts.then_some(program::REPLY),
+        Role::Capture | Role::Uplink if own_traffic => program::OWN,
+        _ => egress,
     };
-    [(Direction::Ingress, Some(ingress)), (Direction::Egress, egress)]
-        .into_iter()
-        .filter_map(|(direction, name)| Some((direction, name?)))
-        .collect()
+    [(Direction::Ingress, ingress), (Direction::Egress, egress)]
 }
 
 impl From<Direction> for TcAttachType {

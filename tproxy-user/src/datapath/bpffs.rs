@@ -93,7 +93,8 @@ fn is_link(name: &str) -> bool {
         Some((index, program)) if index.parse::<u32>().is_ok() => program,
         _ => return name == program::LOOKUP,
     };
-    [program::CAPTURE, program::UPLINK, program::REPLY, program::OWN, program::LOOPBACK].contains(&program)
+    [program::CAPTURE, program::UPLINK, program::NAT, program::REPLY, program::OWN, program::LOOPBACK]
+        .contains(&program)
 }
 
 /// Makes room for the pins of a new run. The programs of a killed one stay

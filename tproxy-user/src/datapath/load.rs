@@ -55,8 +55,8 @@ pub struct Datapath {
 }
 
 /// All TC programs.
-const TC_PROGRAMS: [&str; 5] =
-    [program::CAPTURE, program::UPLINK, program::REPLY, program::OWN, program::LOOPBACK];
+const TC_PROGRAMS: [&str; 6] =
+    [program::CAPTURE, program::UPLINK, program::NAT, program::REPLY, program::OWN, program::LOOPBACK];
 
 impl Datapath {
     /// Loads the programs that the settings need and pins the maps below `pin`.

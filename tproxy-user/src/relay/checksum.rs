@@ -40,14 +40,14 @@ pub(crate) fn udp_header(
 
 /// The sum of all 16-bit words in network byte order, an odd last byte padded
 /// with zero. It cannot overflow: a datagram has less than 2^15 words.
-fn sum(bytes: &[u8]) -> u64 {
+pub(crate) fn sum(bytes: &[u8]) -> u64 {
     let (words, rest) = bytes.as_chunks::<2>();
     let words: u64 = words.iter().map(|word| u64::from(u16::from_be_bytes(*word))).sum();
     words + rest.first().map_or(0, |last| u64::from(*last) << 8)
 }
 
 /// The one's complement sum in 16 bits.
-fn fold(mut sum: u64) -> u16 {
+pub(crate) fn fold(mut sum: u64) -> u16 {
     loop {
         match u16::try_from(sum) {
             Ok(folded) => return folded,

@@ -11,12 +11,15 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use lru::LruCache;
+use tokio::io::{Interest, Ready};
 use tokio::net::UdpSocket;
 use tokio::sync::Notify;
 use tokio::task::{spawn_local, yield_now};
 use tokio::time::{Instant, sleep_until};
 
 use super::Worker;
+use super::errors::{self, IcmpError};
+use super::icmp::Budget;
 use super::raw::ReplySender;
 use super::receive::Received;
 use super::record::{End, Protocol, Record};
@@ -34,6 +37,7 @@ const DRAIN_QUIET: Duration = Duration::from_secs(1);
 pub(crate) struct Flows {
     worker: Rc<Worker>,
     replies: ReplySender,
+    icmp: Budget,
     /// The least recently used goes first where room is needed.
     table: RefCell<LruCache<ClientAddr, Rc<Flow>>>,
 }
@@ -54,7 +58,12 @@ struct Flow {
 
 impl Flows {
     pub(crate) fn new(worker: &Rc<Worker>, replies: ReplySender) -> Rc<Self> {
-        Rc::new(Self { worker: Rc::clone(worker), replies, table: RefCell::new(LruCache::unbounded()) })
+        Rc::new(Self {
+            worker: Rc::clone(worker),
+            replies,
+            icmp: Budget::new(),
+            table: RefCell::new(LruCache::unbounded()),
+        })
     }
 
     /// Sends a client's datagram to where the client wanted it, in its flow or a new one.
@@ -69,7 +78,15 @@ impl Flows {
         let known = self.table.borrow_mut().get(&datagram.client).map(Rc::clone);
         let Some(flow) = known.or_else(|| self.open(datagram.client, destination)) else { return };
         flow.last.set(Instant::now());
-        match sockopt::send_to(flow.socket.as_fd(), payload, destination.get()) {
+        let attempt = || sockopt::send_to(flow.socket.as_fd(), payload, destination.get());
+        let result = match attempt() {
+            // What came of an earlier datagram is told in place of sending this one.
+            Err(error) if error.kind() != io::ErrorKind::WouldBlock && self.bring_errors(&flow) > 0 => {
+                attempt()
+            }
+            result => result,
+        };
+        match result {
             Ok(sent) => {
                 stats.udp_datagrams_up.inc();
                 stats.udp_bytes_up.add(sent as u64);
@@ -79,6 +96,7 @@ impl Flows {
             Err(error) => {
                 stats.udp_send_errors.inc();
                 tracing::debug!("{} to {destination}: cannot send: {error}", datagram.client);
+                self.report_unsent(&flow, destination, &error, payload);
             }
         }
     }
@@ -145,8 +163,8 @@ impl Flows {
         let mut timer = pin!(sleep_until(self.deadline(&flow)));
         let end = loop {
             tokio::select! {
-                result = flow.socket.readable() => match result {
-                    Ok(()) => if self.bring_replies(&flow) { yield_now().await },
+                result = flow.socket.ready(Interest::READABLE | Interest::ERROR) => match result {
+                    Ok(ready) => if self.bring(&flow, ready) { yield_now().await },
                     Err(_) => break End::Cut,
                 },
                 () = &mut timer => {}
@@ -165,6 +183,56 @@ impl Flows {
         };
         flow.record.ends(end);
         self.remove(&flow);
+    }
+
+    /// Brings what has come, replies and errors; true where there may be more.
+    fn bring(&self, flow: &Flow, ready: Ready) -> bool {
+        let more_errors = ready.is_error() && {
+            let errors = || match self.bring_errors(flow) {
+                BATCH.. => Ok(()),
+                // The queue is empty: wait for the next one.
+                _ => Err(io::ErrorKind::WouldBlock.into()),
+            };
+            flow.socket.try_io(Interest::ERROR, errors).is_ok()
+        };
+        let more_replies = ready.is_readable() && self.bring_replies(flow);
+        more_errors || more_replies
+    }
+
+    /// Passes ICMP errors about the flow's datagrams on to its client; how many there were.
+    fn bring_errors(&self, flow: &Flow) -> usize {
+        let mut quote = [0; errors::QUOTE];
+        for taken in 0..BATCH {
+            let Ok(error) = errors::receive(flow.socket.as_fd(), &mut quote) else { return taken };
+            if let Some(icmp) = error.icmp {
+                self.report(flow.client, error.destination, &icmp, &quote[..error.len]);
+            }
+        }
+        BATCH
+    }
+
+    /// Tells the client that there is no way for its datagram, as a router would.
+    fn report_unsent(&self, flow: &Flow, destination: OrigDst, error: &io::Error, payload: &[u8]) {
+        let Some(errno) = error.raw_os_error() else { return };
+        let Ok(here) = sockopt::address_towards(flow.client.get(), self.worker.shared.mark()) else { return };
+        if let Some(icmp) = IcmpError::of_send(errno, here) {
+            self.report(flow.client, destination, &icmp, payload);
+        }
+    }
+
+    fn report(&self, client: ClientAddr, destination: OrigDst, error: &IcmpError, quote: &[u8]) {
+        let stats = self.worker.stats();
+        if !self.icmp.take(std::time::Instant::now()) {
+            return stats.udp_icmp_errors_limited.inc();
+        }
+        let Some(message) = error.message(client, destination, quote) else { return };
+        match self.replies.send_icmp(error.offender, client, &message) {
+            Ok(()) => stats.udp_icmp_errors.inc(),
+            Err(error) => {
+                stats.udp_reply_errors.inc();
+                tracing::debug!("ICMP error for {client}: cannot send: {error}");
+            }
+        }
     }
 
     /// Sends what has come on to the client; true where there may be more.
@@ -191,6 +259,8 @@ impl Flows {
                     }
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
+                // An error about an earlier datagram: its details are in the queue.
+                Err(_) if self.bring_errors(flow) > 0 => {}
                 Err(error) => {
                     stats.udp_receive_errors.inc();
                     tracing::debug!("flow of {}: cannot receive: {error}", flow.client);

@@ -2,7 +2,9 @@
 
 mod checksum;
 mod copy;
+mod errors;
 mod flow;
+mod icmp;
 mod pool;
 pub mod raw;
 mod receive;

@@ -1,4 +1,4 @@
-//! Sends UDP replies with any source address, from a bounded number of sockets.
+//! Sends UDP replies and ICMP errors with any source address, from a bounded number of sockets.
 //!
 //! A socket bound to the replying server's address would be the usual way. It fails
 //! with `EADDRINUSE` where a local service holds the port on the wildcard address (a DNS
@@ -12,15 +12,22 @@ use std::os::fd::AsFd;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
 use libc::{c_int, c_void, cmsghdr, in_pktinfo, in6_pktinfo, iovec, msghdr};
-use socket2::SockAddr;
+use socket2::{Protocol, SockAddr};
 
 use super::checksum::udp_header;
 use crate::addr::ClientAddr;
 use crate::sockopt::{self, OwnMark, SocketError};
 
-/// The reply sockets of one worker.
+/// The sockets of one worker that speak for others.
 #[derive(Debug)]
 pub struct ReplySender {
+    udp: Pair,
+    icmp: Pair,
+}
+
+/// A socket of each family that is asked for.
+#[derive(Debug)]
+struct Pair {
     v4: Option<OwnedFd>,
     v6: Option<OwnedFd>,
 }
@@ -31,8 +38,13 @@ impl ReplySender {
     /// # Errors
     /// [`SocketError`]: `EPERM` without `CAP_NET_RAW` and `CAP_NET_ADMIN`.
     pub fn new(v4: bool, v6: bool, mark: OwnMark) -> Result<Self, SocketError> {
-        let make = |v6| sockopt::raw_udp_sender(v6, mark);
-        Ok(Self { v4: v4.then(|| make(false)).transpose()?, v6: v6.then(|| make(true)).transpose()? })
+        let pair = |protocol4, protocol6| {
+            Ok(Pair {
+                v4: v4.then(|| sockopt::raw_sender(false, protocol4, mark)).transpose()?,
+                v6: v6.then(|| sockopt::raw_sender(true, protocol6, mark)).transpose()?,
+            })
+        };
+        Ok(Self { udp: pair(Protocol::UDP, Protocol::UDP)?, icmp: pair(Protocol::ICMPV4, Protocol::ICMPV6)? })
     }
 
     /// Sends `payload` to `client` as if `server` had. The kernel fragments it where it
@@ -46,7 +58,21 @@ impl ReplySender {
         let from = (server.ip(), server.port());
         let header =
             udp_header(from, (client.ip(), client.port()), payload).ok_or(io::ErrorKind::InvalidInput)?;
-        match server.ip() {
+        self.udp.send(server.ip(), client, &header, payload)
+    }
+
+    /// Sends an ICMP message to `client` as if `source` had.
+    ///
+    /// # Errors
+    /// As [`send`](Self::send).
+    pub fn send_icmp(&self, source: IpAddr, client: ClientAddr, message: &[u8]) -> io::Result<()> {
+        self.icmp.send(source, client.get(), message, &[])
+    }
+}
+
+impl Pair {
+    fn send(&self, source: IpAddr, to: SocketAddr, header: &[u8], payload: &[u8]) -> io::Result<()> {
+        match source {
             IpAddr::V4(source) => {
                 let info = in_pktinfo {
                     ipi_ifindex: 0,
@@ -54,13 +80,13 @@ impl ReplySender {
                     ipi_addr: libc::in_addr { s_addr: 0 },
                 };
                 let control = Control::new(libc::IPPROTO_IP, libc::IP_PKTINFO, info);
-                send(socket(self.v4.as_ref())?, client, &header, payload, control)
+                send(socket(self.v4.as_ref())?, to, header, payload, control)
             }
             IpAddr::V6(source) => {
                 let info =
                     in6_pktinfo { ipi6_addr: libc::in6_addr { s6_addr: source.octets() }, ipi6_ifindex: 0 };
                 let control = Control::new(libc::IPPROTO_IPV6, libc::IPV6_PKTINFO, info);
-                send(socket(self.v6.as_ref())?, client, &header, payload, control)
+                send(socket(self.v6.as_ref())?, to, header, payload, control)
             }
         }
     }

@@ -60,7 +60,7 @@ impl Receiver {
     }
 }
 
-fn socket_addr(storage: &SockaddrStorage) -> Option<SocketAddr> {
+pub(super) fn socket_addr(storage: &SockaddrStorage) -> Option<SocketAddr> {
     if let Some(v4) = storage.as_sockaddr_in() {
         return Some(SocketAddrV4::from(*v4).into());
     }

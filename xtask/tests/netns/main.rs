@@ -20,11 +20,13 @@ mod firewall;
 mod flood;
 mod foreign;
 mod host;
+mod icmp;
 mod interfaces;
 mod leftovers;
 mod links;
 mod malformed;
 mod matching;
+mod nat;
 mod offloads;
 mod options;
 mod outside;
@@ -103,6 +105,8 @@ fn main() -> ExitCode {
         faults::SCENARIOS,
         account::SCENARIOS,
         matching::SCENARIOS,
+        nat::SCENARIOS,
+        icmp::SCENARIOS,
         report::SCENARIOS,
         leftovers::SCENARIOS,
         bad_input::SCENARIOS,
