@@ -6,10 +6,6 @@ use super::facts::Facts;
 use super::nft::{Certainty, Effect, Found, Packet};
 use super::{Finding, Level};
 
-/// What masquerade does to `--source client`: the answers are un-NATed behind the
-/// program at the uplink, and get lost.
-pub(super) const MASQUERADE_OF_CLIENT: Level = Level::Fail;
-
 /// Follows captured packets, and those of the proxy, through the rules of others.
 pub(super) fn rules_of_others(facts: &Facts) -> Vec<Finding> {
     const ID: &str = "packet-filter";
@@ -108,14 +104,13 @@ fn judge(facts: &Facts, hook: &str, packet: &Packet<'_>, found: &Found) -> Optio
             );
             finding(level, "dnat", text).map(|finding| finding.mend(accept))
         }
-        Effect::SourceNat if hook == "postrouting" && facts.keeps_client() => {
+        Effect::SourceNat if hook == "postrouting" && facts.keeps_port() => {
             let text = format!(
-                "{chain} {doubt}masquerade{} what the proxy sends with a client's address ({}); its answers would not come back to the proxy",
+                "{chain} {doubt}masquerade{} what the proxy sends ({}); with a client's own port that works only where the client's half is not tracked",
                 if certain { "s" } else { "" },
                 packet.oif
             );
-            let level = if certain { MASQUERADE_OF_CLIENT } else { Level::Warn };
-            finding(level, "nat", text).map(|finding| finding.mend("--source proxy"))
+            finding(Level::Warn, "nat", text).map(|finding| finding.mend("--source client"))
         }
         Effect::MarkLost | Effect::Rewrite | Effect::SourceNat => None,
     }

@@ -166,4 +166,9 @@ impl Facts {
     pub(super) fn keeps_client(&self) -> bool {
         self.config.source != SourceMode::Proxy
     }
+
+    /// Whether servers see the client's port as well.
+    pub(super) fn keeps_port(&self) -> bool {
+        self.config.source == SourceMode::ClientPort
+    }
 }

@@ -216,7 +216,7 @@ fn marks_that_stay_are_no_fault() {
 }
 
 #[test]
-fn masquerade_matters_for_the_clients_source() {
+fn masquerade_matters_for_the_clients_port() {
     let out = |name: &str| matching(&json!({"meta": {"key": "oifname"}}), &json!(name));
     let source = |address: &str| {
         let left = json!({"payload": {"protocol": "ip", "field": "saddr"}});
@@ -226,13 +226,21 @@ fn masquerade_matters_for_the_clients_source() {
         judged(flags, &[chain("postrouting", "accept"), rule("postrouting", &expressions)])
     };
     let all = json!([out("wan"), {"masquerade": null}]);
-    assert_eq!(with("--iface lan", all.clone()), [(filter::MASQUERADE_OF_CLIENT, "nat")]);
-    assert_eq!(with("--iface lan --source proxy", all), []);
+    assert_eq!(with("--iface lan --source client-port", all.clone()), [(Level::Warn, "nat")]);
+    for flags in ["--iface lan", "--iface lan --source proxy"] {
+        assert_eq!(with(flags, all.clone()), []);
+    }
     // Those of containers are none of the clients'.
-    assert_eq!(with("--iface lan", json!([source("172.17.0.0"), {"masquerade": null}])), []);
     assert_eq!(
-        with("--iface lan", json!([source("10.0.0.0"), {"xt": {"type": "target", "name": "MASQUERADE"}}])),
-        [(filter::MASQUERADE_OF_CLIENT, "nat")]
+        with("--iface lan --source client-port", json!([source("172.17.0.0"), {"masquerade": null}])),
+        []
     );
-    assert_eq!(with("--iface lan", json!([out("ppp0"), {"masquerade": null}])), []);
+    assert_eq!(
+        with(
+            "--iface lan --source client-port",
+            json!([source("10.0.0.0"), {"xt": {"type": "target", "name": "MASQUERADE"}}])
+        ),
+        [(Level::Warn, "nat")]
+    );
+    assert_eq!(with("--iface lan --source client-port", json!([out("ppp0"), {"masquerade": null}])), []);
 }

@@ -104,12 +104,6 @@ pub(crate) const SCENARIOS: Scenarios = &[
             nft add rule inet nat pre iifname lan meta l4proto tcp redirect to :9";
         Broken { lost: Some("tcp"), works: true, ..fails("dnat", script) }.examine(lab, family)
     }),
-    ("doctor_uplink_masquerades", |lab, family| {
-        let script = "nft add table inet nat; \
-            nft 'add chain inet nat post { type nat hook postrouting priority 100; }'; \
-            nft add rule inet nat post oifname wan masquerade";
-        Broken { lost: Some("tcp"), works: true, ..fails("nat", script) }.examine(lab, family)
-    }),
     ("doctor_ingress_qdisc", |lab, family| {
         let broken = fails("qdisc", "tc qdisc add dev lan ingress");
         Broken { flags: "--iface lan --attach clsact", works: true, ..broken }.examine(lab, family)
