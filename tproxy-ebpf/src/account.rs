@@ -15,6 +15,7 @@ use crate::capture::note_host_pair;
 use crate::fragment;
 use crate::maps::{COUNTERS, FLOWS};
 use crate::nat;
+use crate::scratch;
 use crate::skb::Skb;
 use crate::steer::NEXT;
 
@@ -228,10 +229,12 @@ pub(crate) fn down_key(packet: &Packet) -> FlowKey {
 /// NAT, counts replies, changes nothing.
 #[inline(always)]
 pub(crate) fn egress(skb: &Skb) -> i32 {
-    let mut packet = Packet::EMPTY;
-    if skb.parse(&mut packet).is_ok() && fragment::resolve_ports(&mut packet) {
-        nat::note(skb, &packet);
-        reply(skb, &packet);
+    if let Some(packet) = scratch::parsed()
+        && skb.parse(packet).is_ok()
+        && fragment::resolve_ports(packet)
+    {
+        nat::note(skb, packet);
+        reply(skb, packet);
     }
     NEXT
 }

@@ -11,6 +11,7 @@ use crate::icmp;
 use crate::maps::HOST_PAIRS;
 use crate::nat;
 use crate::policy;
+use crate::scratch;
 use crate::settings;
 use crate::skb::Skb;
 use crate::sock;
@@ -45,16 +46,16 @@ pub(crate) fn admitted(skb: &Skb, decide: impl FnOnce(&Packet) -> i32) -> i32 {
     if skb.vlan_present() != 0 && skb.vlan_tci() & VLAN_ID != 0 {
         return pass(Counter::PassVlan);
     }
-    let mut packet = Packet::EMPTY;
-    match skb.parse(&mut packet) {
+    let Some(packet) = scratch::parsed() else { return NEXT };
+    match skb.parse(packet) {
         Ok(())
             if is_special(&packet.destination, packet.family)
                 || is_special(&packet.source, packet.family) =>
         {
             pass(Counter::PassSpecial)
         }
-        Ok(()) => decide(&packet),
-        Err(Skip::Protocol) if skb.parse_icmp_error(&mut packet).is_ok() => icmp::ingress(skb, &packet),
+        Ok(()) => decide(packet),
+        Err(Skip::Protocol) if skb.parse_icmp_error(packet).is_ok() => icmp::ingress(skb, packet),
         Err(skip) => pass(skip_counter(skip)),
     }
 }
@@ -225,7 +226,6 @@ impl Side for Captured {
             Some(flow) if packet.protocol == UDP || !packet.is_syn() => flow.is_proxied(),
             _ if packet.protocol == UDP => {
                 sock::own_udp(skb, packet).is_some()
-                    || nat::is_answer(skb, packet)
                     || (answered_request(packet).is_none() && policy::captures(packet))
             }
             _ => sock::connection(skb, packet).is_some() || (packet.is_syn() && policy::captures(packet)),

@@ -11,6 +11,7 @@ use crate::capture::{answered_request, note_host_pair, note_request_to_host};
 use crate::maps::FRAGMENTS;
 use crate::nat;
 use crate::policy;
+use crate::scratch;
 use crate::settings;
 use crate::skb::Skb;
 use crate::sock;
@@ -43,12 +44,13 @@ fn key(packet: &Packet) -> FragmentKey {
 #[inline(never)]
 pub(crate) fn ingress<S: Side>(skb: &Skb, packet: &Packet) -> i32 {
     let is_first = packet.fragment == Fragment::First;
+    // Where there is NAT, connection tracking reassembles first, and a datagram
+    // has the mark of its first fragment.
+    if is_first && nat::is_answer(skb, packet) {
+        return to_stack(skb, Mark::Tproxy, Counter::SteeredFragment);
+    }
     if policy::is_local(&packet.destination) {
         if is_first && packet.protocol == UDP {
-            // Connection tracking reassembles, and a datagram has the mark of its first fragment.
-            if nat::is_answer(skb, packet) {
-                return to_stack(skb, Mark::Tproxy, Counter::SteeredFragment);
-            }
             note_request_to_host(skb, packet);
         }
         return pass(Counter::PassLocal);
@@ -147,12 +149,13 @@ fn later<S: Side>(skb: &Skb, packet: &Packet, key: &FragmentKey, known: Option<*
             (*info).pending_packets += packets;
             (*info).pending_bytes += bytes;
         } else if S::COUNTS {
-            let mut whole = *packet;
+            let Some(whole) = scratch::altered() else { return false };
+            *whole = *packet;
             whole.source_port = (*info).source_port;
             whole.destination_port = (*info).destination_port;
-            if let Some(request) = request_of(&whole) {
+            if let Some(request) = request_of(whole) {
                 request.add_down(packets, bytes, 0);
-            } else if let Some(flow) = FlowRef::find(&up_key(&whole)) {
+            } else if let Some(flow) = FlowRef::find(&up_key(whole)) {
                 flow.add_up(packets, bytes, 0);
             }
         }

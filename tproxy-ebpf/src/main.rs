@@ -39,6 +39,7 @@ mod maps;
 mod nat;
 mod own;
 mod policy;
+mod scratch;
 mod settings;
 mod skb;
 mod sock;

@@ -11,6 +11,7 @@ use tproxy_common::wire::{Fragment, Packet};
 
 use crate::account::{count, down_key, up_key};
 use crate::maps::NAT;
+use crate::scratch;
 use crate::skb::Skb;
 use crate::sock::{self, Sock};
 use crate::steer::{Mark, NEXT, to_socket};
@@ -18,10 +19,12 @@ use crate::steer::{Mark, NEXT, to_socket};
 /// TC egress of an upstream-facing interface: notes, changes nothing.
 #[inline(always)]
 pub(crate) fn egress(skb: &Skb) -> i32 {
-    let mut packet = Packet::EMPTY;
     // Forwarded packets have no socket.
-    if skb.has_socket() && skb.parse(&mut packet).is_ok() {
-        note(skb, &packet);
+    if skb.has_socket()
+        && let Some(packet) = scratch::parsed()
+        && skb.parse(packet).is_ok()
+    {
+        note(skb, packet);
     }
     NEXT
 }
@@ -50,11 +53,7 @@ pub(crate) fn note(skb: &Skb, packet: &Packet) {
 /// where it is no such answer.
 #[inline(never)]
 pub(crate) fn steer(skb: &Skb, packet: &Packet) -> i32 {
-    let mut restored = Packet::EMPTY;
-    if !restore(packet, &mut restored) {
-        return NEXT;
-    }
-    match receiver(skb, packet, &restored) {
+    match receiver(skb, packet) {
         Some(sock) if packet.protocol == UDP => to_socket(skb, sock, Mark::Tproxy, Counter::SteeredUdpReturn),
         Some(sock) => to_socket(skb, sock, Mark::Tproxy, Counter::SteeredEstablished),
         None => NEXT,
@@ -64,28 +63,29 @@ pub(crate) fn steer(skb: &Skb, packet: &Packet) -> i32 {
 /// Whether an arriving packet, or a fragment with ports, answers a socket of the proxy.
 #[inline(never)]
 pub(crate) fn is_answer(skb: &Skb, packet: &Packet) -> bool {
-    let mut restored = Packet::EMPTY;
-    restore(packet, &mut restored) && receiver(skb, packet, &restored).is_some()
+    receiver(skb, packet).is_some()
 }
 
-/// Puts the socket's address and port back, as connection tracking will. A call:
-/// its key would not fit beside the callers' callers.
-#[inline(never)]
-fn restore(packet: &Packet, restored: &mut Packet) -> bool {
-    let Some(original) = NAT.get_ptr(&down_key(packet)) else { return false };
+/// The packet with the socket's address and port put back, as connection
+/// tracking will.
+#[inline(always)]
+fn restored(packet: &Packet) -> Option<&'static mut Packet> {
+    let original = NAT.get_ptr(&down_key(packet))?;
+    let restored = scratch::altered()?;
     *restored = *packet;
     // SAFETY: entries of an LRU map are never unmapped while a program runs.
     unsafe {
         restored.destination = (*original).addr;
         restored.destination_port = (*original).port;
     }
-    true
+    Some(restored)
 }
 
 /// The socket. A note may be older than its use: one counts only while the
 /// socket is there, and no other connection of this host has got the port.
 #[inline(always)]
-fn receiver(skb: &Skb, packet: &Packet, restored: &Packet) -> Option<Sock> {
+fn receiver(skb: &Skb, packet: &Packet) -> Option<Sock> {
+    let restored = restored(packet)?;
     if packet.protocol == UDP {
         return sock::own_udp(skb, restored);
     }

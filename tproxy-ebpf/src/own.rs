@@ -11,6 +11,7 @@ use crate::account::{FlowRef, down_key, reply, skip_counter, up_key};
 use crate::fragment::resolve_ports;
 use crate::nat;
 use crate::policy;
+use crate::scratch;
 use crate::settings;
 use crate::skb::Skb;
 use crate::sock;
@@ -20,9 +21,9 @@ use crate::trace::trace;
 /// TC egress of every interface that the host's own traffic may leave by.
 #[inline(always)]
 pub(crate) fn egress(skb: &Skb) -> i32 {
-    let mut packet = Packet::EMPTY;
-    match skb.parse(&mut packet) {
-        Ok(()) => leaving(skb, &mut packet),
+    let Some(packet) = scratch::parsed() else { return NEXT };
+    match skb.parse(packet) {
+        Ok(()) => leaving(skb, packet),
         Err(_) => NEXT,
     }
 }
@@ -100,13 +101,13 @@ fn own(skb: &Skb, packet: &Packet) -> i32 {
 /// traffic; the others were turned back.
 #[inline(always)]
 pub(crate) fn loopback(skb: &Skb) -> i32 {
-    let mut packet = Packet::EMPTY;
-    match skb.parse(&mut packet) {
+    let Some(packet) = scratch::parsed() else { return NEXT };
+    match skb.parse(packet) {
         Ok(()) if is_special(&packet.destination, packet.family) => pass(Counter::PassSpecial),
         Ok(()) if policy::is_local(&packet.destination) => pass(Counter::PassLocal),
         Ok(()) => {
-            let action = turned_back(skb, &packet);
-            trace(skb, &packet, "lo", action);
+            let action = turned_back(skb, packet);
+            trace(skb, packet, "lo", action);
             action
         }
         Err(skip) => pass(skip_counter(skip)),

@@ -122,7 +122,7 @@ impl Skb {
         Ok(())
     }
 
-    /// The EtherType, host byte order.
+    /// The `EtherType`, host byte order.
     #[inline(always)]
     fn ethertype(&self) -> u32 {
         u32::from((self.protocol() as u16).swap_bytes())

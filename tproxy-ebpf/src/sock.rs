@@ -14,6 +14,7 @@ use tproxy_common::flow;
 use tproxy_common::wire::Packet;
 
 use crate::maps::LISTENERS;
+use crate::scratch;
 use crate::settings;
 use crate::skb::Skb;
 
@@ -281,9 +282,10 @@ pub(crate) fn own_udp(skb: &Skb, packet: &Packet) -> Option<Sock> {
 /// one of its sockets is bound to.
 #[inline(always)]
 pub(crate) fn is_sent_by_own_udp(skb: &Skb, packet: &Packet) -> bool {
-    let mut reversed = *packet;
+    let Some(reversed) = scratch::altered() else { return false };
+    *reversed = *packet;
     reversed.reverse();
-    own_udp(skb, &reversed).is_some()
+    own_udp(skb, reversed).is_some()
 }
 
 /// Whether a UDP packet for this host belongs to a socket of the proxy.

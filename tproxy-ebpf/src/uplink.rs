@@ -84,7 +84,7 @@ impl Side for Uplink {
     #[inline(always)]
     fn takes(skb: &Skb, packet: &Packet) -> bool {
         if packet.protocol == UDP {
-            sock::own_udp(skb, packet).is_some() || nat::is_answer(skb, packet)
+            sock::own_udp(skb, packet).is_some()
         } else {
             !packet.is_syn() && sock::connection(skb, packet).is_some()
         }
