@@ -34,7 +34,10 @@ pub(crate) const SCENARIOS: Scenarios = &[
     }),
     ("T5_faithful_prohibited", prohibited),
     ("T5_faithful_no_route", no_route),
-    ("T5_faithful_unreachable_far_away", far_away),
+    ("T5_faithful_unreachable_far_away", |lab, family| far_away(lab, family, FAITHFUL)),
+    ("T5_faithful_unreachable_far_away_source_proxy", |lab, family| {
+        far_away(lab, family, "--iface lan --handshake faithful --source proxy")
+    }),
     ("T5_faithful_silent_destination", silent),
     ("T5_faithful_server_that_is_late", late_server),
     ("T5_faithful_server_speaks_first", server_speaks_first),
@@ -161,12 +164,11 @@ fn unreachable(lab: &Lab, family: Family, route: &str, errno: i32) -> Result<()>
 }
 
 /// A router further on says so.
-fn far_away(lab: &Lab, family: Family) -> Result<()> {
+fn far_away(lab: &Lab, family: Family, flags: &str) -> Result<()> {
     lab.server.set_sysctls(&[("net/ipv4/ip_forward", "1"), ("net/ipv6/conf/all/forwarding", "1")])?;
     lab.server.ip_batch(&format!("route add unreachable {} table local\n", family.anywhere_net(9)))?;
-    let flags = format!("{FAITHFUL} --source proxy");
     // For such a route Linux sends "no route" in ICMPv6 (ip6_pkt_discard).
-    expect_error(lab, family, &flags, family.pick(libc::EHOSTUNREACH, libc::ENETUNREACH))
+    expect_error(lab, family, flags, family.pick(libc::EHOSTUNREACH, libc::ENETUNREACH))
 }
 
 fn expect_error(lab: &Lab, family: Family, flags: &str, errno: i32) -> Result<()> {
