@@ -56,6 +56,10 @@ pub mod program {
     pub const OWN: &str = "tproxy_own";
     /// TC ingress of `lo` with own traffic.
     pub const LOOPBACK: &str = "tproxy_lo";
+    /// TC ingress of the tun device of `--handshake faithful` (Linux 5.8).
+    pub const ADMIT: &str = "tproxy_admit";
+    /// Socket filter that chooses a queue of that device (Linux 4.16).
+    pub const QUEUE: &str = "tproxy_queue";
     /// `sk_lookup` of the network namespace (Linux 5.9).
     pub const LOOKUP: &str = "tproxy_lookup";
 }
@@ -281,6 +285,8 @@ pub struct Settings {
     pub workers: u32,
     /// ifindex of the loopback device.
     pub lo_ifindex: u32,
+    /// ifindex of the tun device that SYNs are set aside through; 0: none are.
+    pub handshake_ifindex: u32,
     /// IPv4 address of the listeners, network byte order; for `listener_by_tuple`.
     pub listen_v4: [u8; 4],
     /// IPv6 address of the listeners; for `listener_by_tuple`.
@@ -332,7 +338,7 @@ const _: () = {
     assert!(size_of::<FragmentInfo>() == 24);
     assert!(size_of::<HostPair>() == 32);
     assert!(size_of::<Endpoint>() == 20);
-    assert!(size_of::<Settings>() == 24 + 20 + 12 + 8 * MAX_WORKERS as usize);
+    assert!(size_of::<Settings>() == 28 + 20 + 12 + 8 * MAX_WORKERS as usize);
 };
 
 /// Userspace copies these types in and out of maps.

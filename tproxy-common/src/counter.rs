@@ -43,6 +43,12 @@ counters! {
     SteeredEstablished => steered_established,
     /// TCP connection openings handed to the proxy's listener.
     SteeredTcpNew => steered_tcp_new,
+    /// SYNs set aside until upstream has answered (`--handshake faithful`).
+    SynSetAside => syn_set_aside,
+    /// SYNs let in after that.
+    SynAdmitted => syn_admitted,
+    /// Dropped: a SYN to be let in whose flow the flow table had lost.
+    SynNotAdmitted => syn_not_admitted,
     /// UDP datagrams handed to the proxy's listener.
     SteeredUdp => steered_udp,
     /// UDP replies of servers handed to the proxy's upstream socket.

@@ -115,6 +115,27 @@ impl FlowRef {
         unsafe { (*self.0).origin == Origin::Uplink as u8 }
     }
 
+    /// Whether this host itself sends it.
+    #[inline(always)]
+    pub(crate) fn is_own(&self) -> bool {
+        // SAFETY: see `FlowRef`.
+        unsafe { (*self.0).origin == Origin::Own as u8 }
+    }
+
+    /// The interface that it arrived on (own traffic: leaves by).
+    #[inline(always)]
+    pub(crate) fn ifindex(&self) -> u32 {
+        // SAFETY: see `FlowRef`.
+        unsafe { (*self.0).ifindex }
+    }
+
+    /// Notes that the client is behind this packet's interface now.
+    #[inline(always)]
+    pub(crate) fn arrives_on(&self, skb: &Skb) {
+        // SAFETY: see `FlowRef`; the field is valid and aligned.
+        unsafe { (*self.0).ifindex = skb.ifindex() };
+    }
+
     /// Whether a packet of it was seen within the time that connection tracking
     /// gives a UDP stream (`nf_conntrack_udp_timeout_stream`, 120 s).
     #[inline(always)]

@@ -7,6 +7,7 @@ use tproxy_common::wire::{Fragment, Packet, Skip};
 
 use crate::account::{FlowRef, count, down_key, skip_counter, up_key};
 use crate::fragment::{self, Side};
+use crate::handshake;
 use crate::icmp;
 use crate::maps::HOST_PAIRS;
 use crate::nat;
@@ -24,6 +25,7 @@ const VLAN_ID: u32 = 0x0fff;
 /// Decides over a packet.
 #[inline(always)]
 pub(crate) fn ingress(skb: &Skb) -> i32 {
+    handshake::accept_let_in(skb);
     admitted(skb, |packet| {
         let action = match packet.fragment {
             Fragment::Whole if packet.protocol == UDP => udp(skb, packet),
@@ -106,6 +108,8 @@ fn tcp(skb: &Skb, packet: &Packet) -> i32 {
         }
         return pass(Counter::PassPolicy);
     }
+    // One that was set aside was counted then.
+    let let_in = handshake::take_admission(skb);
     let Some(listener) = sock::listener(skb, packet) else {
         // An entry of an earlier, proxied connection would have the packets
         // that follow answered with a reset.
@@ -114,8 +118,14 @@ fn tcp(skb: &Skb, packet: &Packet) -> i32 {
         }
         return fail();
     };
-    if let Some(flow) = FlowRef::open(skb, &key, Verdict::Proxy, Origin::Captured) {
+    if let Some(flow) = FlowRef::open(skb, &key, Verdict::Proxy, Origin::Captured)
+        && !let_in
+    {
+        flow.arrives_on(skb);
         flow.up(skb, packet);
+    }
+    if handshake::is_faithful() && !let_in {
+        return handshake::set_aside(skb, packet);
     }
     // A SYN on a TIME_WAIT socket goes to that socket: the stack checks the
     // sequence number, then looks for a listener, where `tproxy_lookup` answers.

@@ -7,10 +7,12 @@
 //! tproxy_reply    TC egress, captured interfaces    the same, and count replies
 //! tproxy_own      TC egress, with own traffic       the same, and turn own flows back to lo
 //! tproxy_lo       TC ingress of lo, own traffic     steer what was turned back
+//! tproxy_admit    TC ingress of the tun device   with faithful handshakes: SYNs that are let in
+//! tproxy_queue    steering of the tun device     which worker gets a SYN that is set aside
 //! tproxy_lookup   sk_lookup of the namespace        where the stack looks a listener up itself
 //! ```
 //!
-//! The core (everything but `tproxy_lookup`) needs Linux 5.7.
+//! The core (everything but the last three) needs Linux 5.7, `tproxy_admit` 5.8.
 
 #![no_std]
 #![no_main]
@@ -33,6 +35,7 @@
 mod account;
 mod capture;
 mod fragment;
+mod handshake;
 mod icmp;
 mod lookup;
 mod maps;
@@ -47,8 +50,8 @@ mod steer;
 mod trace;
 mod uplink;
 
-use aya_ebpf::macros::{classifier, sk_lookup};
-use aya_ebpf::programs::{SkLookupContext, TcContext};
+use aya_ebpf::macros::{classifier, sk_lookup, socket_filter};
+use aya_ebpf::programs::{SkBuffContext, SkLookupContext, TcContext};
 use skb::Skb;
 
 /// TC ingress of captured interfaces.
@@ -85,6 +88,18 @@ pub fn tproxy_own(ctx: TcContext) -> i32 {
 #[classifier]
 pub fn tproxy_lo(ctx: TcContext) -> i32 {
     own::loopback(&Skb::new(&ctx))
+}
+
+/// TC ingress of the tun device through which SYNs are set aside (Linux 5.8).
+#[classifier]
+pub fn tproxy_admit(ctx: TcContext) -> i32 {
+    handshake::admit(&Skb::new(&ctx))
+}
+
+/// Choice of that device's queue (`TUNSETSTEERINGEBPF`, Linux 4.16).
+#[socket_filter]
+pub fn tproxy_queue(ctx: SkBuffContext) -> i64 {
+    handshake::queue(ctx.skb.skb)
 }
 
 /// Socket lookup of the network namespace (Linux 5.9).

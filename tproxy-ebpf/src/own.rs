@@ -9,6 +9,7 @@ use tproxy_common::wire::{Fragment, Packet};
 
 use crate::account::{FlowRef, down_key, reply, skip_counter, up_key};
 use crate::fragment::resolve_ports;
+use crate::handshake;
 use crate::nat;
 use crate::policy;
 use crate::scratch;
@@ -116,6 +117,7 @@ pub(crate) fn loopback(skb: &Skb) -> i32 {
 
 #[inline(never)]
 fn turned_back(skb: &Skb, packet: &Packet) -> i32 {
+    let let_in = handshake::take_admission(skb);
     // The frame still has the link-layer address of the uplink's next hop.
     accept_frame(skb);
     if packet.fragment != Fragment::Whole {
@@ -127,7 +129,18 @@ fn turned_back(skb: &Skb, packet: &Packet) -> i32 {
             None => fail(),
         };
     }
-    match sock::connection(skb, packet) {
+    let sock = sock::connection(skb, packet);
+    if handshake::is_faithful()
+        && !let_in
+        && packet.is_syn()
+        && sock.as_ref().is_none_or(sock::Sock::is_time_wait)
+    {
+        if sock::listener(skb, packet).is_none() {
+            return fail();
+        }
+        return handshake::set_aside(skb, packet);
+    }
+    match sock {
         // See `capture`: a SYN on a TIME_WAIT socket goes to that socket.
         Some(sock) => to_socket(skb, sock, Mark::Own, Counter::SteeredEstablished),
         None if packet.is_syn() => match sock::listener(skb, packet) {

@@ -65,6 +65,12 @@ fn set_mark(skb: &Skb, mark: Mark) {
         Mark::Tproxy => steered,
         Mark::Own => steered | settings::own_mark(),
     };
+    write_mark(skb, value);
+}
+
+/// Gives the packet exactly this mark.
+#[inline(always)]
+pub(crate) fn write_mark(skb: &Skb, value: u32) {
     // SAFETY: the context is valid, and `mark` may be written.
     unsafe { core::ptr::write_volatile(&raw mut (*skb.as_ptr()).mark, value) };
 }
@@ -123,11 +129,12 @@ fn has_link_header(skb: &Skb, packet: &Packet) -> bool {
     packet.ip_len == 0 || skb.len() > packet.ip_len
 }
 
-/// Gives a packet the Ethernet header without which `lo` refuses it
+/// Gives a packet the Ethernet header without which a device that has such
+/// headers refuses it, as `lo` does
 /// (`__bpf_redirect_common`). Before Linux 5.12 (5.10.27) the kernel does not
 /// add one to a packet as long as the device's MTU.
 #[inline(always)]
-fn add_link_header(skb: &Skb) -> bool {
+pub(crate) fn add_link_header(skb: &Skb) -> bool {
     const ETHERNET_HEADER: u32 = 14;
     const ETHERTYPE_AT: u32 = 12;
     let ethertype = skb.protocol() as u16;

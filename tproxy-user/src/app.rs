@@ -10,7 +10,7 @@ use tokio::net::UnixListener;
 use tokio::time::MissedTickBehavior;
 use tproxy_common::abi::ListenerKind;
 
-use crate::config::{Config, Steer};
+use crate::config::{Config, Handshake, Steer};
 use crate::failure::Failure;
 use crate::instance::{Instance, control};
 use crate::listener::{self, BindError, WorkerListeners};
@@ -20,6 +20,7 @@ use crate::relay::Shared;
 use crate::shutdown::{self, Controller, Signals};
 use crate::stats::Stats;
 use crate::steering::Steering;
+use crate::tun::Tun;
 use crate::worker::{self, WorkerError, WorkerHandle};
 use crate::{interfaces, limits, netlink, status, undo};
 
@@ -65,13 +66,19 @@ async fn serve(
 
     let listeners = listener::bind(config).map_err(name_the_owner)?;
     let stats = Arc::new(Stats::new(listeners.len()));
+    let tun = match config.steering.handshake {
+        Handshake::Faithful => Some(Tun::create(config.workers, handle).await?),
+        Handshake::Eager => None,
+    };
     let mut steering = match config.steering.by {
-        Steer::Ebpf => Some(Steering::prepare(config, &plan, &listeners, handle, instance, &stats).await?),
+        Steer::Ebpf => {
+            Some(Steering::prepare(config, &plan, &listeners, tun.as_ref(), handle, instance, &stats).await?)
+        }
         Steer::None => None,
     };
     let control = control::bind(&instance.paths().control()).context("cannot make the control socket")?;
     let addresses = addresses(&listeners);
-    let (controller, workers) = start_workers(config, listeners, &stats)?;
+    let (controller, workers) = start_workers(config, listeners, tun, &stats)?;
     // Last of all: from here on packets come.
     if let Some(steering) = &mut steering {
         steering.start(instance).await?;
@@ -147,14 +154,16 @@ fn addresses(listeners: &[WorkerListeners]) -> Vec<String> {
 fn start_workers(
     config: &Config,
     listeners: Vec<WorkerListeners>,
+    tun: Option<Tun>,
     stats: &Arc<Stats>,
 ) -> anyhow::Result<(Controller, Vec<WorkerHandle>)> {
     let (controller, shutdown) = shutdown::channel();
     let shared = Shared::new(config, &listeners, Arc::clone(stats));
+    let mut queues = tun.into_iter().flat_map(Tun::into_queues);
     let workers = listeners
         .into_iter()
         .enumerate()
-        .map(|(index, listeners)| worker::spawn(index, listeners, &shared, shutdown.clone()))
+        .map(|(index, listeners)| worker::spawn(index, listeners, queues.next(), &shared, shutdown.clone()))
         .collect::<Result<_, _>>()?;
     Ok((controller, workers))
 }
@@ -231,13 +240,14 @@ const HANDSHAKES: Duration = Duration::from_secs(1);
 /// No new flows; what is there may finish until the drain time-out.
 async fn end(
     config: &Config,
-    steering: Option<Steering>,
+    mut steering: Option<Steering>,
     controller: Controller,
     mut workers: FuturesUnordered<impl Future<Output = Result<(), WorkerError>>>,
     signals: &mut Signals,
 ) -> anyhow::Result<()> {
     let mut patience = Duration::ZERO;
-    if let Some(mut steering) = steering {
+    // It stays until the workers are done: what they let in takes its way by its programs.
+    if let Some(steering) = &mut steering {
         steering.stop()?;
         if config.capture.tcp {
             patience = HANDSHAKES.min(config.timeouts.drain);

@@ -18,7 +18,7 @@ use clap::{ArgAction, Args, Parser, Subcommand};
 use clap_complete::Shell;
 use ipnet::IpNet;
 
-use crate::config::{AccessLog, Attach, Fail, Kernel, Mark, SourceMode, Steer};
+use crate::config::{AccessLog, Attach, Fail, Handshake, Kernel, Mark, SourceMode, Steer};
 
 /// Pin directory, routing table and so on, where the user names none.
 pub mod default {
@@ -230,6 +230,16 @@ pub struct SteeringArgs {
           value_parser = PossibleValuesParser::new(["auto", "tcx", "clsact"])
               .map(|how| match how.as_str() { "tcx" => Attach::Tcx, "clsact" => Attach::Clsact, _ => Attach::Auto }))]
     pub attach: Attach,
+    /// When a client's TCP handshake is completed: eager, at once; faithful, once the server has answered
+    ///
+    /// With faithful a server that refuses, cannot be reached or does not answer looks
+    /// so to the client, and one that is slow looks slow. It makes each connection
+    /// cost a little more, and the server be connected to before the client has
+    /// shown that its address is its own (Linux 5.8, and a tun device).
+    #[arg(long, value_name = "WHEN", default_value = "eager",
+          value_parser = PossibleValuesParser::new(["eager", "faithful"])
+              .map(|when| if when == "eager" { Handshake::Eager } else { Handshake::Faithful }))]
+    pub handshake: Handshake,
     /// Port of the listeners
     ///
     /// With --steer ebpf nobody connects to it: packets are handed over whatever their port is.

@@ -38,6 +38,16 @@ pub enum SourceMode {
     Proxy,
 }
 
+/// When a client's TCP handshake is completed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Handshake {
+    /// At once.
+    Eager,
+    /// Once upstream has answered.
+    Faithful,
+}
+
 /// What happens to matching new flows while no proxy is there to take them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fail {
@@ -93,6 +103,8 @@ pub struct Capture {
 pub struct Steering {
     /// By whom.
     pub by: Steer,
+    /// When TCP handshakes are completed; eager where no TCP is captured.
+    pub handshake: Handshake,
     /// Attachment of the programs.
     pub attach: Attach,
     /// Mark of steered packets.

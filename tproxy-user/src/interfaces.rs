@@ -10,6 +10,7 @@ use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteType};
 
 use crate::netlink::{self, Error, collect, family};
+use crate::tun;
 
 /// Index of the loopback device, the same in every network namespace
 /// (`LOOPBACK_IFINDEX` in include/net/flow.h).
@@ -49,6 +50,14 @@ pub struct Host {
     pub local: Vec<IpNet>,
     /// IPv6 is there and enabled on the loopback device.
     pub ipv6: bool,
+}
+
+impl Interface {
+    /// A device that an instance of this program made for itself.
+    #[must_use]
+    pub fn is_made_by_tproxy(&self) -> bool {
+        self.kind == tun::KIND && self.name.starts_with(tun::PREFIX)
+    }
 }
 
 impl Host {

@@ -30,6 +30,7 @@ pub mod status;
 pub mod steering;
 pub mod sysctl;
 pub mod telemetry;
+pub mod tun;
 pub mod undo;
 pub mod upstream;
 pub mod worker;

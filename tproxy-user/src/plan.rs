@@ -9,7 +9,7 @@ use std::net::SocketAddr;
 use tproxy_common::abi::LpmKey;
 
 use crate::cli::is_glob;
-use crate::config::{Config, Mark, SourceMode, Steer};
+use crate::config::{Config, Handshake, Mark, SourceMode, Steer};
 use crate::failure::Failure;
 use crate::interfaces::{Host, Interface};
 use crate::sysctl;
@@ -123,6 +123,8 @@ pub struct Plan {
     pub ipv6: bool,
     /// Interfaces that get programs, by index.
     pub interfaces: Vec<PlannedInterface>,
+    /// When TCP handshakes are completed.
+    pub handshake: Handshake,
     /// Routing rules.
     pub rules: Vec<Rule>,
     /// Local routes.
@@ -171,6 +173,7 @@ impl Plan {
             ipv4,
             ipv6,
             interfaces: Vec::new(),
+            handshake: config.steering.handshake,
             rules: Vec::new(),
             routes: Vec::new(),
             sysctls: Vec::new(),
@@ -288,7 +291,10 @@ fn captured<'a>(name: &str, host: &'a Host) -> Result<Vec<&'a Interface>, Failur
             Failure::usage(format_args!("--iface '{name}': expected a glob such as 'wg*': {error}"))
         })?;
         let matches = |interface: &&Interface| {
-            pattern.matches(&interface.name) && !interface.loopback && host.bridge_of(interface).is_none()
+            pattern.matches(&interface.name)
+                && !interface.loopback
+                && !interface.is_made_by_tproxy()
+                && host.bridge_of(interface).is_none()
         };
         return Ok(host.interfaces.iter().filter(matches).collect());
     }
@@ -303,6 +309,11 @@ fn refuse(name: &str, host: &Host) -> Option<String> {
             "--iface {name}: a loopback device cannot be captured; for what this host itself sends there is --own-traffic"
         ));
     }
+    if interface.is_made_by_tproxy() {
+        return Some(format!(
+            "--iface {name}: a tproxy-user made this device for its own use (--handshake faithful)"
+        ));
+    }
     let bridge = host.bridge_of(interface)?;
     Some(format!(
         "--iface {name}: it is a port of the {} {}, which is where its packets are routed; name that: --iface {}",
@@ -314,6 +325,7 @@ fn refuse(name: &str, host: &Host) -> Option<String> {
 fn faces_upstream(interface: &Interface, host: &Host) -> bool {
     interface.up
         && !interface.loopback
+        && !interface.is_made_by_tproxy()
         // Packets pass through the slaves of a VRF, which count by themselves.
         && interface.kind != "vrf"
         && host.bridge_of(interface).is_none()

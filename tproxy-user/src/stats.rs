@@ -135,6 +135,18 @@ stats! {
         connect_other,
         /// Connects given up because the client had gone.
         connect_abandoned,
+        /// Faithful handshakes answered with a reset.
+        handshake_reset,
+        /// Faithful handshakes answered with an ICMP error.
+        handshake_unreachable,
+        /// Faithful handshakes that got no answer because the destination gave none, or descriptors were used up.
+        handshake_silent,
+        /// SYNs dropped because too many handshakes waited for their destinations, or `max-connections` was reached.
+        handshake_full,
+        /// SYNs and answers to SYNs that could not be sent.
+        handshake_lost,
+        /// Connections whose client completed its handshake so late that upstream had to be connected anew.
+        handshake_late,
         /// Connections and UDP flows whose preferred source port was taken, so that another was used.
         source_port_fallbacks,
         /// Connections and datagrams refused because their destination was the proxy's own listener.

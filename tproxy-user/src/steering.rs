@@ -14,7 +14,7 @@ use tokio::io::unix::AsyncFd;
 use tproxy_common::abi::{ABI_VERSION, ListenerKind, MAX_WORKERS, Settings, listener_index, map};
 
 use crate::clsact;
-use crate::config::{Attach, Config, Fail, SourceMode};
+use crate::config::{Attach, Config, Fail, Handshake, SourceMode};
 use crate::datapath::attach::Hook;
 use crate::datapath::bpffs;
 use crate::datapath::features::Features;
@@ -28,6 +28,7 @@ use crate::plan::{Plan, PlannedInterface, Role};
 use crate::privilege;
 use crate::routing;
 use crate::stats::Stats;
+use crate::tun::Tun;
 use crate::undo;
 use upkeep::Upkeep;
 
@@ -67,6 +68,7 @@ impl Steering {
         config: &Config,
         plan: &Plan,
         listeners: &[WorkerListeners],
+        tun: Option<&Tun>,
         handle: &Handle,
         instance: &mut Instance,
         stats: &Arc<Stats>,
@@ -83,7 +85,7 @@ impl Steering {
         }
         instance.claim_routing(table, mark)?;
         bpffs::set_aside(&config.pin)?;
-        let settings = settings(config, plan, features, listeners);
+        let settings = settings(config, plan, features, listeners, tun);
         let mut datapath = Datapath::load(
             &settings,
             features,
@@ -99,14 +101,19 @@ impl Steering {
                 datapath.set_listener(listener.kind, worker, &listener.fd)?;
             }
         }
-        Ok(Self {
+        let mut steering = Self {
             config: config.clone(),
             plan: plan.clone(),
             datapath,
             handle: handle.clone(),
             attached: BTreeMap::new(),
             upkeep: Upkeep::new(Arc::clone(stats)),
-        })
+        };
+        if let Some(tun) = tun {
+            let hook = steering.hook();
+            steering.datapath.attach_handshakes(tun, hook)?;
+        }
+        Ok(steering)
     }
 
     /// Rules, routes and settings, then the programs: packets come from here on.
@@ -275,6 +282,9 @@ fn check(config: &Config, features: Features) -> Result<(), Failure> {
     if config.steering.attach == Attach::Tcx && !features.tcx() {
         return Err(Failure::unsupported("--attach tcx needs Linux 6.6; leave it out to attach by clsact"));
     }
+    if config.steering.handshake == Handshake::Faithful && !features.faithful_handshakes() {
+        return Err(Failure::unsupported("--handshake faithful needs Linux 5.8"));
+    }
     if config.steering.bpf_log && !features.ring_buffer() {
         return Err(Failure::unsupported("--bpf-log needs the ring buffer of Linux 5.8"));
     }
@@ -282,7 +292,13 @@ fn check(config: &Config, features: Features) -> Result<(), Failure> {
 }
 
 /// The constants of the programs.
-fn settings(config: &Config, plan: &Plan, features: Features, listeners: &[WorkerListeners]) -> Settings {
+fn settings(
+    config: &Config,
+    plan: &Plan,
+    features: Features,
+    listeners: &[WorkerListeners],
+    tun: Option<&Tun>,
+) -> Settings {
     let capture = &config.capture;
     let steering = &config.steering;
     let mut settings = Settings {
@@ -292,6 +308,7 @@ fn settings(config: &Config, plan: &Plan, features: Features, listeners: &[Worke
         own_mark: steering.own_mark,
         workers: config.workers.min(MAX_WORKERS),
         lo_ifindex: interfaces::LOOPBACK_INDEX,
+        handshake_ifindex: tun.map_or(0, |tun| tun.index),
         listen_v4: steering.on_ip4.octets(),
         listen_v6: steering.on_ip6.octets(),
         tcp: capture.tcp.into(),

@@ -14,7 +14,8 @@ use tokio::task::{LocalSet, spawn_local};
 use crate::failure::Failure;
 use crate::listener::{Bound, WorkerListeners};
 use crate::relay::raw::ReplySender;
-use crate::relay::{self, Flows, Shared};
+use crate::relay::refusal::RefusalSender;
+use crate::relay::{self, Flows, Handshakes, Shared};
 use crate::shutdown::{Phase, Shutdown};
 use crate::sockopt::{self, SocketError};
 
@@ -29,21 +30,29 @@ pub enum WorkerError {
         /// What failed.
         source: io::Error,
     },
-    /// The sockets that send UDP replies.
-    #[error("cannot make the UDP reply sockets of worker {index}")]
-    ReplySockets {
+    /// The raw sockets that send UDP replies and answers to SYNs.
+    #[error("cannot make the raw sockets of worker {index}")]
+    RawSockets {
         /// The worker.
         index: usize,
         /// What failed.
         source: SocketError,
     },
     /// The same, for want of `CAP_NET_RAW`.
-    #[error("cannot make the UDP reply sockets of worker {index}")]
+    #[error("cannot make the raw sockets of worker {index}")]
     Privilege {
         /// The worker.
         index: usize,
         /// [`Failure::Unsupported`].
         source: Failure,
+    },
+    /// The tun device of faithful handshakes: a client would wait for an answer in vain.
+    #[error("worker {index} lost the tun device of --handshake faithful: {source}; start again")]
+    Tun {
+        /// The worker.
+        index: usize,
+        /// What reading it answered.
+        source: io::Error,
     },
     /// The thread panicked. That is a fault of this program.
     #[error("worker {index} panicked; please report it with the lines above")]
@@ -57,7 +66,7 @@ pub enum WorkerError {
 #[derive(Debug)]
 pub struct WorkerHandle {
     index: usize,
-    thread: JoinHandle<()>,
+    thread: JoinHandle<Result<(), WorkerError>>,
     over: oneshot::Receiver<()>,
 }
 
@@ -65,13 +74,13 @@ impl WorkerHandle {
     /// Waits until the worker is done: everything it had has ended.
     ///
     /// # Errors
-    /// [`WorkerError::Panicked`].
+    /// [`WorkerError::Panicked`], [`WorkerError::Tun`].
     pub async fn finished(self) -> Result<(), WorkerError> {
         // The sender is dropped, never used, when the thread ends in whatever way.
         if self.over.await.is_ok() {
             tracing::trace!("worker {} said good-bye", self.index);
         }
-        self.thread.join().map_err(|_| WorkerError::Panicked { index: self.index })
+        self.thread.join().unwrap_or(Err(WorkerError::Panicked { index: self.index }))
     }
 }
 
@@ -82,62 +91,79 @@ struct Parts {
     tcp: Vec<AsyncFd<OwnedFd>>,
     udp: Vec<AsyncFd<OwnedFd>>,
     replies: ReplySender,
+    /// SYNs, and what answers those that are not let in.
+    handshakes: Option<(AsyncFd<OwnedFd>, RefusalSender)>,
 }
 
 /// Starts the worker `index` (below the number of workers that `shared` knows).
 ///
 /// It relays until `shutdown` drains and then stops it. The thread stays in the
-/// network namespace of the caller.
+/// network namespace of the caller. With `syns`, a queue of the tun device, its
+/// handshakes are faithful.
 ///
 /// # Errors
 /// [`WorkerError`].
 pub fn spawn(
     index: usize,
     listeners: WorkerListeners,
+    syns: Option<OwnedFd>,
     shared: &Arc<Shared>,
     shutdown: Shutdown,
 ) -> Result<WorkerHandle, WorkerError> {
-    let parts = prepare(index, listeners, shared)?;
+    let parts = prepare(index, listeners, syns, shared)?;
     let shared = Arc::clone(shared);
     let (alive, over) = oneshot::channel();
     let thread = std::thread::Builder::new()
         .name(format!("tproxy-{index}"))
         .spawn(move || {
             let _alive = alive;
-            run(index, parts, shared, shutdown);
+            run(index, parts, shared, shutdown)
         })
         .map_err(|source| WorkerError::Start { index, source })?;
     Ok(WorkerHandle { index, thread, over })
 }
 
-fn prepare(index: usize, listeners: WorkerListeners, shared: &Shared) -> Result<Parts, WorkerError> {
+fn prepare(
+    index: usize,
+    listeners: WorkerListeners,
+    syns: Option<OwnedFd>,
+    shared: &Shared,
+) -> Result<Parts, WorkerError> {
     let start = |source| WorkerError::Start { index, source };
+    let explain = |source: SocketError| match source.errno() {
+        Some(libc::EPERM | libc::EACCES) => {
+            let source = Failure::unsupported(format_args!("{source}: CAP_NET_RAW is needed; run as root"));
+            WorkerError::Privilege { index, source }
+        }
+        _ => WorkerError::RawSockets { index, source },
+    };
     let replies = ReplySender::new(listeners.udp4.is_some(), listeners.udp6.is_some(), shared.mark())
-        .map_err(|source| match source.errno() {
-            Some(libc::EPERM | libc::EACCES) => {
-                let source =
-                    Failure::unsupported(format_args!("{source}: CAP_NET_RAW is needed; run as root"));
-                WorkerError::Privilege { index, source }
-            }
-            _ => WorkerError::ReplySockets { index, source },
-        })?;
+        .map_err(explain)?;
+    let (v4, v6) = (listeners.tcp4.is_some(), listeners.tcp6.is_some());
+    let refusals = syns.is_some().then(|| RefusalSender::new(v4, v6, shared.mark())).transpose();
+    let refusals = refusals.map_err(explain)?;
     let runtime = Builder::new_current_thread().enable_all().build().map_err(start)?;
     let context = runtime.enter();
     let tcp = watched([listeners.tcp4, listeners.tcp6]).map_err(start)?;
     let udp = watched([listeners.udp4, listeners.udp6]).map_err(start)?;
+    let syns = syns.map(sockopt::watch).transpose().map_err(start)?;
     drop(context);
-    Ok(Parts { runtime, tcp, udp, replies })
+    Ok(Parts { runtime, tcp, udp, replies, handshakes: syns.zip(refusals) })
 }
 
 fn watched<T: Into<OwnedFd>>(listeners: [Option<Bound<T>>; 2]) -> io::Result<Vec<AsyncFd<OwnedFd>>> {
     listeners.into_iter().flatten().map(|bound| sockopt::watch(bound.socket.into())).collect()
 }
 
-fn run(index: usize, parts: Parts, shared: Arc<Shared>, mut shutdown: Shutdown) {
-    let Parts { runtime, tcp, udp, replies } = parts;
+fn run(index: usize, parts: Parts, shared: Arc<Shared>, mut shutdown: Shutdown) -> Result<(), WorkerError> {
+    let Parts { runtime, tcp, udp, replies, handshakes } = parts;
     let tasks = LocalSet::new();
-    tasks.block_on(&runtime, async {
-        let worker = relay::Worker::new(shared, index);
+    let outcome = tasks.block_on(&runtime, async {
+        let worker = relay::Worker::new(
+            shared,
+            index,
+            handshakes.map(|(syns, refusals)| Handshakes::new(syns, refusals)),
+        );
         let flows = Flows::new(&worker, replies);
         let accepting: Vec<_> = tcp
             .into_iter()
@@ -150,7 +176,10 @@ fn run(index: usize, parts: Parts, shared: Arc<Shared>, mut shutdown: Shutdown) 
         for listener in udp {
             spawn_local(relay::udp::listen(Rc::clone(&worker), Rc::clone(&flows), listener));
         }
-        shutdown.reached(Phase::Draining).await;
+        tokio::select! {
+            () = shutdown.reached(Phase::Draining) => {}
+            Err(source) = relay::handshake::listen(&worker) => return Err(WorkerError::Tun { index, source }),
+        }
         worker.drain();
         flows.drain();
         let finished = async {
@@ -160,13 +189,18 @@ fn run(index: usize, parts: Parts, shared: Arc<Shared>, mut shutdown: Shutdown) 
                     tracing::error!(%error, "a listener's task died");
                 }
             }
+            if let Some(handshakes) = &worker.handshakes {
+                handshakes.close();
+            }
             worker.finished().await;
         };
         tokio::select! {
             () = finished => {}
             () = shutdown.reached(Phase::Stopped) => {}
         }
+        Ok(())
     });
     // What is left ends here: its sockets are reset and its records say so.
     drop(tasks);
+    outcome
 }

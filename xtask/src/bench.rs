@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use clap::ValueEnum;
 use serde_json::json;
-use xtask::lab::load::{self, Load, LoadServer};
+use xtask::lab::load::{self, Load, LoadServer, Report, Times};
 use xtask::lab::proxy::Launch;
 use xtask::lab::{Family, Lab, Proxy, reclaim};
 
@@ -33,7 +33,8 @@ pub(crate) struct Args {
 /// A comparison.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Case {
-    /// New connections a second: steered by eBPF, and by iptables TPROXY with the same relay
+    /// New connections a second, and how long one takes: steered by eBPF, with eager and
+    /// faithful handshakes, and by iptables TPROXY with the same relay
     Steering,
 }
 
@@ -42,16 +43,18 @@ enum Case {
 enum Steered {
     Direct,
     Ebpf,
+    Faithful,
     Iptables,
 }
 
 impl Steered {
-    const ALL: [Self; 3] = [Self::Direct, Self::Ebpf, Self::Iptables];
+    const ALL: [Self; 4] = [Self::Direct, Self::Ebpf, Self::Faithful, Self::Iptables];
 
     const fn name(self) -> &'static str {
         match self {
             Self::Direct => "no proxy (plain forwarding)",
             Self::Ebpf => "tproxy-user, its eBPF programs",
+            Self::Faithful => "the same, --handshake faithful",
             Self::Iptables => "tproxy-user, iptables TPROXY",
         }
     }
@@ -60,6 +63,7 @@ impl Steered {
         match self {
             Self::Direct => "direct",
             Self::Ebpf => "ebpf",
+            Self::Faithful => "faithful",
             Self::Iptables => "iptables",
         }
     }
@@ -69,6 +73,9 @@ impl Steered {
 struct Candidate {
     steered: Steered,
     rates: Vec<f64>,
+    /// Microseconds until one is connected, and until it has its response: medians of the rounds.
+    connected: Vec<f64>,
+    answered: Vec<f64>,
     _proxy: Option<Proxy>,
     server: LoadServer,
     // Dropped last.
@@ -81,6 +88,9 @@ const PORT: u16 = 9000;
 const TARGETS: u16 = 64;
 
 const CONCURRENCY: usize = 64;
+
+/// Connections one after the other, for the times that one takes.
+const ALONE: u64 = 500;
 
 /// Runs the task.
 pub(crate) fn run(args: &Args) -> Result<()> {
@@ -97,16 +107,16 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 fn steering(args: &Args, binary: &Path) -> Result<()> {
     println!(
         "New TCP connections a second: connect, 64 bytes each way, close; {CONCURRENCY} at a time,\n\
-         {} rounds of {} s, the candidates in turn.",
+         {} rounds of {} s, the candidates in turn. Then {ALONE}, one after the other, for the time that one takes.",
         args.rounds, args.seconds
     );
     let mut candidates =
         Steered::ALL.iter().map(|steered| prepare(*steered, binary)).collect::<Result<Vec<_>>>()?;
     for round in 1..=args.rounds {
         for candidate in &mut candidates {
-            let rate = measure(&candidate.lab, Duration::from_secs(args.seconds))
+            candidate
+                .measure(Duration::from_secs(args.seconds))
                 .with_context(|| format!("round {round}, {}", candidate.steered.name()))?;
-            candidate.rates.push(rate);
         }
         let rates: Vec<String> = candidates
             .iter()
@@ -138,13 +148,15 @@ fn prepare(steered: Steered, binary: &Path) -> Result<Candidate> {
     let flags = match steered {
         Steered::Direct => None,
         Steered::Ebpf => Some("--iface lan -4 --proto tcp"),
+        Steered::Faithful => Some("--iface lan -4 --proto tcp --handshake faithful"),
         Steered::Iptables => Some("--steer none -4 --proto tcp"),
     };
     if steered == Steered::Iptables {
         iptables(&lab)?;
     }
     let proxy = flags.map(|flags| Launch::new(&lab, flags).binary(binary).start()).transpose()?;
-    Ok(Candidate { steered, rates: Vec::new(), _proxy: proxy, server, lab })
+    let (rates, connected, answered) = (Vec::new(), Vec::new(), Vec::new());
+    Ok(Candidate { steered, rates, connected, answered, _proxy: proxy, server, lab })
 }
 
 /// What Documentation/networking/tproxy.rst of the kernel tells to set up.
@@ -163,12 +175,29 @@ fn iptables(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
-fn measure(lab: &Lab, duration: Duration) -> Result<f64> {
-    let targets = (1..=TARGETS).map(|n| SocketAddr::new(Family::V4.anywhere(n), PORT)).collect();
-    let load = Load { targets, concurrency: CONCURRENCY, connections: u64::MAX, duration, reset: false };
-    let report = load.run(&lab.client, &AtomicBool::new(false))?;
-    report.expect_all(report.completed)?;
-    Ok(report.rate())
+impl Candidate {
+    /// One round.
+    fn measure(&mut self, duration: Duration) -> Result<()> {
+        let targets = (1..=TARGETS).map(|n| SocketAddr::new(Family::V4.anywhere(n), PORT)).collect();
+        let mut load =
+            Load { targets, concurrency: CONCURRENCY, connections: u64::MAX, duration, reset: false };
+        self.rates.push(self.run(&load)?.rate());
+        (load.concurrency, load.connections) = (1, ALONE);
+        let times = self.run(&load)?.times;
+        let median = |of: fn(&Times) -> Duration| {
+            let micros: Vec<f64> = times.iter().map(|times| of(times).as_secs_f64() * 1e6).collect();
+            spread(&micros).0
+        };
+        self.connected.push(median(|times| times.connected));
+        self.answered.push(median(|times| times.answered));
+        Ok(())
+    }
+
+    fn run(&self, load: &Load) -> Result<Report> {
+        let report = load.run(&self.lab.client, &AtomicBool::new(false))?;
+        report.expect_all(report.completed)?;
+        Ok(report)
+    }
 }
 
 /// Median and extremes.
@@ -199,7 +228,13 @@ fn report(args: &Args, candidates: &[Candidate]) -> Result<()> {
         results.push(json!({
             "candidate": candidate.steered.key(), "rounds": candidate.rates,
             "median": median, "least": least, "most": most, "ratio_to_iptables": ratio,
+            "connected_us": candidate.connected, "answered_us": candidate.answered,
         }));
+    }
+    println!("\n{:<32} {:>10} {:>10}", "one alone, µs (median)", "connected", "answered");
+    for candidate in candidates {
+        let (connected, answered) = (spread(&candidate.connected).0, spread(&candidate.answered).0);
+        println!("{:<32} {connected:>10.0} {answered:>10.0}", candidate.steered.name());
     }
     let path = workspace::target().join("bench/steering.json");
     fs::create_dir_all(workspace::target().join("bench"))?;

@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use tproxy_common::abi::{DEFAULT_MAX_FLOWS, MAX_WORKERS};
 
 use super::RunArgs;
-use crate::config::{Capture, Config, Limits, Steer, Steering, Timeouts};
+use crate::config::{Capture, Config, Handshake, Limits, Steer, Steering, Timeouts};
 use crate::failure::Failure;
 
 /// Builds the configuration of `run` and `check`.
@@ -24,14 +24,20 @@ pub fn config(args: &RunArgs) -> Result<Config, Failure> {
             "--iface and --own-traffic say what to capture, but with --steer none rules of yours do that",
         ));
     }
+    if steering.steer == Steer::None && steering.handshake == Handshake::Faithful {
+        return Err(Failure::usage(
+            "--handshake faithful is done by the eBPF programs, but with --steer none rules of yours steer: leave out one of the two",
+        ));
+    }
     check_marks(args)?;
     let (on_ip4, on_ip6) = listen_addresses(&steering.on_ip, steering.steer)?;
     // Neither flag and both mean the same: both families.
     let (v4, v6) = (capture.v4 || !capture.v6, capture.v6 || !capture.v4);
+    let tcp = capture.proto.iter().any(|proto| proto == "tcp");
     Ok(Config {
         capture: Capture {
             interfaces: capture.interfaces.clone(),
-            tcp: capture.proto.iter().any(|proto| proto == "tcp"),
+            tcp,
             udp: capture.proto.iter().any(|proto| proto == "udp"),
             v4,
             v6,
@@ -45,6 +51,7 @@ pub fn config(args: &RunArgs) -> Result<Config, Failure> {
         },
         steering: Steering {
             by: steering.steer,
+            handshake: if tcp { steering.handshake } else { Handshake::Eager },
             attach: steering.attach,
             mark: steering.tproxy_mark,
             own_mark: steering.own_mark,
@@ -148,6 +155,15 @@ mod tests {
         assert_eq!(config.limits.flow_table, DEFAULT_MAX_FLOWS);
         assert!((1..=MAX_WORKERS).contains(&config.workers));
         assert_eq!(config.pin.to_string_lossy(), "/sys/fs/bpf/tproxy");
+    }
+
+    #[test]
+    fn faithful_handshakes_need_tcp_and_the_programs() {
+        let handshake = |flags| resolve(flags).map(|config| config.steering.handshake);
+        assert_eq!(handshake("--iface eth0"), Ok(Handshake::Eager));
+        assert_eq!(handshake("--iface eth0 --handshake faithful"), Ok(Handshake::Faithful));
+        assert_eq!(handshake("--iface eth0 --handshake faithful --proto udp"), Ok(Handshake::Eager));
+        assert!(handshake("--steer none --handshake faithful").is_err());
     }
 
     #[test]

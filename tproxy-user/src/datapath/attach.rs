@@ -17,9 +17,10 @@ use tproxy_common::abi::program;
 use crate::clsact::Filter;
 use crate::instance::state::FilterMade;
 use crate::plan::Role;
+use crate::tun::Tun;
 
 use super::bpffs;
-use super::load::{Datapath, LoadError, lookup_program, tc_program};
+use super::load::{Datapath, LoadError, lookup_program, queue_program, tc_program};
 use super::query::{self, Place};
 
 /// The kernel hook.
@@ -204,6 +205,34 @@ impl Datapath {
             }
         }
         Err("every priority is taken by another filter".into())
+    }
+
+    /// Attaches the programs of faithful handshakes to their device. They go with
+    /// it, and it with this process: nothing is pinned and nothing to be undone.
+    ///
+    /// # Errors
+    ///
+    /// [`AttachError`].
+    pub fn attach_handshakes(&mut self, tun: &Tun, hook: Hook) -> Result<(), AttachError> {
+        let attach = |ebpf: &mut aya::Ebpf| -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+            tun.choose_queue_by(queue_program(ebpf)?.fd()?.as_fd())?;
+            let options = match hook {
+                Hook::Tcx => TcAttachOptions::TcxOrder(LinkOrder::default()),
+                Hook::Clsact => {
+                    add_clsact(&tun.name)?;
+                    TcAttachOptions::Netlink(NlOptions::default())
+                }
+            };
+            let program = tc_program(ebpf, program::ADMIT)?;
+            program.attach_with_options(&tun.name, TcAttachType::Ingress, options)?;
+            Ok(())
+        };
+        attach(&mut self.ebpf).map_err(|source| AttachError::Attach {
+            program: program::ADMIT,
+            interface: tun.name.clone(),
+            hook,
+            source,
+        })
     }
 
     /// Attaches the `sk_lookup` program to this process's network namespace (5.9).

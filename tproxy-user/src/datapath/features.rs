@@ -7,6 +7,8 @@ use crate::failure::Failure;
 const STEERING: Kernel = Kernel { major: 5, minor: 7 };
 /// Socket maps can be read from TC programs.
 const LISTENERS_FROM_TC: Kernel = Kernel { major: 5, minor: 8 };
+/// TC programs can add a link-layer header (`bpf_skb_change_head`).
+const FAITHFUL_HANDSHAKES: Kernel = Kernel { major: 5, minor: 8 };
 /// The ring buffer.
 const RING_BUFFER: Kernel = Kernel { major: 5, minor: 8 };
 /// `sk_lookup` programs.
@@ -52,6 +54,13 @@ impl Features {
         self.0 >= LISTENERS_FROM_TC
     }
 
+    /// TC programs can hand a packet from a device without a link-layer header to
+    /// one that has it (5.8), as `--handshake faithful` needs.
+    #[must_use]
+    pub fn faithful_handshakes(self) -> bool {
+        self.0 >= FAITHFUL_HANDSHAKES
+    }
+
     /// The ring buffer (5.8), which the debugging build of the object logs by.
     #[must_use]
     pub fn ring_buffer(self) -> bool {
@@ -71,6 +80,7 @@ mod tests {
     fn features_come_with_their_versions() {
         assert!(of(5, 6).is_err());
         let oldest = of(5, 7).expect("the floor");
+        assert!(!oldest.faithful_handshakes());
         assert!(!oldest.listeners_from_tc() && !oldest.ring_buffer() && !oldest.sk_lookup() && !oldest.tcx());
         assert!(of(5, 10).expect("newer").sk_lookup());
         assert!(!of(6, 5).expect("newer").tcx());

@@ -4,7 +4,7 @@ use std::os::fd::AsRawFd;
 use std::path::Path;
 
 use aya::maps::SockMap;
-use aya::programs::{ProgramError, SchedClassifier, SkLookup};
+use aya::programs::{ProgramError, SchedClassifier, SkLookup, SocketFilter};
 use aya::{Ebpf, EbpfLoader, include_bytes_aligned};
 use aya_log::EbpfLogger;
 use tproxy_common::abi::{ListenerKind, Settings, listener_index, map, program};
@@ -55,8 +55,15 @@ pub struct Datapath {
 }
 
 /// All TC programs.
-const TC_PROGRAMS: [&str; 6] =
-    [program::CAPTURE, program::UPLINK, program::NAT, program::REPLY, program::OWN, program::LOOPBACK];
+const TC_PROGRAMS: [&str; 7] = [
+    program::CAPTURE,
+    program::UPLINK,
+    program::NAT,
+    program::REPLY,
+    program::OWN,
+    program::LOOPBACK,
+    program::ADMIT,
+];
 
 impl Datapath {
     /// Loads the programs that the settings need and pins the maps below `pin`.
@@ -74,10 +81,18 @@ impl Datapath {
         bpffs::create(pin)?;
         let mut ebpf = loader(settings, max_flows, Some(pin)).load(if log { OBJECT_LOG } else { OBJECT })?;
         for name in TC_PROGRAMS {
-            let needed = settings.own_traffic == 1 || !matches!(name, program::OWN | program::LOOPBACK);
+            let needed = match name {
+                program::OWN | program::LOOPBACK => settings.own_traffic == 1,
+                program::ADMIT => settings.handshake_ifindex != 0,
+                _ => true,
+            };
             if needed {
                 tc_program(&mut ebpf, name)?.load().map_err(|source| LoadError::Program { name, source })?;
             }
+        }
+        if settings.handshake_ifindex != 0 {
+            let name = program::QUEUE;
+            queue_program(&mut ebpf)?.load().map_err(|source| LoadError::Program { name, source })?;
         }
         if features.sk_lookup() {
             let name = program::LOOKUP;
@@ -170,6 +185,14 @@ pub(super) fn tc_program<'a>(
     ebpf: &'a mut Ebpf,
     name: &'static str,
 ) -> Result<&'a mut SchedClassifier, LoadError> {
+    ebpf.program_mut(name)
+        .ok_or(LoadError::Missing(name))?
+        .try_into()
+        .map_err(|source| LoadError::Program { name, source })
+}
+
+pub(super) fn queue_program(ebpf: &mut Ebpf) -> Result<&mut SocketFilter, LoadError> {
+    let name = program::QUEUE;
     ebpf.program_mut(name)
         .ok_or(LoadError::Missing(name))?
         .try_into()

@@ -5,6 +5,9 @@ use std::fmt;
 use serde_json::{Value, json};
 use tproxy_common::abi::LpmKey;
 
+use crate::config::Handshake;
+use crate::tun;
+
 use super::{LocalRoute, Plan, PlannedSocket, PortSet, Role, Rule, Sysctl, prefixes};
 
 impl fmt::Display for Rule {
@@ -78,6 +81,15 @@ impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let interfaces = self.interfaces.iter();
         section(f, "Interfaces", interfaces.map(|i| format!("{} (index {}): {}", i.name, i.index, i.role)))?;
+        let handshakes = match self.handshake {
+            Handshake::Eager => "eager: completed at once".to_owned(),
+            Handshake::Faithful => format!(
+                "faithful: completed once the server has answered; by a tun device {}N with {} queues",
+                tun::PREFIX,
+                self.workers
+            ),
+        };
+        section(f, "TCP handshakes", [handshakes])?;
         section(f, "Rules", self.rules.iter().map(Rule::to_string))?;
         section(f, "Routes", self.routes.iter().map(LocalRoute::to_string))?;
         section(f, "Settings", self.sysctls.iter().map(Sysctl::to_string))?;
@@ -102,6 +114,7 @@ impl Plan {
         };
         json!({
             "interfaces": self.interfaces,
+            "handshake": self.handshake,
             "rules": self.rules.iter().map(|rule| json!({
                 "family": if rule.v6 { "ipv6" } else { "ipv4" },
                 "iif": rule.iif,

@@ -40,6 +40,17 @@ fn roles(plan: &Plan) -> Vec<(&str, Role)> {
 }
 
 #[test]
+fn devices_of_its_own_are_neither_clients_nor_servers() {
+    let mut host = host();
+    host.interfaces.push(Interface { kind: "tun".to_owned(), routed: true, ..interface(11, "tproxy0") });
+    let plan = Plan::new(&config("--iface t*"), &host).expect("plan");
+    assert!(roles(&plan).contains(&("tun0", Role::Capture)));
+    assert!(roles(&plan).iter().all(|(name, _)| *name != "tproxy0"), "{:?}", roles(&plan));
+    let named = Plan::new(&config("--iface tproxy0"), &host).expect("plan");
+    assert_eq!(named.require_interfaces(&host).expect_err("refused").exit_code(), 2);
+}
+
+#[test]
 fn uplinks_are_found() {
     let plan = Plan::new(&config("--iface br0"), &host()).expect("plan");
     assert_eq!(

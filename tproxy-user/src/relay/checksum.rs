@@ -1,4 +1,4 @@
-//! The Internet checksum (RFC 1071) of a UDP datagram over IPv4 or IPv6.
+//! The Internet checksum (RFC 1071), with the pseudo-headers of IPv4 and IPv6.
 
 use std::net::IpAddr;
 
@@ -6,7 +6,7 @@ use std::net::IpAddr;
 pub(crate) const HEADER: usize = 8;
 
 /// UDP's protocol number.
-const PROTOCOL: u64 = 17;
+const UDP: u8 = 17;
 
 /// The header of a datagram from `source` to `destination`, with its checksum.
 /// None: the payload is too long, or the families differ.
@@ -17,19 +17,11 @@ pub(crate) fn udp_header(
     payload: &[u8],
 ) -> Option<[u8; HEADER]> {
     let length = u16::try_from(HEADER + payload.len()).ok()?;
-    let addresses = match (source, destination) {
-        (IpAddr::V4(source), IpAddr::V4(destination)) => sum(&source.octets()) + sum(&destination.octets()),
-        (IpAddr::V6(source), IpAddr::V6(destination)) => sum(&source.octets()) + sum(&destination.octets()),
-        _ => return None,
-    };
     let mut header = [0; HEADER];
     header[0..2].copy_from_slice(&source_port.to_be_bytes());
     header[2..4].copy_from_slice(&destination_port.to_be_bytes());
     header[4..6].copy_from_slice(&length.to_be_bytes());
-    // The pseudo-headers of RFC 768 and RFC 8200 differ in field widths only; their sums are
-    // alike: addresses, protocol, length.
-    let pseudo = addresses + PROTOCOL + u64::from(length);
-    let checksum = match !fold(pseudo + sum(&header) + sum(payload)) {
+    let checksum = match transport(UDP, source, destination, &header, payload)? {
         // Zero would mean "no checksum" (RFC 768), which IPv6 forbids.
         0 => 0xffff,
         checksum => checksum,
@@ -38,16 +30,45 @@ pub(crate) fn udp_header(
     Some(header)
 }
 
+/// The checksum of a segment with `header`, an even number of bytes of which
+/// those of the checksum are zero. None: it is too long, or the families differ.
+#[must_use]
+pub(crate) fn transport(
+    protocol: u8,
+    source: IpAddr,
+    destination: IpAddr,
+    header: &[u8],
+    payload: &[u8],
+) -> Option<u16> {
+    let length = u16::try_from(header.len() + payload.len()).ok()?;
+    let addresses = match (source, destination) {
+        (IpAddr::V4(source), IpAddr::V4(destination)) => sum(&source.octets()) + sum(&destination.octets()),
+        (IpAddr::V6(source), IpAddr::V6(destination)) => sum(&source.octets()) + sum(&destination.octets()),
+        _ => return None,
+    };
+    // The pseudo-headers of IPv4 and IPv6 (RFC 9293, section 3.1; RFC 8200) differ in field
+    // widths only; their sums are alike: addresses, protocol, length.
+    let pseudo = addresses + u64::from(protocol) + u64::from(length);
+    Some(!fold(pseudo + sum(header) + sum(payload)))
+}
+
+/// The checksum of a message that has no pseudo-header, such as ICMP's. Over one
+/// that has its checksum already it is 0.
+#[must_use]
+pub(crate) fn internet(message: &[u8]) -> u16 {
+    !fold(sum(message))
+}
+
 /// The sum of all 16-bit words in network byte order, an odd last byte padded
 /// with zero. It cannot overflow: a datagram has less than 2^15 words.
-pub(crate) fn sum(bytes: &[u8]) -> u64 {
+fn sum(bytes: &[u8]) -> u64 {
     let (words, rest) = bytes.as_chunks::<2>();
     let words: u64 = words.iter().map(|word| u64::from(u16::from_be_bytes(*word))).sum();
     words + rest.first().map_or(0, |last| u64::from(*last) << 8)
 }
 
 /// The one's complement sum in 16 bits.
-pub(crate) fn fold(mut sum: u64) -> u16 {
+fn fold(mut sum: u64) -> u16 {
     loop {
         match u16::try_from(sum) {
             Ok(folded) => return folded,

@@ -1,11 +1,11 @@
 //! ICMP errors for clients: what plain forwarding would have shown them about
-//! a datagram that the relay could not bring to its destination.
+//! a packet that the relay could not bring to its destination.
 
 use std::cell::Cell;
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use super::checksum::{fold, sum, udp_header};
+use super::checksum::{internet, udp_header};
 use super::errors::IcmpError;
 use crate::addr::{ClientAddr, OrigDst};
 
@@ -41,13 +41,39 @@ impl IcmpError {
         Some(Self { offender: here, kind, code, info: 0 })
     }
 
+    /// What a router says of a destination that `connect(2)` could not reach: as
+    /// [`of_send`](Self::of_send), but that for IPv6 it is a neighbour, or an ICMP
+    /// error about one, that gives `EHOSTUNREACH` (address unreachable, RFC 4443).
+    pub(crate) fn of_connect(errno: i32, here: IpAddr) -> Option<Self> {
+        const ADDRESS_UNREACHABLE: u8 = 3;
+        match (here, errno) {
+            (IpAddr::V6(_), libc::EHOSTUNREACH | libc::EHOSTDOWN) => {
+                Some(Self { offender: here, kind: UNREACHABLE_V6, code: ADDRESS_UNREACHABLE, info: 0 })
+            }
+            (_, libc::EHOSTDOWN) => Self::of_send(libc::EHOSTUNREACH, here),
+            (_, libc::ENETDOWN) => Self::of_send(libc::ENETUNREACH, here),
+            // The output chain.
+            (_, libc::EPERM) => Self::of_send(libc::EACCES, here),
+            _ => Self::of_send(errno, here),
+        }
+    }
+
     /// The ICMP message about a datagram of `client` to `destination`, of whose
     /// payload `quote` is known. Over IPv6 without checksum, which the kernel
     /// puts in. None: the families differ.
     pub(crate) fn message(&self, client: ClientAddr, destination: OrigDst, quote: &[u8]) -> Option<Vec<u8>> {
         let (client, destination) = (client.get(), destination.get());
         let udp = udp_header((client.ip(), client.port()), (destination.ip(), destination.port()), quote)?;
-        let v4 = client.is_ipv4();
+        let mut packet =
+            self.quoted_header(client, destination, u16::try_from(udp.len() + quote.len()).ok()?)?;
+        packet.extend(udp);
+        packet.extend(quote);
+        Some(self.about(&packet, client.is_ipv4()))
+    }
+
+    /// The ICMP message about a packet, of which it has as much as the standards
+    /// allow. Over IPv6 without checksum, which the kernel puts in.
+    pub(crate) fn about(&self, packet: &[u8], v4: bool) -> Vec<u8> {
         let most = if v4 { MAX_V4 - HEADER_V4 } else { MAX_V6 - HEADER_V6 };
         let mut message = vec![self.kind, self.code, 0, 0];
         message.extend(
@@ -60,16 +86,13 @@ impl IcmpError {
             .to_be_bytes(),
         );
         debug_assert_eq!(message.len(), ICMP_HEADER);
-        let total = u16::try_from(udp.len() + quote.len()).ok()?;
-        message.extend(self.quoted_header(client, destination, total)?);
-        message.extend(udp);
-        message.extend(quote);
+        message.extend(packet);
         message.truncate(most);
         if v4 {
-            let checksum = !fold(sum(&message));
+            let checksum = internet(&message);
             message[2..4].copy_from_slice(&checksum.to_be_bytes());
         }
-        Some(message)
+        message
     }
 
     /// The IP header of the client's datagram. What the relay cannot know of it
@@ -89,7 +112,7 @@ impl IcmpError {
                 header.extend([HOPS, UDP, 0, 0]);
                 header.extend(client.octets());
                 header.extend(destination.octets());
-                let checksum = !fold(sum(&header));
+                let checksum = internet(&header);
                 header[10..12].copy_from_slice(&checksum.to_be_bytes());
             }
             (IpAddr::V6(client), IpAddr::V6(destination)) => {

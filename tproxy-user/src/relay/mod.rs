@@ -4,15 +4,19 @@ mod checksum;
 mod copy;
 mod errors;
 mod flow;
+pub(crate) mod handshake;
 mod icmp;
 mod pool;
 pub mod raw;
 mod receive;
 mod record;
+pub(crate) mod refusal;
+mod syn;
 pub(crate) mod tcp;
 pub(crate) mod udp;
 
 pub(crate) use flow::Flows;
+pub(crate) use handshake::Handshakes;
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashSet;
@@ -21,7 +25,7 @@ use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
 use crate::addr::OrigDst;
 use crate::config::{Config, Limits, Timeouts};
@@ -99,6 +103,8 @@ impl Shared {
 pub(crate) struct Worker {
     pub(crate) shared: Arc<Shared>,
     index: usize,
+    /// None: handshakes are completed at once.
+    pub(crate) handshakes: Option<Handshakes>,
     pool: Pool,
     /// For one datagram at a time; never borrowed while a task waits.
     datagram: RefCell<Box<[u8]>>,
@@ -108,10 +114,11 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    pub(crate) fn new(shared: Arc<Shared>, index: usize) -> Rc<Self> {
+    pub(crate) fn new(shared: Arc<Shared>, index: usize, handshakes: Option<Handshakes>) -> Rc<Self> {
         Rc::new(Self {
             shared,
             index,
+            handshakes,
             pool: Pool::default(),
             datagram: RefCell::new(vec![0; receive::BUFFER].into()),
             draining: Cell::new(false),
@@ -121,6 +128,19 @@ impl Worker {
 
     pub(crate) fn stats(&self) -> &WorkerStats {
         self.shared.stats.worker(self.index)
+    }
+
+    /// One of the `max-connections`, where one is free. Says once that none is.
+    fn try_permit(&self) -> Option<OwnedSemaphorePermit> {
+        let shared = &self.shared;
+        let permit = Arc::clone(&shared.connections).try_acquire_owned().ok();
+        let limit = shared.limits.connections;
+        if permit.is_some() && shared.full.clear() {
+            tracing::info!("fewer than {limit} connections are open again");
+        } else if permit.is_none() && shared.full.raise() {
+            tracing::warn!("{limit} connections are open (--max-connections): others wait until one ends");
+        }
+        permit
     }
 
     /// From now on nothing new is taken.

@@ -25,9 +25,9 @@ pub struct ReplySender {
     icmp: Pair,
 }
 
-/// A socket of each family that is asked for.
+/// A raw socket of each family that is asked for.
 #[derive(Debug)]
-struct Pair {
+pub(super) struct Pair {
     v4: Option<OwnedFd>,
     v6: Option<OwnedFd>,
 }
@@ -38,13 +38,7 @@ impl ReplySender {
     /// # Errors
     /// [`SocketError`]: `EPERM` without `CAP_NET_RAW` and `CAP_NET_ADMIN`.
     pub fn new(v4: bool, v6: bool, mark: OwnMark) -> Result<Self, SocketError> {
-        let pair = |protocol4, protocol6| {
-            Ok(Pair {
-                v4: v4.then(|| sockopt::raw_sender(false, protocol4, mark)).transpose()?,
-                v6: v6.then(|| sockopt::raw_sender(true, protocol6, mark)).transpose()?,
-            })
-        };
-        Ok(Self { udp: pair(Protocol::UDP, Protocol::UDP)?, icmp: pair(Protocol::ICMPV4, Protocol::ICMPV6)? })
+        Ok(Self { udp: Pair::new(v4, v6, [Protocol::UDP; 2], mark)?, icmp: Pair::icmp(v4, v6, mark)? })
     }
 
     /// Sends `payload` to `client` as if `server` had. The kernel fragments it where it
@@ -71,7 +65,32 @@ impl ReplySender {
 }
 
 impl Pair {
-    fn send(&self, source: IpAddr, to: SocketAddr, header: &[u8], payload: &[u8]) -> io::Result<()> {
+    /// Sockets of these protocols, that of IPv4 first.
+    pub(super) fn new(
+        v4: bool,
+        v6: bool,
+        protocols: [Protocol; 2],
+        mark: OwnMark,
+    ) -> Result<Self, SocketError> {
+        Ok(Self {
+            v4: v4.then(|| sockopt::raw_sender(false, protocols[0], mark)).transpose()?,
+            v6: v6.then(|| sockopt::raw_sender(true, protocols[1], mark)).transpose()?,
+        })
+    }
+
+    /// Sockets for ICMP.
+    pub(super) fn icmp(v4: bool, v6: bool, mark: OwnMark) -> Result<Self, SocketError> {
+        Self::new(v4, v6, [Protocol::ICMPV4, Protocol::ICMPV6], mark)
+    }
+
+    /// Sends a packet with this transport header and payload from any address.
+    pub(super) fn send(
+        &self,
+        source: IpAddr,
+        to: SocketAddr,
+        header: &[u8],
+        payload: &[u8],
+    ) -> io::Result<()> {
         match source {
             IpAddr::V4(source) => {
                 let info = in_pktinfo {

@@ -39,7 +39,10 @@ pub(crate) async fn listen(worker: Rc<Worker>, listener: AsyncFd<OwnedFd>, end: 
         () = end => {}
     }
     for _ in 0..LAST {
-        let Ok(permit) = Arc::clone(&worker.shared.connections).try_acquire_owned() else { break };
+        let permit = Arc::clone(&worker.shared.connections).try_acquire_owned().ok();
+        if permit.is_none() && worker.handshakes.is_none() {
+            break;
+        }
         let Ok((stream, peer)) = sockopt::accept(listener.get_ref().as_fd()) else { break };
         admit(&worker, stream, peer, permit);
     }
@@ -54,8 +57,14 @@ async fn accept_all(worker: &Rc<Worker>, listener: &AsyncFd<OwnedFd>) {
         };
         let mut more = true;
         for _ in 0..BATCH {
-            // Before accepting: what is over the limit waits in the kernel's queue.
-            let Some(permit) = permit(worker).await else { return };
+            // Before accepting: what is over the limit waits in the kernel's queue. A
+            // handshake that waited for upstream has had its permit since it began.
+            let permit = if worker.handshakes.is_some() {
+                None
+            } else {
+                let Some(permit) = permit(worker).await else { return };
+                Some(permit)
+            };
             match ready.try_io(|listener| sockopt::accept(listener.get_ref().as_fd())) {
                 Err(_would_block) => {
                     more = false;
@@ -84,20 +93,12 @@ async fn accept_all(worker: &Rc<Worker>, listener: &AsyncFd<OwnedFd>) {
 
 /// One of the `max-connections`; waits where all are taken.
 async fn permit(worker: &Rc<Worker>) -> Option<OwnedSemaphorePermit> {
-    let shared = &worker.shared;
-    if let Ok(permit) = Arc::clone(&shared.connections).try_acquire_owned() {
-        if shared.full.clear() {
-            tracing::info!("fewer than {} connections are open again", shared.limits.connections);
-        }
+    if let Some(permit) = worker.try_permit() {
         return Some(permit);
     }
     worker.stats().connection_limit_waits.inc();
-    if shared.full.raise() {
-        let limit = shared.limits.connections;
-        tracing::warn!("{limit} connections are open (--max-connections): others wait until one ends");
-    }
     // An error means that the semaphore was closed, which nobody does.
-    Arc::clone(&shared.connections).acquire_owned().await.ok()
+    Arc::clone(&worker.shared.connections).acquire_owned().await.ok()
 }
 
 /// Errors of `accept(2)` that say nothing about the listener: the connection failed
@@ -120,7 +121,12 @@ fn concerns_one_connection(error: &io::Error) -> bool {
 }
 
 /// Starts to serve a connection, or resets it where it may not be served.
-fn admit(worker: &Rc<Worker>, stream: std::net::TcpStream, peer: SocketAddr, permit: OwnedSemaphorePermit) {
+fn admit(
+    worker: &Rc<Worker>,
+    stream: std::net::TcpStream,
+    peer: SocketAddr,
+    permit: Option<OwnedSemaphorePermit>,
+) {
     let (stats, client) = (worker.stats(), ClientAddr::from(peer));
     let Ok(destination) = stream.local_addr().map(OrigDst::from) else {
         return stats.accept_errors.inc();
@@ -130,23 +136,29 @@ fn admit(worker: &Rc<Worker>, stream: std::net::TcpStream, peer: SocketAddr, per
         tracing::debug!("{client} asked for the proxy's own listener {destination}: refused");
         return sockopt::reset_on_close(&stream);
     }
-    let Some(slot) = worker.shared.clients.admit(client.ip()) else {
-        stats.client_limit_tcp.inc();
-        tracing::debug!("{client} has its share of connections (--max-per-client): refused");
-        return sockopt::reset_on_close(&stream);
-    };
-    match TcpStream::from_std(stream) {
-        Ok(stream) => {
-            let record = Record::new(worker, Protocol::Tcp, client, destination);
-            let stream = Connection::new(stream);
-            let task = serve(Rc::clone(worker), stream, record, (client, destination), (permit, slot));
-            drop(spawn_local(task));
-        }
+    let mut stream = match TcpStream::from_std(stream) {
+        Ok(stream) => Connection::new(stream),
         Err(error) => {
             stats.accept_exhausted.inc();
-            worker.shared.report_exhaustion("cannot wait for a connection", &error);
+            return worker.shared.report_exhaustion("cannot wait for a connection", &error);
         }
+    };
+    if let Some(handshakes) = &worker.handshakes {
+        match handshakes.complete((client, destination), stream) {
+            Ok(()) => return,
+            // Its client took too long; it is served as if it came only now.
+            Err(late) => stream = late,
+        }
+        stats.handshake_late.inc();
     }
+    let Some(slot) = worker.shared.clients.admit(client.ip()) else {
+        stats.client_limit_tcp.inc();
+        return tracing::debug!("{client} has its share of connections (--max-per-client): refused");
+    };
+    let Some(permit) = permit.or_else(|| worker.try_permit()) else { return };
+    let record = Record::new(worker, Protocol::Tcp, client, destination);
+    let task = serve(Rc::clone(worker), stream, record, (client, destination), (permit, slot));
+    drop(spawn_local(task));
 }
 
 /// One connection from its acceptance to its end. `_shares` are its parts of the limits.
@@ -174,7 +186,17 @@ async fn serve(
         }
     };
     record.connected(to);
-    let timeouts = worker.shared.timeouts;
+    relay(&worker, client_side, upstream_side, &record).await;
+}
+
+/// Copies between the two sides until their end, which is passed on.
+pub(super) async fn relay(
+    worker: &Worker,
+    client_side: Connection,
+    upstream_side: Connection,
+    record: &Record,
+) {
+    let (timeouts, stats) = (worker.shared.timeouts, worker.stats());
     let patience = Patience { idle: timeouts.tcp_idle, half_close: timeouts.half_close };
     let totals = (&stats.tcp_bytes_up, &stats.tcp_bytes_down);
     let ending = copy(&client_side, &upstream_side, &worker.pool, patience, &record.traffic, totals).await;
@@ -188,13 +210,13 @@ async fn serve(
 /// A connection that is reset when it is dropped, however that comes about, unless
 /// it was [closed](Self::close): an end that was not agreed on must not look like one.
 #[derive(Debug)]
-struct Connection {
+pub(super) struct Connection {
     stream: TcpStream,
     closed: bool,
 }
 
 impl Connection {
-    fn new(stream: TcpStream) -> Self {
+    pub(super) fn new(stream: TcpStream) -> Self {
         Self { stream, closed: false }
     }
 

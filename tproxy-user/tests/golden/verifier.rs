@@ -13,8 +13,9 @@ const MOST_VERIFIED: u32 = 500_000;
 
 fn the_verifier_takes_every_program_of_both_builds() {
     for log in [false, true] {
-        for own_traffic in [0, 1] {
-            load_all(&Settings { own_traffic, ..usual() }, log);
+        // Without own traffic, with it, and with faithful handshakes.
+        for (own_traffic, handshake_ifindex) in [(0, 0), (1, 0), (1, 9)] {
+            load_all(&Settings { own_traffic, handshake_ifindex, ..usual() }, log);
         }
     }
 }
@@ -25,6 +26,7 @@ fn load_all(settings: &Settings, log: bool) {
     for (name, program) in datapath.ebpf().programs_mut() {
         let (loaded, info) = match program {
             Program::SchedClassifier(program) => (program.load(), program.info()),
+            Program::SocketFilter(program) => (program.load(), program.info()),
             Program::SkLookup(program) if features.sk_lookup() => (program.load(), program.info()),
             Program::SkLookup(_) => continue,
             other => panic!("{name}: an unexpected kind of program: {other:?}"),

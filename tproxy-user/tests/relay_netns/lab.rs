@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use nix::sched::{CloneFlags, setns};
 use tproxy_user::config::{
-    Attach, Capture, Config, Fail, Limits, Mark, SourceMode, Steer, Steering, Timeouts,
+    Attach, Capture, Config, Fail, Handshake, Limits, Mark, SourceMode, Steer, Steering, Timeouts,
 };
 use tproxy_user::listener;
 use tproxy_user::relay::Shared;
@@ -196,7 +196,7 @@ impl Proxy {
             .into_iter()
             .enumerate()
             .map(|(index, listeners)| {
-                worker::spawn(index, listeners, &shared, shutdown.clone()).expect("a worker")
+                worker::spawn(index, listeners, None, &shared, shutdown.clone()).expect("a worker")
             })
             .collect();
         Self { controller, workers, stats }
@@ -256,6 +256,7 @@ pub(crate) fn config(source: SourceMode) -> Config {
         },
         steering: Steering {
             by: Steer::None,
+            handshake: Handshake::Eager,
             attach: Attach::Auto,
             mark: Mark { value: 1, mask: 1 },
             own_mark: 2,

@@ -136,6 +136,17 @@ pub struct Report {
     pub elapsed: Duration,
     /// The longest that one took.
     pub slowest: Duration,
+    /// How long each took that completed.
+    pub times: Vec<Times>,
+}
+
+/// How long one connection took, from the beginning of its connect.
+#[derive(Clone, Copy, Debug)]
+pub struct Times {
+    /// Until it was connected.
+    pub connected: Duration,
+    /// Until the response was there.
+    pub answered: Duration,
 }
 
 impl Report {
@@ -193,11 +204,12 @@ impl Load {
             }
             match running.join_next().await {
                 None => break,
-                Some(Ok((Ok(()), took))) => {
+                Some(Ok(Ok(times))) => {
                     report.completed += 1;
-                    report.slowest = report.slowest.max(took);
+                    report.slowest = report.slowest.max(times.answered);
+                    report.times.push(times);
                 }
-                Some(Ok((Err(error), _))) => {
+                Some(Ok(Err(error))) => {
                     *report.failed.entry(error.to_string()).or_default() += 1;
                     // No spinning where every attempt fails at once.
                     sleep(Duration::from_millis(1)).await;
@@ -212,25 +224,26 @@ impl Load {
     }
 }
 
-async fn one(target: SocketAddr, reset: bool) -> (io::Result<()>, Duration) {
-    let started = Instant::now();
+async fn one(target: SocketAddr, reset: bool) -> io::Result<Times> {
     let limit = patience(PATIENCE);
-    let result = match timeout(limit, exchange(target, reset)).await {
+    match timeout(limit, exchange(target, reset)).await {
         Ok(result) => result,
         Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, format!("not done within {limit:?}"))),
-    };
-    (result, started.elapsed())
+    }
 }
 
-async fn exchange(target: SocketAddr, reset: bool) -> io::Result<()> {
+async fn exchange(target: SocketAddr, reset: bool) -> io::Result<Times> {
+    let started = Instant::now();
     let mut stream = TcpStream::connect(target).await?;
+    let connected = started.elapsed();
     stream.write_all(&REQUEST).await?;
     let mut response = RESPONSE;
     stream.read_exact(&mut response).await?;
+    let answered = started.elapsed();
     if reset {
         SockRef::from(&stream).set_linger(Some(Duration::ZERO))?;
     }
-    Ok(())
+    Ok(Times { connected, answered })
 }
 
 /// Raises this process's limit of open files as far as it may go.

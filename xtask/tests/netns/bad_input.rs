@@ -25,7 +25,7 @@ pub(crate) const SCENARIOS: Scenarios = &[
 
 /// The command must end by itself with this code, say why in one line with all
 /// these words, and leave nothing behind.
-fn expect_refusal(lab: &Lab, command: &Cmd, code: i32, words: &[&str]) -> Result<()> {
+pub(crate) fn expect_refusal(lab: &Lab, command: &Cmd, code: i32, words: &[&str]) -> Result<()> {
     let before = Snapshot::take(lab)?;
     let output = command.run()?.expect_code(code)?;
     let lines: Vec<&str> = output.stderr.lines().filter(|line| !line.trim().is_empty()).collect();

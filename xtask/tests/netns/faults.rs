@@ -132,12 +132,12 @@ fn under_load<T>(lab: &Lab, family: Family, during: impl FnOnce() -> Result<T>) 
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Fail {
+pub(crate) enum Fail {
     Open,
     Closed,
 }
 
-fn killed(lab: &Lab, family: Family, flags: &str, fail: Fail) -> Result<()> {
+pub(crate) fn killed(lab: &Lab, family: Family, flags: &str, fail: Fail) -> Result<()> {
     needs_proxy()?;
     let before = Snapshot::take(lab)?;
     let server = LoadServer::start(&lab.server, at(family.unspecified(), PORT), family.client())?;
@@ -199,7 +199,7 @@ fn strangers(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
-fn terminated(lab: &Lab, family: Family, flags: &str, signal: Signal) -> Result<()> {
+pub(crate) fn terminated(lab: &Lab, family: Family, flags: &str, signal: Signal) -> Result<()> {
     needs_proxy()?;
     strangers(lab)?;
     let before = Snapshot::take(lab)?;

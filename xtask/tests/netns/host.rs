@@ -31,8 +31,8 @@ pub(crate) const SCENARIOS: Scenarios = &[
     ("T8_client_port_that_is_taken", client_port_taken),
     ("H10_own_tcp", own_tcp),
     ("H10_own_udp", own_udp),
-    ("H10_own_and_captured_traffic_together", own_and_captured),
-    ("H10_own_traffic_with_src_valid_mark_1", own_with_valid_mark),
+    ("H10_own_and_captured_traffic_together", |lab, family| own_and_captured(lab, family, OWN)),
+    ("H10_own_traffic_with_src_valid_mark_1", |lab, family| own_with_valid_mark(lab, family, OWN)),
     ("H10_the_proxys_own_port_is_dialled", own_port_dialled),
 ];
 
@@ -115,13 +115,17 @@ fn port_53_held(lab: &Lab, family: Family) -> Result<()> {
 }
 
 fn sysctls(lab: &Lab, family: Family, settings: &[(&str, &str)]) -> Result<()> {
+    with_sysctls(lab, family, "--iface lan", settings)
+}
+
+pub(crate) fn with_sysctls(lab: &Lab, family: Family, flags: &str, settings: &[(&str, &str)]) -> Result<()> {
     for interface in ["all", "default", "lan", "wan"] {
         for (name, value) in settings {
             lab.router.set_sysctls(&[(&format!("net/ipv4/conf/{interface}/{name}"), value)])?;
         }
     }
     let _service = service(lab, family)?;
-    let running = start(lab, "--iface lan")?;
+    let running = start(lab, flags)?;
     expect_service(lab, family)?;
     running.expect_tcp(1)?;
     running.expect_udp(2)
@@ -291,10 +295,10 @@ fn own_udp(lab: &Lab, family: Family) -> Result<()> {
     expect_own(&running, "udp", family)
 }
 
-fn own_and_captured(lab: &Lab, family: Family) -> Result<()> {
+fn own_and_captured(lab: &Lab, family: Family, flags: &str) -> Result<()> {
     let _service = service(lab, family)?;
     let _inside = UdpServer::echo(&lab.router, at(family.router(), 5300))?;
-    let running = start(lab, OWN)?;
+    let running = start(lab, flags)?;
     for _ in 0..3 {
         expect_service(lab, family)?;
         let to = at(family.anywhere(7), crate::common::SERVICE_PORT);
@@ -311,14 +315,14 @@ fn own_and_captured(lab: &Lab, family: Family) -> Result<()> {
     expect_own(&running, "tcp", family)
 }
 
-fn own_with_valid_mark(lab: &Lab, family: Family) -> Result<()> {
+pub(crate) fn own_with_valid_mark(lab: &Lab, family: Family, flags: &str) -> Result<()> {
     for interface in ["all", "default", "lan", "wan", "lo"] {
         lab.router.set_sysctls(&[
             (&format!("net/ipv4/conf/{interface}/src_valid_mark"), "1"),
             (&format!("net/ipv4/conf/{interface}/rp_filter"), "1"),
         ])?;
     }
-    own_and_captured(lab, family)
+    own_and_captured(lab, family, flags)
 }
 
 /// A program that connects to the port of the proxy itself: refused and

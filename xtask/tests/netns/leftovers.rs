@@ -33,7 +33,7 @@ pub(crate) const SCENARIOS: Scenarios = &[
     ("H7_two_instances_side_by_side", two_instances),
 ];
 
-fn graceful(lab: &Lab, family: Family, flags: &str, signal: Signal) -> Result<()> {
+pub(crate) fn graceful(lab: &Lab, family: Family, flags: &str, signal: Signal) -> Result<()> {
     needs_proxy()?;
     let _service = service(lab, family)?;
     let before = Snapshot::take(lab)?;

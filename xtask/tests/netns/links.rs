@@ -15,8 +15,8 @@ use crate::tun::Wire;
 pub(crate) const SCENARIOS: Scenarios = &[
     ("H4_vlan_device", vlan_device),
     ("H4_vlan_trunk", vlan_trunk),
-    ("H4_macvlan", macvlan),
-    ("H4_bridge", bridge),
+    ("H4_macvlan", |lab, family| macvlan(lab, family, "--iface mac0")),
+    ("H4_bridge", |lab, family| bridge(lab, family, "--iface br-lan")),
     ("H4_tun", tun),
     ("H4_point_to_point", point_to_point),
     ("H4_tun_as_uplink", tun_uplink),
@@ -175,21 +175,21 @@ fn vlan_trunk(lab: &Lab, family: Family) -> Result<()> {
     Ok(())
 }
 
-fn macvlan(lab: &Lab, family: Family) -> Result<()> {
+pub(crate) fn macvlan(lab: &Lab, family: Family, flags: &str) -> Result<()> {
     // Else `lan` answers for the address of its macvlan as well.
     lab.router.set_sysctls(&[("net/ipv4/conf/all/arp_ignore", "1")])?;
     lab.router.sh("ip link add mac0 link lan type macvlan mode bridge")?;
     relink(lab, Side::Lan, "eth0", "mac0", Form::Subnet)?;
     let _service = service(lab, family)?;
-    let running = start(lab, "--iface mac0")?;
+    let running = start(lab, flags)?;
     expect_captured(lab, family, &running, "mac0")
 }
 
-fn bridge(lab: &Lab, family: Family) -> Result<()> {
+pub(crate) fn bridge(lab: &Lab, family: Family, flags: &str) -> Result<()> {
     lab.router.ip_batch("link add br-lan type bridge\nlink set lan master br-lan\n")?;
     relink(lab, Side::Lan, "eth0", "br-lan", Form::Subnet)?;
     let _service = service(lab, family)?;
-    let running = start(lab, "--iface br-lan")?;
+    let running = start(lab, flags)?;
     expect_captured(lab, family, &running, "br-lan")
 }
 
@@ -201,7 +201,7 @@ fn point_to_point(lab: &Lab, family: Family) -> Result<()> {
     tunnel(lab, family, Form::PointToPoint, "--iface tun0")
 }
 
-fn tunnel(lab: &Lab, family: Family, form: Form, flags: &str) -> Result<()> {
+pub(crate) fn tunnel(lab: &Lab, family: Family, form: Form, flags: &str) -> Result<()> {
     let _wire = Wire::lay((&lab.client, "tun0"), (&lab.router, "tun0"))?;
     relink(lab, Side::Lan, "tun0", "tun0", form)?;
     let _service = service(lab, family)?;
@@ -223,7 +223,7 @@ fn uplink(lab: &Lab, family: Family, flags: &str) -> Result<()> {
 
 /// What the router itself sends leaves by the tunnel. The turn back to `lo`
 /// needs an Ethernet header that a packet there does not have.
-fn own(lab: &Lab, family: Family, flags: &str) -> Result<()> {
+pub(crate) fn own(lab: &Lab, family: Family, flags: &str) -> Result<()> {
     let _wire = Wire::lay((&lab.router, "tun0"), (&lab.server, "tun0"))?;
     relink(lab, Side::Wan, "tun0", "tun0", Form::PointToPoint)?;
     let to = at(family.anywhere(7), 9200);

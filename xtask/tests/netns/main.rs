@@ -19,6 +19,7 @@ mod faults;
 mod firewall;
 mod flood;
 mod foreign;
+mod handshake;
 mod host;
 mod icmp;
 mod interfaces;
@@ -86,6 +87,7 @@ fn main() -> ExitCode {
     let all = [
         tcp::SCENARIOS,
         tcp_end::SCENARIOS,
+        handshake::SCENARIOS,
         udp::SCENARIOS,
         pass::SCENARIOS,
         host::SCENARIOS,

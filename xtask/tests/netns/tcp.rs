@@ -64,7 +64,7 @@ fn source_proxy(lab: &Lab, family: Family) -> Result<()> {
     seen(lab, family, "--source proxy", family.uplink())
 }
 
-fn seen(lab: &Lab, family: Family, flags: &str, expected: IpAddr) -> Result<()> {
+pub(crate) fn seen(lab: &Lab, family: Family, flags: &str, expected: IpAddr) -> Result<()> {
     let _nginx = server::web(lab, &lab.server, &[80, 8443, 65_535])?;
     let running = start(lab, &format!("--iface lan {flags}"))?;
     let targets = [(family.anywhere(1), 80), (family.anywhere(0xfe03), 8443), (family.server(), 65_535)];
@@ -234,11 +234,11 @@ fn port_reuse(lab: &Lab, family: Family) -> Result<()> {
     reuse(lab, family, "--iface lan")
 }
 
-fn reuse(lab: &Lab, family: Family, flags: &str) -> Result<()> {
+pub(crate) fn reuse(lab: &Lab, family: Family, flags: &str) -> Result<()> {
     const ROUNDS: usize = 30;
     let _server = closes_first(lab, family)?;
     let running = start(lab, flags)?;
-    let capture = Capture::start(&lab.router, "lan")?;
+    let capture = Capture::start(&lab.client, "eth0")?;
     let times = rounds(lab, family, ROUNDS)?;
     running.expect_tcp(ROUNDS as u64)?;
     let (from, to) = (at(family.client(), REUSED), at(family.anywhere(1), 9001));

@@ -42,7 +42,7 @@ fn client_half_close(lab: &Lab, family: Family) -> Result<()> {
 
 /// `nc -N` sends all, closes its half, and must still get the answer, which the
 /// server can only give after the end of the input.
-fn half_close(lab: &Lab, family: Family, flags: &str) -> Result<()> {
+pub(crate) fn half_close(lab: &Lab, family: Family, flags: &str) -> Result<()> {
     let _counter = server::socat_tcp(lab, &lab.server, family, PORT, "wc -c")?;
     let running = start(lab, flags)?;
     let input = peer::pattern(300_000);
@@ -109,11 +109,15 @@ fn server_half_close(lab: &Lab, family: Family) -> Result<()> {
 }
 
 fn server_reset(lab: &Lab, family: Family) -> Result<()> {
+    reset_by_server(lab, family, "--iface lan")
+}
+
+pub(crate) fn reset_by_server(lab: &Lab, family: Family, flags: &str) -> Result<()> {
     let (_server, _told) = reporting(lab, family, |mut stream| {
         let heard = peer::read_line(&mut stream).is_ok();
         heard && peer::reset(stream).is_ok()
     })?;
-    let running = start(lab, "--iface lan")?;
+    let running = start(lab, flags)?;
     let mut stream = connect(lab, family)?;
     stream.write_all(b"reset, please\n")?;
     match stream.read(&mut [0; 16]) {
@@ -124,12 +128,16 @@ fn server_reset(lab: &Lab, family: Family) -> Result<()> {
 }
 
 fn client_reset(lab: &Lab, family: Family) -> Result<()> {
+    reset_by_client(lab, family, "--iface lan")
+}
+
+pub(crate) fn reset_by_client(lab: &Lab, family: Family, flags: &str) -> Result<()> {
     let (_server, told) = reporting(lab, family, |mut stream| {
         let first = peer::read_line(&mut stream)?;
         stream.write_all(b"heard\n")?;
         stream.read(&mut [0; 16]).map(|bytes| format!("{bytes} bytes after {first:?}"))
     })?;
-    let running = start(lab, "--iface lan")?;
+    let running = start(lab, flags)?;
     let mut stream = connect(lab, family)?;
     peer::ask(&mut stream, "hello")?;
     peer::reset(stream)?;
@@ -258,7 +266,7 @@ fn late_packets(lab: &Lab, family: Family) -> Result<()> {
     late(lab, family, "--iface lan")
 }
 
-fn late(lab: &Lab, family: Family, flags: &str) -> Result<()> {
+pub(crate) fn late(lab: &Lab, family: Family, flags: &str) -> Result<()> {
     let (_server, told) = reporting(lab, family, |mut stream| -> io::Result<()> {
         while peer::read_line(&mut stream)? != "close" {
             stream.write_all(b"go on\n")?;
