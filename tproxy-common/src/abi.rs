@@ -303,6 +303,8 @@ pub struct Settings {
     pub fail_open: u8,
     /// 1: [`map::LISTENERS`] cannot be read from TC (before Linux 5.8): find listeners by address and port.
     pub listener_by_tuple: u8,
+    /// 1: a packet without a link-layer header can be given one (Linux 5.8).
+    pub link_headers: u8,
     /// 1: every destination port is captured, [`map::PORTS`] need not be read.
     pub any_port: u8,
     /// 1: every source is captured, [`map::SOURCES`] need not be read.
@@ -315,6 +317,8 @@ pub struct Settings {
     pub sk_lookup: u8,
     /// 1: the proxy's sockets have the client's own port, so nothing tells its datagrams from the client's.
     pub client_port: u8,
+    /// Zero.
+    pub pad: [u8; 3],
     /// Ports of the listeners, by [`listener_index`]; for `listener_by_tuple`.
     pub listener_ports: ListenerPorts,
 }
@@ -338,7 +342,7 @@ const _: () = {
     assert!(size_of::<FragmentInfo>() == 24);
     assert!(size_of::<HostPair>() == 32);
     assert!(size_of::<Endpoint>() == 20);
-    assert!(size_of::<Settings>() == 28 + 20 + 12 + 8 * MAX_WORKERS as usize);
+    assert!(size_of::<Settings>() == 28 + 20 + 16 + 8 * MAX_WORKERS as usize);
 };
 
 /// Userspace copies these types in and out of maps.

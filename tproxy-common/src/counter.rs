@@ -63,7 +63,7 @@ counters! {
     LookupAssigned => lookup_assigned,
     /// The host's own packets turned back to the proxy.
     OwnRedirected => own_redirected,
-    /// Dropped: a packet of the host's own, as long as the MTU of a device without link-layer header, that Linux before 5.12 cannot turn back.
+    /// Dropped: a packet of the host's own, leaving by a device without link-layer header, that Linux before 5.8 (before 5.12: one as long as the MTU) cannot turn back.
     OwnNoHeader => own_no_header,
     /// Passed: not IPv4 or IPv6, or a protocol that is not captured.
     PassProtocol => pass_protocol,

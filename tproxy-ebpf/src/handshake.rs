@@ -13,6 +13,7 @@ use tproxy_common::flow::worker;
 use tproxy_common::wire::Packet;
 
 use crate::account::{FlowRef, count, up_key};
+use crate::scratch;
 use crate::settings;
 use crate::skb::Skb;
 use crate::steer::{accept_frame, add_link_header, drop, write_mark};
@@ -78,12 +79,12 @@ pub(crate) fn queue(skb: *mut __sk_buff) -> i64 {
 /// that it came from.
 #[inline(always)]
 pub(crate) fn admit(skb: &Skb) -> i32 {
-    let mut packet = Packet::EMPTY;
-    if skb.parse(&mut packet).is_err() {
+    let Some(packet) = scratch::parsed() else { return drop(Counter::SynNotAdmitted) };
+    if skb.parse(packet).is_err() {
         return drop(Counter::SynNotAdmitted);
     }
     // The flow table may have lost it in a flood. The client sends another.
-    let Some(flow) = FlowRef::find(&up_key(&packet)) else { return drop(Counter::SynNotAdmitted) };
+    let Some(flow) = FlowRef::find(&up_key(packet)) else { return drop(Counter::SynNotAdmitted) };
     let arrived_on = if flow.is_own() { settings::lo_ifindex() } else { flow.ifindex() };
     // For a device that has such headers; on the way to one that has none the
     // kernel takes it off again (`__bpf_redirect_no_mac`).

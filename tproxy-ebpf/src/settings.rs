@@ -20,12 +20,14 @@ static SETTINGS: Settings = Settings {
     v6: 1,
     fail_open: 1,
     listener_by_tuple: 0,
+    link_headers: 1,
     any_port: 1,
     any_source: 1,
     any_destination: 1,
     own_traffic: 0,
     sk_lookup: 1,
     client_port: 0,
+    pad: [0; 3],
     listener_ports: ListenerPorts([0; 4 * MAX_WORKERS as usize]),
 };
 
@@ -56,6 +58,7 @@ setting! {
     v6: u8,
     fail_open: u8,
     listener_by_tuple: u8,
+    link_headers: u8,
     any_port: u8,
     any_source: u8,
     any_destination: u8,

@@ -113,7 +113,7 @@ pub(crate) fn accept_frame(skb: &Skb) {
 /// Turns a packet that is leaving back to the loopback device.
 #[inline(always)]
 pub(crate) fn to_loopback(skb: &Skb, packet: &Packet) -> i32 {
-    if !has_link_header(skb, packet) && !add_link_header(skb) {
+    if !has_link_header(skb, packet) && (settings::link_headers() == 0 || !add_link_header(skb)) {
         return drop(Counter::OwnNoHeader);
     }
     count(Counter::OwnRedirected);
@@ -130,9 +130,9 @@ fn has_link_header(skb: &Skb, packet: &Packet) -> bool {
 }
 
 /// Gives a packet the Ethernet header without which a device that has such
-/// headers refuses it, as `lo` does
-/// (`__bpf_redirect_common`). Before Linux 5.12 (5.10.27) the kernel does not
-/// add one to a packet as long as the device's MTU.
+/// headers refuses it, as `lo` does (`__bpf_redirect_common`). TC programs may
+/// do so from Linux 5.8 on; before 5.12 the kernel does not add one to a packet
+/// as long as the device's MTU.
 #[inline(always)]
 pub(crate) fn add_link_header(skb: &Skb) -> bool {
     const ETHERNET_HEADER: u32 = 14;

@@ -282,7 +282,7 @@ fn check(config: &Config, features: Features) -> Result<(), Failure> {
     if config.steering.attach == Attach::Tcx && !features.tcx() {
         return Err(Failure::unsupported("--attach tcx needs Linux 6.6; leave it out to attach by clsact"));
     }
-    if config.steering.handshake == Handshake::Faithful && !features.faithful_handshakes() {
+    if config.steering.handshake == Handshake::Faithful && !features.link_headers() {
         return Err(Failure::unsupported("--handshake faithful needs Linux 5.8"));
     }
     if config.steering.bpf_log && !features.ring_buffer() {
@@ -317,6 +317,7 @@ fn settings(
         v6: plan.ipv6.into(),
         fail_open: (capture.fail == Fail::Open).into(),
         listener_by_tuple: (!features.listeners_from_tc()).into(),
+        link_headers: features.link_headers().into(),
         any_port: capture.ports.is_empty().into(),
         any_source: (capture.from.is_empty() && capture.not_from.is_empty()).into(),
         any_destination: (capture.to.is_empty() && capture.not_to.is_empty()).into(),

@@ -3,8 +3,9 @@
 //! instructions, map types and program types. No root, no kernel.
 //!
 //! Limits are those of Linux 5.7's `include/uapi/linux/bpf.h`. They do not
-//! tell that TC programs can read a socket map from 5.8 on only: before, the
-//! setting `listener_by_tuple` makes that branch dead, and the verifier skips it.
+//! tell that TC programs can read a socket map and call `skb_change_head` from
+//! 5.8 on only: before, the settings `listener_by_tuple` and `link_headers` make
+//! these branches dead, and the verifier skips them.
 
 use std::collections::{BTreeSet, HashSet};
 

@@ -8,7 +8,7 @@ const STEERING: Kernel = Kernel { major: 5, minor: 7 };
 /// Socket maps can be read from TC programs.
 const LISTENERS_FROM_TC: Kernel = Kernel { major: 5, minor: 8 };
 /// TC programs can add a link-layer header (`bpf_skb_change_head`).
-const FAITHFUL_HANDSHAKES: Kernel = Kernel { major: 5, minor: 8 };
+const LINK_HEADERS: Kernel = Kernel { major: 5, minor: 8 };
 /// The ring buffer.
 const RING_BUFFER: Kernel = Kernel { major: 5, minor: 8 };
 /// `sk_lookup` programs.
@@ -55,10 +55,11 @@ impl Features {
     }
 
     /// TC programs can hand a packet from a device without a link-layer header to
-    /// one that has it (5.8), as `--handshake faithful` needs.
+    /// one that has it (5.8), as own traffic by such a device and
+    /// `--handshake faithful` need.
     #[must_use]
-    pub fn faithful_handshakes(self) -> bool {
-        self.0 >= FAITHFUL_HANDSHAKES
+    pub fn link_headers(self) -> bool {
+        self.0 >= LINK_HEADERS
     }
 
     /// The ring buffer (5.8), which the debugging build of the object logs by.
@@ -80,7 +81,7 @@ mod tests {
     fn features_come_with_their_versions() {
         assert!(of(5, 6).is_err());
         let oldest = of(5, 7).expect("the floor");
-        assert!(!oldest.faithful_handshakes());
+        assert!(!oldest.link_headers());
         assert!(!oldest.listeners_from_tc() && !oldest.ring_buffer() && !oldest.sk_lookup() && !oldest.tcx());
         assert!(of(5, 10).expect("newer").sk_lookup());
         assert!(!of(6, 5).expect("newer").tcx());
