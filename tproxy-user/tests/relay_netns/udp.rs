@@ -144,7 +144,7 @@ fn local_service_on_the_same_port_disturbs_nothing() {
             let text = std::fs::read_to_string(format!("/proc/thread-self/net/{table}")).unwrap();
             let rows: Vec<Vec<&str>> =
                 text.lines().skip(1).map(|row| row.split_whitespace().collect()).collect();
-            assert_eq!(rows.len(), 2, "one a worker: {text}");
+            assert_eq!(rows.len(), 4, "two a worker, for UDP and for ICMP: {text}");
             for row in rows {
                 assert!(row[4].ends_with(":00000000"), "{text}");
                 assert_eq!(row.last(), Some(&"0"), "{text}");
