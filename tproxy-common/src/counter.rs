@@ -109,7 +109,7 @@ counters! {
     AssignSocketType => assign_esocktnosupport,
     /// `bpf_sk_assign` answered another error.
     AssignOther => assign_other,
-    /// A new flow could not be entered in the flow table.
+    /// An entry of the flow table, or of the tables of fragments, host pairs and NAT, could not be made.
     FlowInsertFailed => flow_insert_failed,
     /// Flows entered in the flow table (flows, not packets).
     FlowsCreated => flows_created,

@@ -7,8 +7,8 @@
 //! tproxy_reply    TC egress, captured interfaces    the same, and count replies
 //! tproxy_own      TC egress, with own traffic       the same, and turn own flows back to lo
 //! tproxy_lo       TC ingress of lo, own traffic     steer what was turned back
-//! tproxy_admit    TC ingress of the tun device   with faithful handshakes: SYNs that are let in
-//! tproxy_queue    steering of the tun device     which worker gets a SYN that is set aside
+//! tproxy_admit    TC ingress of the tun device      faithful handshakes: SYNs that are let in
+//! tproxy_queue    queue choice of the tun device    which worker gets a SYN that is set aside
 //! tproxy_lookup   sk_lookup of the namespace        where the stack looks a listener up itself
 //! ```
 //!

@@ -20,7 +20,7 @@ use ipnet::IpNet;
 
 use crate::config::{AccessLog, Attach, Fail, Handshake, Kernel, Mark, SourceMode, Steer};
 
-/// Pin directory, routing table and so on, where the user names none.
+/// Defaults that several commands share.
 pub mod default {
     /// Directory of the pinned maps and links.
     pub const PIN: &str = "/sys/fs/bpf/tproxy";
@@ -42,8 +42,9 @@ Examples:
   tproxy-user flows
         Who talks to whom, with packets and bytes each way.
 
-Exit codes: 0 done, 1 failed at run time, 2 wrong usage, 3 not running,
-4 missing privilege or kernel feature, 5 something is taken by another.";
+Exit codes: 0 done, 1 failed at run time (doctor: a FAIL), 2 wrong usage,
+3 not running, 4 missing privilege or kernel feature, 5 something is taken
+by another.";
 
 /// A transparent proxy for TCP and UDP, steered by eBPF: no iptables or nft rule needed.
 #[derive(Debug, Parser)]
@@ -150,7 +151,7 @@ pub struct LoggingArgs {
     pub log_format: bool,
 }
 
-/// Flags of `run` and `check`.
+/// Flags of `run`, `check` and `doctor`.
 #[derive(Clone, Debug, Args)]
 pub struct RunArgs {
     /// The `Capture` group.
@@ -306,8 +307,9 @@ pub struct SourceArgs {
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Time-outs (such as 300s, 5m, 1h30m)")]
 pub struct TimeoutArgs {
-    /// From a client's connection to the server's answer
+    /// How long a server may take to accept a connection
     ///
+    /// With --handshake faithful the client has as long again to complete its own.
     /// Long enough for three lost SYNs (Linux repeats them after 1, 3 and 7 s).
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse::duration)]
     pub connect_timeout: Duration,
@@ -344,6 +346,8 @@ pub struct TimeoutArgs {
 #[command(next_help_heading = "Limits")]
 pub struct LimitArgs {
     /// TCP connections at one time; each takes two descriptors
+    ///
+    /// With --handshake faithful those that wait for their server count, too.
     #[arg(long, value_name = "NUMBER", default_value = "65536", value_parser = clap::value_parser!(u32).range(1..))]
     pub max_connections: u32,
     /// TCP connections and UDP flows of one client address at one time; 0: no bound of its own
