@@ -1,7 +1,9 @@
 //! What the parser tells of a packet, in memory of the CPU instead of on the
 //! stack: that has 512 bytes for all functions that are under way, and kernels
 //! before 6.8 round each of their frames up to 32. No other TC program runs on
-//! the CPU before this one has ended: softirqs wait while one runs.
+//! the CPU before this one has ended: softirqs wait while one runs. `PREEMPT_RT`
+//! gives that by the lock of `__local_bh_disable_ip`, where it is configured
+//! (`CONFIG_PREEMPT_RT_NEEDS_BH_LOCK`).
 
 use aya_ebpf::btf_maps::PerCpuArray;
 use aya_ebpf::macros::btf_map;
