@@ -143,6 +143,7 @@ pub(crate) fn usual() -> Settings {
         any_source: 1,
         any_destination: 1,
         sk_lookup: 1,
+        link_headers: 1,
         ..Settings::default()
     }
 }
