@@ -56,7 +56,10 @@ impl Interface {
     /// A device that an instance of this program made for itself.
     #[must_use]
     pub fn is_made_by_tproxy(&self) -> bool {
-        self.kind == tun::KIND && self.name.starts_with(tun::PREFIX)
+        let number = self.name.strip_prefix(tun::PREFIX);
+        self.kind == tun::KIND
+            && number
+                .is_some_and(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()))
     }
 }
 

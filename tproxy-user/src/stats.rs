@@ -139,9 +139,9 @@ stats! {
         handshake_reset,
         /// Faithful handshakes answered with an ICMP error.
         handshake_unreachable,
-        /// Faithful handshakes that got no answer because the destination gave none, or descriptors were used up.
+        /// Faithful handshakes that got no answer: the destination gave none, descriptors were used up, or enough ICMP errors had been sent.
         handshake_silent,
-        /// SYNs dropped because too many handshakes waited for their destinations, or `max-connections` was reached.
+        /// SYNs dropped: too many handshakes waited for their destinations, `max-connections` was reached, or the SYN was longer than 9 KiB.
         handshake_full,
         /// SYNs and answers to SYNs that could not be sent.
         handshake_lost,

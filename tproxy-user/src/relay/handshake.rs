@@ -36,6 +36,10 @@ const BATCH: usize = 32;
 /// packet. It is what the kernel would hold for a listener (`net.core.somaxconn`).
 const MOST: usize = 4096;
 
+/// The longest SYN that waits, in bytes. With Fast Open (RFC 7413) it carries data,
+/// as much as a segment; a longer one is sent again, without data.
+const LONGEST: usize = 9216;
+
 /// A SYN is let in again where it was let in at least this long ago: a client
 /// sends it again after a second, and what comes sooner comes from a program
 /// that takes the mark off the packet on its way in.
@@ -96,6 +100,7 @@ impl Handshakes {
 
     fn refuse(&self, refusal: Refusal, syn: &Syn, packet: &[u8], worker: &Worker) {
         let stats = worker.stats();
+        let refusal = self.refusals.granted(refusal);
         match refusal {
             Refusal::Reset => stats.handshake_reset.inc(),
             Refusal::Unreachable(_) => stats.handshake_unreachable.inc(),
@@ -134,6 +139,9 @@ pub(crate) async fn listen(worker: &Rc<Worker>) -> io::Result<Infallible> {
 }
 
 fn arrived(worker: &Rc<Worker>, handshakes: &Handshakes, packet: Box<[u8]>) {
+    if packet.len() > LONGEST {
+        return worker.stats().handshake_full.inc();
+    }
     let Some(syn) = Syn::parse(&packet) else { return };
     let key = (syn.client, syn.destination);
     let known = handshakes.open.borrow().get(&key).map(Rc::clone);

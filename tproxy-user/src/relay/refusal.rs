@@ -2,11 +2,13 @@
 //! a proxy.
 
 use std::io;
+use std::time::Instant;
 
 use socket2::Protocol;
 
 use super::checksum::transport;
 use super::errors::IcmpError;
+use super::icmp::Budget;
 use super::raw::Pair;
 use super::syn::Syn;
 use crate::sockopt::{self, OwnMark, SocketError};
@@ -43,6 +45,7 @@ impl Refusal {
 pub(crate) struct RefusalSender {
     tcp: Pair,
     icmp: Pair,
+    budget: Budget,
     mark: OwnMark,
 }
 
@@ -52,7 +55,16 @@ impl RefusalSender {
     /// # Errors
     /// [`SocketError`]: `EPERM` without `CAP_NET_RAW` and `CAP_NET_ADMIN`.
     pub(crate) fn new(v4: bool, v6: bool, mark: OwnMark) -> Result<Self, SocketError> {
-        Ok(Self { tcp: Pair::new(v4, v6, [Protocol::TCP; 2], mark)?, icmp: Pair::icmp(v4, v6, mark)?, mark })
+        let tcp = Pair::new(v4, v6, [Protocol::TCP; 2], mark)?;
+        Ok(Self { tcp, icmp: Pair::icmp(v4, v6, mark)?, budget: Budget::new(), mark })
+    }
+
+    /// What may be sent of it: no more ICMP errors than a router would send.
+    pub(crate) fn granted(&self, refusal: Refusal) -> Refusal {
+        match refusal {
+            Refusal::Unreachable(_) if !self.budget.take(Instant::now()) => Refusal::Silence,
+            refusal => refusal,
+        }
     }
 
     /// Answers the packet that `syn` was read from.
