@@ -3,6 +3,7 @@
 //! [`facts`] looks, [`diagnose`] judges: facts → findings, pure.
 
 mod filter;
+mod handshake;
 mod hooks;
 mod interfaces;
 mod process;
@@ -72,7 +73,7 @@ const ALWAYS: [Check; 5] =
     [process::kernel, process::capabilities, process::open_files, process::ports, process::instance];
 
 /// What steering by eBPF needs besides.
-const STEERING: [Check; 20] = [
+const STEERING: [Check; 22] = [
     process::bpf_file_system,
     process::memlock,
     process::btf,
@@ -93,6 +94,8 @@ const STEERING: [Check; 20] = [
     filter::rules_of_others,
     filter::conntrack,
     filter::legacy,
+    handshake::tun,
+    handshake::answers,
 ];
 
 /// Judges what was found, check by check.

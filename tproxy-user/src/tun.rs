@@ -82,6 +82,20 @@ impl Tun {
     }
 }
 
+/// Whether the tun driver is there and may be used. Makes no device, but may load the driver.
+///
+/// # Errors
+/// What `open(2)` answers.
+pub fn probe() -> io::Result<()> {
+    open().map(drop)
+}
+
+/// Whether an error says that there is no tun driver.
+#[must_use]
+pub fn is_absent(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENODEV | libc::ENXIO))
+}
+
 fn open() -> io::Result<File> {
     OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(DEVICE)
 }
@@ -106,9 +120,11 @@ fn set_interface(queue: &File, name: &str) -> io::Result<String> {
     String::from_utf8(name.collect()).map_err(io::Error::other)
 }
 
-fn explain(error: io::Error) -> anyhow::Error {
+/// What the error means for `--handshake faithful`, and what mends it.
+#[must_use]
+pub fn explain(error: io::Error) -> anyhow::Error {
     match error.raw_os_error() {
-        Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => Failure::unsupported(format_args!(
+        _ if is_absent(&error) => Failure::unsupported(format_args!(
             "--handshake faithful needs a tun device, and {DEVICE} is not there: modprobe tun (in a container, give it the device)"
         ))
         .into(),

@@ -1,4 +1,5 @@
-//! Looks at the host: everything that the checks judge, and nothing is changed.
+//! Looks at the host: everything that the checks judge, and nothing is changed
+//! (but that nft and the tun driver are loaded where they are asked for).
 
 use std::fs;
 use std::net::SocketAddr;
@@ -12,14 +13,14 @@ use rtnetlink::Handle;
 use tproxy_common::abi::program;
 
 use crate::cmd::status;
-use crate::config::{Config, Kernel, Mark, Steer};
+use crate::config::{Config, Handshake, Kernel, Mark, Steer};
 use crate::datapath::bpffs;
 use crate::datapath::query::{self, Place};
 use crate::instance::{self, Paths};
 use crate::interfaces::{self, Host, Interface, LinkDetail};
 use crate::plan::{Plan, Role};
 use crate::routing::conflict::{self, Earlier};
-use crate::{clsact, netlink, owner, privilege, sysctl};
+use crate::{clsact, netlink, owner, privilege, sysctl, tun};
 
 use super::nft::Ruleset;
 
@@ -32,6 +33,17 @@ pub enum BpfFs {
     Mountable,
     /// Another file system.
     Other,
+}
+
+/// The tun driver, which `--handshake faithful` needs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TunDriver {
+    /// It is there, or nobody asks for it.
+    Usable,
+    /// There is none; what `run` says then.
+    Absent(String),
+    /// This process may not use it; what `run` says then.
+    Refused(String),
 }
 
 /// What is at an interface besides our programs.
@@ -74,6 +86,8 @@ pub struct Facts {
     pub jit: Option<String>,
     /// The pin directory.
     pub bpffs: BpfFs,
+    /// The tun driver.
+    pub tun: TunDriver,
     /// Sockets that `run` needs and others have: what, and who.
     pub taken: Vec<(String, String)>,
     /// A port that nobody has.
@@ -166,6 +180,7 @@ pub async fn collect(config: &Config) -> anyhow::Result<Facts> {
         btf: Path::new("/sys/kernel/btf/vmlinux").exists(),
         jit: sysctl::read("net.core.bpf_jit_enable").ok(),
         bpffs: bpf_fs(&config.pin),
+        tun: tun_driver(config),
         taken: if running.is_some() { Vec::new() } else { taken(config, &plan) },
         free_port: free_port(config, &plan),
         left: status::leftovers(&config.pin, paths.read_state()?.as_ref()),
@@ -211,6 +226,17 @@ fn bpf_fs(pin: &Path) -> BpfFs {
         BpfFs::Mountable
     } else {
         BpfFs::Other
+    }
+}
+
+fn tun_driver(config: &Config) -> TunDriver {
+    if config.steering.handshake == Handshake::Eager {
+        return TunDriver::Usable;
+    }
+    match tun::probe() {
+        Ok(()) => TunDriver::Usable,
+        Err(error) if tun::is_absent(&error) => TunDriver::Absent(tun::explain(error).to_string()),
+        Err(error) => TunDriver::Refused(tun::explain(error).to_string()),
     }
 }
 

@@ -3,7 +3,7 @@
 use crate::config::Mark;
 
 use super::facts::Facts;
-use super::nft::{Certainty, Effect, Found, Packet};
+use super::nft::{Certainty, Effect, Found, Packet, RULES};
 use super::{Finding, Level};
 
 /// Follows captured packets, and those of the proxy, through the rules of others.
@@ -46,13 +46,13 @@ fn packets(facts: &Facts) -> Vec<(&'static str, Packet<'_>)> {
                     state: "new",
                     ..base
                 };
-                packets.extend(["prerouting", "input"].map(|hook| (hook, packet)));
+                packets.extend(incoming(packet));
             }
             for uplink in facts.uplinks() {
                 if facts.keeps_client() {
                     let mark = facts.config.steering.mark.value;
                     let packet = Packet { iif: uplink, mark, state: "established", sources: &[], ..base };
-                    packets.extend(["prerouting", "input"].map(|hook| (hook, packet)));
+                    packets.extend(incoming(packet));
                 }
                 let sources = if facts.keeps_client() { base.sources } else { &[] };
                 let packet = Packet {
@@ -62,44 +62,58 @@ fn packets(facts: &Facts) -> Vec<(&'static str, Packet<'_>)> {
                     sources,
                     ..base
                 };
-                packets.extend(["output", "postrouting"].map(|hook| (hook, packet)));
+                packets.extend(["output", "postrouting", "egress"].map(|hook| (hook, packet)));
             }
         }
     }
     packets
 }
 
+/// The hooks that a packet passes after our program at TC has marked it:
+/// `__netif_receive_skb_core()` asks TC first, then the ingress hook. There,
+/// before connection tracking, every packet is `invalid` (`nft_ct_get_eval()`).
+fn incoming(packet: Packet<'_>) -> [(&'static str, Packet<'_>); 3] {
+    let untracked = Packet { state: "invalid", ..packet };
+    [("ingress", untracked), ("prerouting", packet), ("input", packet)]
+}
+
+/// Accepts what the proxy sends: it has its own mark, and no other.
+pub(super) fn accept_own(facts: &Facts, found: &Found) -> String {
+    found.chain.accept(Mark { value: facts.config.steering.own_mark, mask: u32::MAX })
+}
+
 fn judge(facts: &Facts, hook: &str, packet: &Packet<'_>, found: &Found) -> Option<Finding> {
     let (chain, certain) = (found.chain.describe(), found.certainty == Certainty::Certain);
     let doubt = if certain { "" } else { "may " };
     let mark = facts.config.steering.mark;
-    let incoming = matches!(hook, "prerouting" | "input");
-    // What the proxy sends has its own mark, and no other.
-    let own = Mark { value: packet.mark, mask: u32::MAX };
-    let accept = found.chain.accept(if incoming { mark } else { own });
+    let incoming = matches!(hook, "ingress" | "prerouting" | "input");
+    let whose = if incoming { "captured packets" } else { "what the proxy sends" };
+    let accept = if incoming { found.chain.accept(mark) } else { accept_own(facts, found) };
     let finding = |level, id, text: String| Some(Finding::new(id, level, text));
     let level = if certain { Level::Fail } else { Level::Warn };
     match found.effect {
         // A rule for some ports or addresses is meant so.
         Effect::Drop if found.certainty == Certainty::Possible => None,
         Effect::Drop => {
-            let what = if incoming { "captured packets" } else { "what the proxy sends" };
             let at = if incoming { packet.iif } else { packet.oif };
-            let unless =
-                if certain { "" } else { ", unless a match of iptables that nft does not show accepts them" };
-            let text = format!("{chain} drops {what} ({at}){unless}");
+            let unless = if certain {
+                ""
+            } else {
+                ", unless they are let pass by what cannot be told here: a match of iptables, a named map, the devices of the chain"
+            };
+            let text = format!("{chain} drops {whose} ({at}){unless}");
             finding(level, "packet-filter", text).map(|finding| finding.mend(accept))
         }
-        Effect::MarkLost if hook == "prerouting" => {
+        Effect::MarkLost if matches!(hook, "ingress" | "prerouting") => {
             let text = format!(
                 "{chain} {doubt}write{} over mark {mark}, by which captured packets are delivered here",
                 if certain { "s" } else { "" }
             );
             finding(level, "mark", text).map(|finding| finding.mend(accept))
         }
-        Effect::Rewrite if hook == "prerouting" && packet.state == "new" => {
+        Effect::Rewrite if hook == "ingress" || (hook == "prerouting" && packet.state == "new") => {
             let text = format!(
-                "{chain} {doubt}send{} captured packets elsewhere (dnat, redirect or tproxy), so that their destination is lost",
+                "{chain} {doubt}send{} captured packets elsewhere (dnat, redirect, tproxy or fwd), so that their destination is lost",
                 if certain { "s" } else { "" }
             );
             finding(level, "dnat", text).map(|finding| finding.mend(accept))
@@ -112,7 +126,26 @@ fn judge(facts: &Facts, hook: &str, packet: &Packet<'_>, found: &Found) -> Optio
             );
             finding(Level::Warn, "nat", text).map(|finding| finding.mend("--source client"))
         }
-        Effect::MarkLost | Effect::Rewrite | Effect::SourceNat => None,
+        // REJECT before anything else, MARK and DNAT, MASQUERADE: where each would matter.
+        Effect::Untold
+            if match hook {
+                "prerouting" => true,
+                "postrouting" => facts.keeps_port(),
+                _ => certain,
+            } =>
+        {
+            let text = format!(
+                "{chain} has a target of iptables that this nft does not name (before 1.0.6), so what it does to {whose} is not judged; look with iptables-save and ip6tables-save"
+            );
+            finding(Level::Warn, "packet-filter", text)
+        }
+        Effect::Unfinished => {
+            let text = format!(
+                "{chain} is followed for {RULES} rules only, each as often as it is jumped to: what those after do to {whose} is not judged"
+            );
+            finding(Level::Warn, "packet-filter", text)
+        }
+        Effect::MarkLost | Effect::Rewrite | Effect::SourceNat | Effect::Untold => None,
     }
 }
 

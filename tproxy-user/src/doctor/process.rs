@@ -1,6 +1,6 @@
 //! Kernel, privileges, limits, ports, other runs.
 
-use crate::config::{Attach, Kernel};
+use crate::config::{Attach, Handshake, Kernel};
 use crate::datapath::features::Features;
 use crate::privilege;
 
@@ -29,10 +29,15 @@ pub(super) fn kernel(facts: &Facts) -> Vec<Finding> {
             return vec![Finding::fail(ID, text)];
         }
     };
-    if facts.config.steering.attach == Attach::Tcx && !features.tcx() {
-        return vec![
-            Finding::fail(ID, format!("Linux {kernel} has no tcx links (6.6)")).mend("--attach auto"),
-        ];
+    let refused = refused(facts, features);
+    if !refused.is_empty() {
+        return refused
+            .into_iter()
+            .map(|(lacks, mend)| Finding {
+                mend,
+                ..Finding::fail(ID, format!("Linux {kernel} has no {lacks}"))
+            })
+            .collect();
     }
     let lacks: Vec<_> = [
         (features.listeners_from_tc(), "listeners are looked up by port, and --bpf-log does not work (5.8)"),
@@ -53,6 +58,27 @@ pub(super) fn kernel(facts: &Facts) -> Vec<Finding> {
         ID,
         format!("Linux {kernel}: bpf_sk_assign, socket maps, sk_lookup; programs attach as {hook}"),
     )]
+}
+
+/// What is asked for and the kernel lacks, so that `run` would not start; and flags to do without.
+fn refused(facts: &Facts, features: Features) -> Vec<(&'static str, Option<String>)> {
+    let steering = &facts.config.steering;
+    [
+        (steering.attach == Attach::Tcx && !features.tcx(), "tcx links (6.6)", Some("--attach auto")),
+        (
+            steering.handshake == Handshake::Faithful && !features.link_headers(),
+            "link-layer headers for packets from a tun device, which --handshake faithful needs (5.8)",
+            Some("--handshake eager"),
+        ),
+        (
+            steering.bpf_log && !features.ring_buffer(),
+            "ring buffer, which --bpf-log needs (5.8): leave that out",
+            None,
+        ),
+    ]
+    .into_iter()
+    .filter_map(|(lacks, what, mend)| lacks.then(|| (what, mend.map(str::to_owned))))
+    .collect()
 }
 
 /// The capabilities, each by name.

@@ -1,9 +1,11 @@
+mod rules;
+
 use std::collections::BTreeSet;
 
 use clap::Parser as _;
 use serde_json::{Value, json};
 
-use super::facts::{BpfFs, Facts, Hooks};
+use super::facts::{BpfFs, Facts, Hooks, TunDriver};
 use super::nft::Ruleset;
 use super::*;
 use crate::cli::{Cli, resolve};
@@ -40,6 +42,7 @@ fn facts(flags: &str, change: impl FnOnce(&mut Facts)) -> Facts {
         btf: true,
         jit: Some("1".to_owned()),
         bpffs: BpfFs::Mounted,
+        tun: TunDriver::Usable,
         taken: Vec::new(),
         free_port: 15002,
         running: None,
@@ -82,7 +85,7 @@ fn a_healthy_gateway_has_only_ok() {
 fn each_cause_has_its_finding() {
     use Level::{Fail, Warn};
     type Case = (&'static str, fn(&mut Facts), Level, &'static str);
-    let cases: [Case; 12] = [
+    let cases: [Case; 17] = [
         ("--iface lan", |f| f.memlock = Some(65536), Level::Ok, ""),
         (
             "--iface lan",
@@ -108,6 +111,26 @@ fn each_cause_has_its_finding() {
             "vlan",
         ),
         ("--iface tun*", |_| {}, Warn, "interface"),
+        (
+            "--iface lan --handshake faithful",
+            |f| f.kernel = Some(Kernel { major: 5, minor: 7 }),
+            Fail,
+            "kernel",
+        ),
+        ("--iface lan --bpf-log", |f| f.kernel = Some(Kernel { major: 5, minor: 7 }), Fail, "kernel"),
+        ("--iface lan", |f| f.kernel = Some(Kernel { major: 5, minor: 7 }), Warn, "kernel"),
+        (
+            "--iface lan --handshake faithful",
+            |f| f.tun = TunDriver::Absent("not there".to_owned()),
+            Fail,
+            "tun",
+        ),
+        (
+            "--iface lan --handshake faithful",
+            |f| f.tun = TunDriver::Refused("not permitted".to_owned()),
+            Fail,
+            "tun",
+        ),
     ];
     for (flags, change, level, id) in cases {
         let expected: &[_] = if level == Level::Ok { &[] } else { &[(level, id)] };

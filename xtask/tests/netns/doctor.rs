@@ -91,6 +91,32 @@ pub(crate) const SCENARIOS: Scenarios = &[
         Broken { works: true, says: "what the proxy sends", ..fails("packet-filter", script) }
             .examine(lab, family)
     }),
+    ("doctor_iptables_rejects", |lab, family| {
+        let tool = family.pick("iptables-nft", "ip6tables-nft");
+        let script = format!("{tool} -A INPUT -p tcp -j REJECT");
+        Broken { lost: Some("tcp"), works: true, ..fails("packet-filter", &script) }.examine(lab, family)
+    }),
+    ("doctor_ingress_chain_drops", |lab, family| {
+        // By the mark alone: the chain sees what the program at TC has marked.
+        let script = "nft add table netdev fw; \
+            nft 'add chain netdev fw lan { type filter hook ingress device lan priority 0; }'; \
+            nft add rule netdev fw lan meta mark 1 drop";
+        // nft 1.0.6 does not print the device, so it is in doubt.
+        Broken {
+            lost: Some("tcp"),
+            works: true,
+            says: "chain lan of table netdev fw",
+            ..warns("packet-filter", script)
+        }
+        .examine(lab, family)
+    }),
+    ("doctor_answers_to_syns_are_dropped", |lab, family| {
+        let script = "nft add table inet fw; \
+            nft 'add chain inet fw output { type filter hook output priority 0; }'; \
+            nft add rule inet fw output ct state invalid drop";
+        let flags = "--iface lan --handshake faithful";
+        Broken { flags, works: true, ..warns("handshake", script) }.examine(lab, family)
+    }),
     ("doctor_mark_is_overwritten", |lab, family| {
         // As wg-quick has it.
         let script = "nft add table inet wg; \
@@ -382,6 +408,8 @@ fn old_kernels(lab: &Lab, family: Family) -> Result<()> {
         ("--iface lan --assume-kernel 5.6", "FAIL", "needs Linux 5.7"),
         ("--iface lan --assume-kernel 5.7", "warn", "fragmented datagrams"),
         ("--iface lan --assume-kernel 5.10 --attach tcx", "FAIL", "no tcx links (6.6)"),
+        ("--iface lan --assume-kernel 5.7 --handshake faithful", "FAIL", "--handshake faithful needs (5.8)"),
+        ("--iface lan --assume-kernel 5.7 --bpf-log", "FAIL", "--bpf-log needs (5.8)"),
     ] {
         Broken { flags, level, says, ..fails("kernel", "true") }.find(lab, family)?;
     }
