@@ -16,6 +16,8 @@ for module in /modules/*.ko; do
 	insmod "$module" || echo "cannot load $module" >/dev/console
 done
 ip link set lo up
+# What systemd gives; a bare kernel leaves 4096.
+ulimit -n 524288
 stty -F /dev/ttyS1 raw
 stty -F /dev/ttyS2 raw
 # A session of its own: no signal of the console reaches the tests. With its path:

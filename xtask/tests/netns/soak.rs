@@ -40,9 +40,15 @@ fn soak(lab: &Lab, family: Family) -> Result<()> {
         for _ in 0..300 {
             peer::exchange(&peer::udp(&lab.client, at(family.client(), 0))?, echo, b"hello")?;
         }
-        wait_for("all descriptors to come back", Duration::from_secs(10), || {
+        let back = wait_for("all descriptors to come back", Duration::from_secs(10), || {
             Ok(proxy.daemon.open_files()? <= idle)
-        })?;
+        });
+        if let Err(error) = back {
+            let (open, connections) = (proxy.daemon.open_files()?, &proxy.status()?["connections"]);
+            return Err(
+                error.context(format!("{open} open, {idle} at the start; relayed now: {connections}"))
+            );
+        }
         memory.push(proxy.daemon.memory()?);
     }
     let status = proxy.status()?;
