@@ -94,8 +94,8 @@ impl UpstreamSocket {
     }
 
     /// A UDP socket of the client's family, unconnected and without an address.
-    /// It sends datagrams larger than the path MTU in fragments, and queues ICMP errors
-    /// about what it has sent.
+    /// It sends datagrams larger than the path MTU in fragments, tells the traffic class of
+    /// what it receives, and queues ICMP errors about what it has sent.
     ///
     /// # Errors
     /// [`SocketError`]: no descriptor left, or no `CAP_NET_ADMIN` for the mark.
@@ -105,6 +105,7 @@ impl UpstreamSocket {
             socket.set_only_v6(true).call("setsockopt IPV6_V6ONLY")?;
         }
         allow_fragments(&socket, client.is_ipv6())?;
+        tell_class(&socket, client.is_ipv6())?;
         queue_errors(&socket, client.is_ipv6())?;
         setsockopt(&socket, sockopt::RcvBufForce, &FLOW_UDP_BUFFER).call("setsockopt SO_RCVBUFFORCE")?;
         Ok(Self(socket))
@@ -171,7 +172,7 @@ pub fn tcp_listener(addr: SocketAddr, options: ListenerOptions) -> Result<TcpLis
     Ok(socket.into())
 }
 
-/// A UDP socket for foreign addresses that tells each datagram's original
+/// A UDP socket for foreign addresses that tells each datagram's traffic class and original
 /// destination (`IP_RECVORIGDSTADDR`, Linux 2.6.29; `IPV6_RECVORIGDSTADDR`, Linux 2.6.38).
 ///
 /// # Errors
@@ -183,6 +184,7 @@ pub fn udp_listener(addr: SocketAddr, options: ListenerOptions) -> Result<UdpSoc
     } else {
         setsockopt(&socket, sockopt::Ipv4OrigDstAddr, &true).call("setsockopt IP_RECVORIGDSTADDR")?;
     }
+    tell_class(&socket, addr.is_ipv6())?;
     setsockopt(&socket, sockopt::RcvBufForce, &SHARED_UDP_BUFFER).call("setsockopt SO_RCVBUFFORCE")?;
     socket.bind(&addr.into()).call("bind")?;
     Ok(socket.into())
@@ -273,16 +275,6 @@ pub fn unacknowledged(stream: BorrowedFd<'_>) -> usize {
     if result == -1 { 0 } else { usize::try_from(bytes).unwrap_or(0) }
 }
 
-/// Sends one datagram now or not at all; `WouldBlock` where the send buffer is full.
-///
-/// # Errors
-/// What `sendto(2)` answers.
-pub fn send_to(socket: BorrowedFd<'_>, payload: &[u8], to: SocketAddr) -> io::Result<usize> {
-    // Not by way of the runtime: it believes a new socket unready until its first event, and the
-    // first datagram would be lost.
-    SockRef::from(&socket).send_to(payload, &to.into())
-}
-
 /// This host's address towards another one, by its routes. Nothing is sent.
 ///
 /// # Errors
@@ -341,6 +333,13 @@ fn allow_fragments(socket: &Socket, v6: bool) -> Result<(), SocketError> {
         (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DONT)
     };
     set_int(socket, level, option, value).call("setsockopt IP_MTU_DISCOVER")
+}
+
+/// DSCP and ECN of each datagram are told (`IP_RECVTOS`, Linux 2.2; `IPV6_RECVTCLASS`, Linux 2.6.14).
+fn tell_class(socket: &Socket, v6: bool) -> Result<(), SocketError> {
+    let (level, option) =
+        if v6 { (libc::IPPROTO_IPV6, libc::IPV6_RECVTCLASS) } else { (libc::IPPROTO_IP, libc::IP_RECVTOS) };
+    set_int(socket, level, option, 1).call("setsockopt IP_RECVTOS")
 }
 
 /// ICMP errors about what was sent are queued with the datagram that they are about

@@ -44,7 +44,8 @@ pub(crate) struct Queued {
 
 /// Takes one error from a socket's queue; `WouldBlock` where there is none.
 pub(crate) fn receive(socket: BorrowedFd<'_>, quote: &mut [u8]) -> io::Result<Queued> {
-    let mut control = nix::cmsg_space!(libc::sock_extended_err, libc::sockaddr_in6);
+    // The traffic class stands before the error.
+    let mut control = nix::cmsg_space!(libc::c_int, libc::sock_extended_err, libc::sockaddr_in6);
     let mut parts = [IoSliceMut::new(quote)];
     let flags = MsgFlags::MSG_ERRQUEUE | MsgFlags::MSG_DONTWAIT;
     let message = recvmsg::<SockaddrStorage>(socket.as_raw_fd(), &mut parts, Some(&mut control), flags)?;

@@ -21,8 +21,9 @@ use super::Worker;
 use super::errors::{self, IcmpError};
 use super::icmp::Budget;
 use super::raw::ReplySender;
-use super::receive::Received;
+use super::receive::{Received, Receiver};
 use super::record::{End, Protocol, Record};
+use super::send::send;
 use super::udp::BATCH;
 use crate::addr::{ClientAddr, OrigDst};
 use crate::limits::ClientSlot;
@@ -37,6 +38,7 @@ const DRAIN_QUIET: Duration = Duration::from_secs(1);
 pub(crate) struct Flows {
     worker: Rc<Worker>,
     replies: ReplySender,
+    receiver: RefCell<Receiver>,
     icmp: Budget,
     /// The least recently used goes first where room is needed.
     table: RefCell<LruCache<ClientAddr, Rc<Flow>>>,
@@ -61,6 +63,7 @@ impl Flows {
         Rc::new(Self {
             worker: Rc::clone(worker),
             replies,
+            receiver: RefCell::new(Receiver::new()),
             icmp: Budget::new(),
             table: RefCell::new(LruCache::unbounded()),
         })
@@ -75,10 +78,14 @@ impl Flows {
         if self.worker.shared.own.contains(destination) {
             return stats.loops_prevented.inc();
         }
-        let known = self.table.borrow_mut().get(&datagram.client).map(Rc::clone);
-        let Some(flow) = known.or_else(|| self.open(datagram.client, destination)) else { return };
+        let client = ClientAddr::from(datagram.sender);
+        let known = self.table.borrow_mut().get(&client).map(Rc::clone);
+        let Some(flow) = known.or_else(|| self.open(client, destination)) else { return };
         flow.last.set(Instant::now());
-        let attempt = || sockopt::send_to(flow.socket.as_fd(), payload, destination.get());
+        let to = destination.get();
+        // Not by way of the runtime: it believes a new socket unready until its first event, and
+        // the first datagram would be lost.
+        let attempt = || send(flow.socket.as_fd(), to, [payload], datagram.class.control(to.is_ipv6()));
         let result = match attempt() {
             // What came of an earlier datagram is told in place of sending this one.
             Err(error) if error.kind() != io::ErrorKind::WouldBlock && self.bring_errors(&flow) > 0 => {
@@ -95,7 +102,7 @@ impl Flows {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => stats.udp_send_full.inc(),
             Err(error) => {
                 stats.udp_send_errors.inc();
-                tracing::debug!("{} to {destination}: cannot send: {error}", datagram.client);
+                tracing::debug!("{client} to {destination}: cannot send: {error}");
                 self.report_unsent(&flow, destination, &error, payload);
             }
         }
@@ -239,17 +246,19 @@ impl Flows {
     fn bring_replies(&self, flow: &Flow) -> bool {
         let stats = self.worker.stats();
         let mut buffer = self.worker.datagram.borrow_mut();
+        let mut receiver = self.receiver.borrow_mut();
         self.table.borrow_mut().promote(&flow.client);
         for _ in 0..BATCH {
-            match flow.socket.try_recv_from(&mut buffer) {
-                Ok((length, server)) => {
+            let mut receive = || receiver.receive(flow.socket.as_fd(), &mut buffer);
+            match flow.socket.try_io(Interest::READABLE, &mut receive) {
+                Ok(Received { len, sender: server, class, .. }) => {
                     flow.last.set(Instant::now());
                     flow.replied.set(true);
-                    match self.replies.send(server, flow.client, &buffer[..length]) {
+                    match self.replies.send(server, flow.client, class, &buffer[..len]) {
                         Ok(()) => {
                             stats.udp_datagrams_down.inc();
-                            stats.udp_bytes_down.add(length as u64);
-                            flow.record.traffic.down.set(flow.record.traffic.down.get() + length as u64);
+                            stats.udp_bytes_down.add(len as u64);
+                            flow.record.traffic.down.set(flow.record.traffic.down.get() + len as u64);
                         }
                         Err(error) if error.kind() == io::ErrorKind::WouldBlock => stats.udp_send_full.inc(),
                         Err(error) => {
