@@ -64,6 +64,39 @@ impl<T, E: Into<io::Error>> Call<T> for Result<T, E> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OwnMark(pub u32);
 
+/// Whether datagrams of a socket over IPv4 may be fragmented (`IP_MTU_DISCOVER`, ip(7)).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fragments {
+    /// They may, here and by routers (`IP_PMTUDISC_DONT`).
+    Allowed,
+    /// They must not: they have the DF bit, and the learned path MTU does not matter, as in a
+    /// router (`IP_PMTUDISC_PROBE`, Linux 2.6.22). What the device cannot take is `EMSGSIZE`.
+    Forbidden,
+    /// They may again (`IP_PMTUDISC_OMIT`, Linux 3.14): here by the MTU of the device alone. Under
+    /// `IP_PMTUDISC_DONT` the kernel would not tell that an earlier one was too long (`__udp4_lib_err`).
+    AllowedAgain,
+}
+
+impl Fragments {
+    /// What the next datagram needs.
+    #[must_use]
+    pub const fn next(self, dont_fragment: bool) -> Self {
+        match (dont_fragment, self) {
+            (true, _) => Self::Forbidden,
+            (false, Self::Allowed) => Self::Allowed,
+            (false, Self::Forbidden | Self::AllowedAgain) => Self::AllowedAgain,
+        }
+    }
+
+    const fn option(self) -> c_int {
+        match self {
+            Self::Allowed => libc::IP_PMTUDISC_DONT,
+            Self::Forbidden => libc::IP_PMTUDISC_PROBE,
+            Self::AllowedAgain => libc::IP_PMTUDISC_OMIT,
+        }
+    }
+}
+
 /// What the listeners of one run have in common.
 #[derive(Clone, Copy, Debug)]
 pub struct ListenerOptions {
@@ -275,6 +308,15 @@ pub fn unacknowledged(stream: BorrowedFd<'_>) -> usize {
     if result == -1 { 0 } else { usize::try_from(bytes).unwrap_or(0) }
 }
 
+/// Allows or forbids fragments of what a UDP socket over IPv4 sends from now on.
+///
+/// # Errors
+/// [`SocketError`] of `setsockopt`.
+pub fn set_fragments(socket: BorrowedFd<'_>, fragments: Fragments) -> Result<(), SocketError> {
+    set_int(&socket, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, fragments.option())
+        .call("setsockopt IP_MTU_DISCOVER")
+}
+
 /// This host's address towards another one, by its routes. Nothing is sent.
 ///
 /// # Errors
@@ -351,9 +393,23 @@ fn queue_errors(socket: &Socket, v6: bool) -> Result<(), SocketError> {
 }
 
 /// Sets an option that takes an int.
-fn set_int(socket: &Socket, level: c_int, option: c_int, value: c_int) -> io::Result<()> {
+fn set_int(socket: &impl AsRawFd, level: c_int, option: c_int, value: c_int) -> io::Result<()> {
     // SAFETY: the option takes one int, whose address and size are given.
     let result =
         unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, (&raw const value).cast(), INT) };
     if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Fragments;
+
+    #[test]
+    fn errors_about_datagrams_with_df_are_told_ever_after() {
+        let after = |flags: &[bool]| flags.iter().fold(Fragments::Allowed, |now, df| now.next(*df));
+        assert_eq!(after(&[false, false]), Fragments::Allowed);
+        assert_eq!(after(&[false, true]), Fragments::Forbidden);
+        assert_eq!(after(&[true, false, false]), Fragments::AllowedAgain);
+        assert_eq!(after(&[true, false, true]), Fragments::Forbidden);
+    }
 }
