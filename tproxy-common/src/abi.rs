@@ -5,7 +5,7 @@
 //! reads maps that another version may have pinned.
 
 /// Version of everything in this module.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
 
 /// Most workers (listeners of one kind) that [`map::LISTENERS`] holds.
 pub const MAX_WORKERS: u32 = 64;
@@ -64,7 +64,7 @@ pub mod program {
     pub const LOOKUP: &str = "tproxy_lookup";
 }
 
-/// Which of the four kinds of listener an entry of [`map::LISTENERS`] is.
+/// Which kind of listener an entry of [`map::LISTENERS`] is.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ListenerKind {
@@ -72,15 +72,17 @@ pub enum ListenerKind {
     Tcp4 = 0,
     /// TCP over IPv6.
     Tcp6 = 1,
-    /// UDP over IPv4.
+    /// UDP over IPv4: datagrams that may be fragmented, and reassembled ones.
     Udp4 = 2,
     /// UDP over IPv6.
     Udp6 = 3,
+    /// UDP over IPv4 with the DF bit, of which a socket tells nothing: so it has one of its own.
+    Udp4Df = 4,
 }
 
 impl ListenerKind {
     /// All kinds, in index order.
-    pub const ALL: [Self; 4] = [Self::Tcp4, Self::Tcp6, Self::Udp4, Self::Udp6];
+    pub const ALL: [Self; 5] = [Self::Tcp4, Self::Tcp6, Self::Udp4, Self::Udp6, Self::Udp4Df];
 }
 
 /// Index of a worker's listener in [`map::LISTENERS`].
@@ -89,6 +91,9 @@ impl ListenerKind {
 pub const fn listener_index(kind: ListenerKind, worker: u32) -> u32 {
     kind as u32 * MAX_WORKERS + worker
 }
+
+/// Capacity of [`map::LISTENERS`]: where the listeners of the last kind end.
+pub const MAX_LISTENERS: u32 = listener_index(ListenerKind::Udp4Df, MAX_WORKERS);
 
 /// An IPv4 or IPv6 address in network byte order; IPv4 is mapped (`::ffff:a.b.c.d`).
 pub type Addr = [u8; 16];
@@ -326,11 +331,11 @@ pub struct Settings {
 /// Ports of all listeners, host byte order, by [`listener_index`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ListenerPorts(pub [u16; 4 * MAX_WORKERS as usize]);
+pub struct ListenerPorts(pub [u16; MAX_LISTENERS as usize]);
 
 impl Default for ListenerPorts {
     fn default() -> Self {
-        Self([0; 4 * MAX_WORKERS as usize])
+        Self([0; MAX_LISTENERS as usize])
     }
 }
 
@@ -342,7 +347,7 @@ const _: () = {
     assert!(size_of::<FragmentInfo>() == 24);
     assert!(size_of::<HostPair>() == 32);
     assert!(size_of::<Endpoint>() == 20);
-    assert!(size_of::<Settings>() == 28 + 20 + 16 + 8 * MAX_WORKERS as usize);
+    assert!(size_of::<Settings>() == 28 + 20 + 16 + 2 * MAX_LISTENERS as usize);
 };
 
 /// Userspace copies these types in and out of maps.

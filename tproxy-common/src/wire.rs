@@ -74,7 +74,7 @@ pub struct Packet {
     pub ip_len: u32,
     /// Bytes of network and transport header together, which each segment of
     /// a GRO packet repeats.
-    pub header_len: u32,
+    pub header_len: u16,
     /// Source port, host byte order; 0 in a later fragment.
     pub source_port: u16,
     /// Destination port, host byte order; 0 in a later fragment.
@@ -89,6 +89,10 @@ pub struct Packet {
     pub fragment: Fragment,
     /// Identification of the datagram; means nothing for a whole one.
     pub fragment_id: u32,
+    /// The DF bit: no router may fragment it. IPv6 has none.
+    pub dont_fragment: bool,
+    /// Zero: what is not initialised the verifier of Linux before 6.3 refuses to copy.
+    pub pad: u8,
 }
 
 impl Packet {
@@ -105,6 +109,8 @@ impl Packet {
         tcp_flags: 0,
         fragment: Fragment::Whole,
         fragment_id: 0,
+        dont_fragment: false,
+        pad: 0,
     };
 
     /// Turns it into a packet the other way.
@@ -163,16 +169,20 @@ pub fn parse_v4(from: &impl Load) -> Result<Packet, Skip> {
         return Err(Skip::Malformed);
     }
     let id = u32::from(u16::from_be_bytes([h[4], h[5]]));
-    let fragment = match u16::from_be_bytes([h[6], h[7]]) {
-        field if field & 0x1fff != 0 => Fragment::Later,
-        field if field & 0x2000 != 0 => Fragment::First,
-        _ => Fragment::Whole,
+    let field = u16::from_be_bytes([h[6], h[7]]);
+    let fragment = if field & 0x1fff != 0 {
+        Fragment::Later
+    } else if field & 0x2000 != 0 {
+        Fragment::First
+    } else {
+        Fragment::Whole
     };
     let ip = Ip {
         source: mapped([h[12], h[13], h[14], h[15]]),
         destination: mapped([h[16], h[17], h[18], h[19]]),
         total_len: ip_len,
         family: Family::V4,
+        dont_fragment: field & 0x4000 != 0,
     };
     transport(from, &ip, h[9], header_len, fragment, id)
 }
@@ -199,6 +209,7 @@ pub fn parse_v6(from: &impl Load) -> Result<Packet, Skip> {
             payload => payload + IPV6_HEADER,
         },
         family: Family::V6,
+        dont_fragment: false,
     };
     let mut next = fixed[6];
     let mut offset = IPV6_HEADER;
@@ -253,8 +264,10 @@ struct Ip {
     destination: Addr,
     total_len: u32,
     family: Family,
+    dont_fragment: bool,
 }
 
+#[expect(clippy::cast_possible_truncation, reason = "a few extension headers of at most 2,048 bytes each")]
 #[inline(always)]
 fn transport(
     from: &impl Load,
@@ -268,7 +281,7 @@ fn transport(
         source: ip.source,
         destination: ip.destination,
         ip_len: ip.total_len,
-        header_len: offset,
+        header_len: 0,
         source_port: 0,
         destination_port: 0,
         family: ip.family,
@@ -276,37 +289,39 @@ fn transport(
         tcp_flags: 0,
         fragment,
         fragment_id,
+        dont_fragment: ip.dont_fragment,
+        pad: 0,
     };
     if protocol != TCP && protocol != UDP {
         return Err(Skip::Protocol);
     }
+    let mut header_len = offset;
     if fragment != Fragment::Later {
-        ports_and_flags(from, offset, &mut packet)?;
+        header_len += ports_and_flags(from, offset, &mut packet)?;
     }
-    if packet.ip_len != 0 && packet.header_len > packet.ip_len {
+    if packet.ip_len != 0 && header_len > packet.ip_len {
         return Err(Skip::Malformed);
     }
+    packet.header_len = header_len as u16;
     Ok(packet)
 }
 
-/// Reads the transport header, which every packet but a later fragment has.
+/// Reads the transport header, which every packet but a later fragment has; its length in bytes.
 #[inline(always)]
-fn ports_and_flags(from: &impl Load, offset: u32, packet: &mut Packet) -> Result<(), Skip> {
+fn ports_and_flags(from: &impl Load, offset: u32, packet: &mut Packet) -> Result<u32, Skip> {
     let ports: [u8; 4] = from.load(offset).ok_or(Skip::Truncated)?;
     packet.source_port = u16::from_be_bytes([ports[0], ports[1]]);
     packet.destination_port = u16::from_be_bytes([ports[2], ports[3]]);
     if packet.protocol == UDP {
-        packet.header_len += UDP_HEADER;
-        return Ok(());
+        return Ok(UDP_HEADER);
     }
     let h: [u8; 2] = from.load(offset + 12).ok_or(Skip::Truncated)?;
     let tcp_len = u32::from(h[0] >> 4) * 4;
     if tcp_len < TCP_HEADER {
         return Err(Skip::Malformed);
     }
-    packet.header_len += tcp_len;
     packet.tcp_flags = h[1];
-    Ok(())
+    Ok(tcp_len)
 }
 
 #[cfg(test)]

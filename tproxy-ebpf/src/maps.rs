@@ -4,7 +4,7 @@
 use aya_ebpf::btf_maps::{Array, LpmTrie, LruHashMap, PerCpuArray, SockMap};
 use aya_ebpf::macros::btf_map;
 use tproxy_common::abi::{
-    Addr, DEFAULT_MAX_FLOWS, Endpoint, Flow, FlowKey, FragmentInfo, FragmentKey, HostPair, MAX_WORKERS,
+    Addr, DEFAULT_MAX_FLOWS, Endpoint, Flow, FlowKey, FragmentInfo, FragmentKey, HostPair, MAX_LISTENERS,
 };
 use tproxy_common::counter::Counters;
 
@@ -18,7 +18,7 @@ pub(crate) static COUNTERS: PerCpuArray<Counters, 1> = PerCpuArray::new();
 
 /// The listeners of all workers.
 #[btf_map]
-pub(crate) static LISTENERS: SockMap<{ 4 * MAX_WORKERS as usize }> = SockMap::new();
+pub(crate) static LISTENERS: SockMap<{ MAX_LISTENERS as usize }> = SockMap::new();
 
 /// This host's own addresses.
 #[btf_map]

@@ -1,7 +1,7 @@
 //! Settings that userspace writes before the load. Read-only data: the
 //! verifier knows the values and drops the branches that they exclude.
 
-use tproxy_common::abi::{ABI_VERSION, ListenerPorts, MAX_WORKERS, Settings};
+use tproxy_common::abi::{ABI_VERSION, ListenerPorts, MAX_LISTENERS, Settings};
 
 #[unsafe(no_mangle)]
 static SETTINGS: Settings = Settings {
@@ -28,7 +28,7 @@ static SETTINGS: Settings = Settings {
     sk_lookup: 1,
     client_port: 0,
     pad: [0; 3],
-    listener_ports: ListenerPorts([0; 4 * MAX_WORKERS as usize]),
+    listener_ports: ListenerPorts([0; MAX_LISTENERS as usize]),
 };
 
 /// Reads one setting. Volatile, so that the compiler does not take the value
@@ -72,7 +72,7 @@ setting! {
 /// Port of a listener by its index, host byte order.
 #[inline(always)]
 pub(crate) fn listener_port(index: u32) -> u16 {
-    if index >= 4 * MAX_WORKERS {
+    if index >= MAX_LISTENERS {
         return 0;
     }
     // SAFETY: a valid static, and the index is in bounds.

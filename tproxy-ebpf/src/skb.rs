@@ -156,8 +156,9 @@ impl Skb {
         // Above 64 KiB the IP header has no length; only Ethernet devices build such packets.
         let ip_len =
             if packet.ip_len == 0 { self.len().saturating_sub(ETHERNET_HEADER) } else { packet.ip_len };
-        let segments = segments(ip_len, packet.header_len, self.gso_segs(), self.gso_size());
-        on_the_wire(ip_len, packet.header_len, segments)
+        let header_len = u32::from(packet.header_len);
+        let segments = segments(ip_len, header_len, self.gso_segs(), self.gso_size());
+        on_the_wire(ip_len, header_len, segments)
     }
 }
 

@@ -294,12 +294,19 @@ pub(crate) fn is_for_own_udp(skb: &Skb, packet: &Packet) -> bool {
     udp(skb, packet).is_some_and(|sock| sock.is_own())
 }
 
-/// Index of the listener that serves a client.
+/// Index of the listener that serves a client. The DF bit matters for UDP over IPv4 alone.
 #[inline(always)]
-pub(crate) fn listener_index_of(family: Family, protocol: u8, client: &Addr, client_port: u16) -> u32 {
+pub(crate) fn listener_index_of(
+    family: Family,
+    protocol: u8,
+    dont_fragment: bool,
+    client: &Addr,
+    client_port: u16,
+) -> u32 {
     let kind = match (protocol == TCP, family) {
         (true, Family::V4) => ListenerKind::Tcp4,
         (true, Family::V6) => ListenerKind::Tcp6,
+        (false, Family::V4) if dont_fragment => ListenerKind::Udp4Df,
         (false, Family::V4) => ListenerKind::Udp4,
         (false, Family::V6) => ListenerKind::Udp6,
     };
@@ -309,7 +316,13 @@ pub(crate) fn listener_index_of(family: Family, protocol: u8, client: &Addr, cli
 /// The listener that serves the packet's sender.
 #[inline(always)]
 pub(crate) fn listener(skb: &Skb, packet: &Packet) -> Option<Sock> {
-    let index = listener_index_of(packet.family, packet.protocol, &packet.source, packet.source_port);
+    let index = listener_index_of(
+        packet.family,
+        packet.protocol,
+        packet.dont_fragment,
+        &packet.source,
+        packet.source_port,
+    );
     if settings::listener_by_tuple() == 1 {
         return listener_by_tuple(skb, packet, index);
     }

@@ -27,6 +27,8 @@ pub struct WorkerListeners {
     pub tcp6: Option<Bound<TcpListener>>,
     /// UDP over IPv4.
     pub udp4: Option<Bound<UdpSocket>>,
+    /// UDP over IPv4 with the DF bit; only with eBPF steering, which alone can tell them apart.
+    pub udp4_df: Option<Bound<UdpSocket>>,
     /// UDP over IPv6.
     pub udp6: Option<Bound<UdpSocket>>,
 }
@@ -53,6 +55,7 @@ impl WorkerListeners {
             entry(ListenerKind::Tcp6, self.tcp6.as_ref()),
             entry(ListenerKind::Udp4, self.udp4.as_ref()),
             entry(ListenerKind::Udp6, self.udp6.as_ref()),
+            entry(ListenerKind::Udp4Df, self.udp4_df.as_ref()),
         ]
         .into_iter()
         .flatten()
@@ -97,10 +100,10 @@ pub enum BindError {
 
 /// Binds all listeners of all workers.
 ///
-/// With eBPF steering only the first worker's are on the port of the
-/// configuration: the program hands packets to a socket whatever its port, so the
-/// others take free ones and none needs `SO_REUSEPORT`, which `bpf_sk_assign` refuses
-/// before Linux 6.6. Rules of the user's own know one port, which all workers share.
+/// With eBPF steering only the first worker's are on the port of the configuration,
+/// one a protocol and family: the program hands packets to a socket whatever its port,
+/// so the others take free ones and none needs `SO_REUSEPORT`, which `bpf_sk_assign`
+/// refuses before Linux 6.6. Rules of the user's own know one port, which all workers share.
 ///
 /// A host without IPv6 gets IPv4 listeners alone and a line in the log.
 ///
@@ -124,6 +127,9 @@ fn bind_worker(config: &Config, index: u32) -> Result<WorkerListeners, BindError
     Ok(WorkerListeners {
         tcp4: (capture.tcp && capture.v4).then(|| tcp(v4)).transpose()?,
         udp4: (capture.udp && capture.v4).then(|| udp(v4)).transpose()?,
+        udp4_df: (capture.udp && capture.v4 && !shared_port)
+            .then(|| udp(SocketAddr::new(v4.ip(), 0)))
+            .transpose()?,
         tcp6: optional((capture.tcp && capture.v6).then(|| tcp(v6)), capture.v4, quiet)?,
         udp6: optional((capture.udp && capture.v6).then(|| udp(v6)), capture.v4, quiet)?,
     })

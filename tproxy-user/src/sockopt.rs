@@ -64,6 +64,39 @@ impl<T, E: Into<io::Error>> Call<T> for Result<T, E> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OwnMark(pub u32);
 
+/// Whether datagrams of a socket over IPv4 may be fragmented (`IP_MTU_DISCOVER`, ip(7)).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fragments {
+    /// They may, here and by routers (`IP_PMTUDISC_DONT`).
+    Allowed,
+    /// They must not: they have the DF bit, and the learned path MTU does not matter, as in a
+    /// router (`IP_PMTUDISC_PROBE`, Linux 2.6.22). What the device cannot take is `EMSGSIZE`.
+    Forbidden,
+    /// They may again (`IP_PMTUDISC_OMIT`, Linux 3.14): here by the MTU of the device alone. Under
+    /// `IP_PMTUDISC_DONT` the kernel would not tell that an earlier one was too long (`__udp4_lib_err`).
+    AllowedAgain,
+}
+
+impl Fragments {
+    /// What the next datagram needs.
+    #[must_use]
+    pub const fn next(self, dont_fragment: bool) -> Self {
+        match (dont_fragment, self) {
+            (true, _) => Self::Forbidden,
+            (false, Self::Allowed) => Self::Allowed,
+            (false, Self::Forbidden | Self::AllowedAgain) => Self::AllowedAgain,
+        }
+    }
+
+    const fn option(self) -> c_int {
+        match self {
+            Self::Allowed => libc::IP_PMTUDISC_DONT,
+            Self::Forbidden => libc::IP_PMTUDISC_PROBE,
+            Self::AllowedAgain => libc::IP_PMTUDISC_OMIT,
+        }
+    }
+}
+
 /// What the listeners of one run have in common.
 #[derive(Clone, Copy, Debug)]
 pub struct ListenerOptions {
@@ -94,8 +127,8 @@ impl UpstreamSocket {
     }
 
     /// A UDP socket of the client's family, unconnected and without an address.
-    /// It sends datagrams larger than the path MTU in fragments, and queues ICMP errors
-    /// about what it has sent.
+    /// It sends datagrams larger than the path MTU in fragments, tells the traffic class of
+    /// what it receives, and queues ICMP errors about what it has sent.
     ///
     /// # Errors
     /// [`SocketError`]: no descriptor left, or no `CAP_NET_ADMIN` for the mark.
@@ -105,6 +138,7 @@ impl UpstreamSocket {
             socket.set_only_v6(true).call("setsockopt IPV6_V6ONLY")?;
         }
         allow_fragments(&socket, client.is_ipv6())?;
+        tell_class(&socket, client.is_ipv6())?;
         queue_errors(&socket, client.is_ipv6())?;
         setsockopt(&socket, sockopt::RcvBufForce, &FLOW_UDP_BUFFER).call("setsockopt SO_RCVBUFFORCE")?;
         Ok(Self(socket))
@@ -171,7 +205,7 @@ pub fn tcp_listener(addr: SocketAddr, options: ListenerOptions) -> Result<TcpLis
     Ok(socket.into())
 }
 
-/// A UDP socket for foreign addresses that tells each datagram's original
+/// A UDP socket for foreign addresses that tells each datagram's traffic class and original
 /// destination (`IP_RECVORIGDSTADDR`, Linux 2.6.29; `IPV6_RECVORIGDSTADDR`, Linux 2.6.38).
 ///
 /// # Errors
@@ -183,6 +217,7 @@ pub fn udp_listener(addr: SocketAddr, options: ListenerOptions) -> Result<UdpSoc
     } else {
         setsockopt(&socket, sockopt::Ipv4OrigDstAddr, &true).call("setsockopt IP_RECVORIGDSTADDR")?;
     }
+    tell_class(&socket, addr.is_ipv6())?;
     setsockopt(&socket, sockopt::RcvBufForce, &SHARED_UDP_BUFFER).call("setsockopt SO_RCVBUFFORCE")?;
     socket.bind(&addr.into()).call("bind")?;
     Ok(socket.into())
@@ -273,14 +308,13 @@ pub fn unacknowledged(stream: BorrowedFd<'_>) -> usize {
     if result == -1 { 0 } else { usize::try_from(bytes).unwrap_or(0) }
 }
 
-/// Sends one datagram now or not at all; `WouldBlock` where the send buffer is full.
+/// Allows or forbids fragments of what a UDP socket over IPv4 sends from now on.
 ///
 /// # Errors
-/// What `sendto(2)` answers.
-pub fn send_to(socket: BorrowedFd<'_>, payload: &[u8], to: SocketAddr) -> io::Result<usize> {
-    // Not by way of the runtime: it believes a new socket unready until its first event, and the
-    // first datagram would be lost.
-    SockRef::from(&socket).send_to(payload, &to.into())
+/// [`SocketError`] of `setsockopt`.
+pub fn set_fragments(socket: BorrowedFd<'_>, fragments: Fragments) -> Result<(), SocketError> {
+    set_int(&socket, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, fragments.option())
+        .call("setsockopt IP_MTU_DISCOVER")
 }
 
 /// This host's address towards another one, by its routes. Nothing is sent.
@@ -343,6 +377,13 @@ fn allow_fragments(socket: &Socket, v6: bool) -> Result<(), SocketError> {
     set_int(socket, level, option, value).call("setsockopt IP_MTU_DISCOVER")
 }
 
+/// DSCP and ECN of each datagram are told (`IP_RECVTOS`, Linux 2.2; `IPV6_RECVTCLASS`, Linux 2.6.14).
+fn tell_class(socket: &Socket, v6: bool) -> Result<(), SocketError> {
+    let (level, option) =
+        if v6 { (libc::IPPROTO_IPV6, libc::IPV6_RECVTCLASS) } else { (libc::IPPROTO_IP, libc::IP_RECVTOS) };
+    set_int(socket, level, option, 1).call("setsockopt IP_RECVTOS")
+}
+
 /// ICMP errors about what was sent are queued with the datagram that they are about
 /// (`IP_RECVERR`, Linux 2.2), also on a socket that is not connected.
 fn queue_errors(socket: &Socket, v6: bool) -> Result<(), SocketError> {
@@ -352,9 +393,23 @@ fn queue_errors(socket: &Socket, v6: bool) -> Result<(), SocketError> {
 }
 
 /// Sets an option that takes an int.
-fn set_int(socket: &Socket, level: c_int, option: c_int, value: c_int) -> io::Result<()> {
+fn set_int(socket: &impl AsRawFd, level: c_int, option: c_int, value: c_int) -> io::Result<()> {
     // SAFETY: the option takes one int, whose address and size are given.
     let result =
         unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, (&raw const value).cast(), INT) };
     if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Fragments;
+
+    #[test]
+    fn errors_about_datagrams_with_df_are_told_ever_after() {
+        let after = |flags: &[bool]| flags.iter().fold(Fragments::Allowed, |now, df| now.next(*df));
+        assert_eq!(after(&[false, false]), Fragments::Allowed);
+        assert_eq!(after(&[false, true]), Fragments::Forbidden);
+        assert_eq!(after(&[true, false, false]), Fragments::AllowedAgain);
+        assert_eq!(after(&[true, false, true]), Fragments::Forbidden);
+    }
 }

@@ -90,6 +90,8 @@ struct Parts {
     runtime: Runtime,
     tcp: Vec<AsyncFd<OwnedFd>>,
     udp: Vec<AsyncFd<OwnedFd>>,
+    /// The one whose datagrams have the DF bit.
+    udp_df: Vec<AsyncFd<OwnedFd>>,
     replies: ReplySender,
     /// SYNs, and what answers those that are not let in.
     handshakes: Option<(AsyncFd<OwnedFd>, RefusalSender)>,
@@ -146,17 +148,20 @@ fn prepare(
     let context = runtime.enter();
     let tcp = watched([listeners.tcp4, listeners.tcp6]).map_err(start)?;
     let udp = watched([listeners.udp4, listeners.udp6]).map_err(start)?;
+    let udp_df = watched([listeners.udp4_df]).map_err(start)?;
     let syns = syns.map(sockopt::watch).transpose().map_err(start)?;
     drop(context);
-    Ok(Parts { runtime, tcp, udp, replies, handshakes: syns.zip(refusals) })
+    Ok(Parts { runtime, tcp, udp, udp_df, replies, handshakes: syns.zip(refusals) })
 }
 
-fn watched<T: Into<OwnedFd>>(listeners: [Option<Bound<T>>; 2]) -> io::Result<Vec<AsyncFd<OwnedFd>>> {
+fn watched<T: Into<OwnedFd>, const N: usize>(
+    listeners: [Option<Bound<T>>; N],
+) -> io::Result<Vec<AsyncFd<OwnedFd>>> {
     listeners.into_iter().flatten().map(|bound| sockopt::watch(bound.socket.into())).collect()
 }
 
 fn run(index: usize, parts: Parts, shared: Arc<Shared>, mut shutdown: Shutdown) -> Result<(), WorkerError> {
-    let Parts { runtime, tcp, udp, replies, handshakes } = parts;
+    let Parts { runtime, tcp, udp, udp_df, replies, handshakes } = parts;
     let tasks = LocalSet::new();
     let outcome = tasks.block_on(&runtime, async {
         let worker = relay::Worker::new(
@@ -173,8 +178,11 @@ fn run(index: usize, parts: Parts, shared: Arc<Shared>, mut shutdown: Shutdown) 
                 spawn_local(relay::tcp::listen(Rc::clone(&worker), listener, end))
             })
             .collect();
-        for listener in udp {
-            spawn_local(relay::udp::listen(Rc::clone(&worker), Rc::clone(&flows), listener));
+        for (listeners, dont_fragment) in [(udp, false), (udp_df, true)] {
+            for listener in listeners {
+                let (worker, flows) = (Rc::clone(&worker), Rc::clone(&flows));
+                spawn_local(relay::udp::listen(worker, flows, listener, dont_fragment));
+            }
         }
         tokio::select! {
             () = shutdown.reached(Phase::Draining) => {}

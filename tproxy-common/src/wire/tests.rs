@@ -60,6 +60,15 @@ fn later_fragment_has_no_ports() {
 }
 
 #[test]
+fn dont_fragment_is_read_wherever_it_stands() {
+    for (field, expected) in [(0, false), (0x4000, true), (0x2000, false), (0x6000, true), (0x80b9, false)] {
+        let parsed = parse_v4(&v4(5, 28, field, UDP, &UDP_53).as_slice()).expect("valid");
+        assert_eq!(parsed.dont_fragment, expected, "{field:#06x}");
+    }
+    assert!(!parse_v6(&v6(UDP, &UDP_53).as_slice()).expect("valid").dont_fragment);
+}
+
+#[test]
 fn contradictions_are_malformed_and_short_ones_truncated() {
     assert_eq!(parse_v4(&&v4(5, 28, 0, UDP, &UDP_53)[..19]), Err(Skip::Truncated));
     let mut short_ihl = v4(5, 28, 0, UDP, &UDP_53);

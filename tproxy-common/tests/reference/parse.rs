@@ -91,6 +91,7 @@ fn v4(bytes: &[u8]) -> Parsed {
         address[10..12].fill(0xff);
         address[12..].copy_from_slice(&bytes[at..at + 4]);
     }
+    packet.dont_fragment = flags / 2 % 2 == 1;
     packet.fragment = match (offset, flags % 2) {
         (0, 0) => Fragment::Whole,
         (0, _) => Fragment::First,
@@ -175,7 +176,7 @@ fn transport(bytes: &[u8], network: &Network) -> Parsed {
     if len.is_some_and(|len| len < header_len) {
         return Err(Skip::Malformed);
     }
-    packet.header_len = u32::try_from(header_len).expect("short");
+    packet.header_len = u16::try_from(header_len).expect("short");
     packet.ip_len = u32::try_from(len.unwrap_or(0)).expect("short");
     Ok(packet)
 }

@@ -18,15 +18,16 @@ use tokio::task::{spawn_local, yield_now};
 use tokio::time::{Instant, sleep_until};
 
 use super::Worker;
-use super::errors::{self, IcmpError};
+use super::errors::{self, IcmpError, Queued};
 use super::icmp::Budget;
 use super::raw::ReplySender;
-use super::receive::Received;
+use super::receive::{Received, Receiver};
 use super::record::{End, Protocol, Record};
+use super::send::send;
 use super::udp::BATCH;
 use crate::addr::{ClientAddr, OrigDst};
 use crate::limits::ClientSlot;
-use crate::sockopt;
+use crate::sockopt::{self, Fragments};
 use crate::upstream::Reason;
 
 /// At the end of a run a flow is over when it was quiet for this long: time for an
@@ -37,15 +38,27 @@ const DRAIN_QUIET: Duration = Duration::from_secs(1);
 pub(crate) struct Flows {
     worker: Rc<Worker>,
     replies: ReplySender,
+    receiver: RefCell<Receiver>,
     icmp: Budget,
     /// The least recently used goes first where room is needed.
     table: RefCell<LruCache<ClientAddr, Rc<Flow>>>,
+}
+
+/// What was in the error queue of a flow.
+#[derive(Default)]
+struct Errors {
+    /// How many there were.
+    count: usize,
+    /// The MTU that the latest datagram which the kernel refused did not fit.
+    mtu: Option<u32>,
 }
 
 /// One flow.
 struct Flow {
     client: ClientAddr,
     socket: UdpSocket,
+    /// Whether the socket fragments what it sends.
+    fragments: Cell<Fragments>,
     /// When the latest datagram went either way.
     last: Cell<Instant>,
     replied: Cell<bool>,
@@ -56,18 +69,34 @@ struct Flow {
     _slot: ClientSlot,
 }
 
+impl Flow {
+    /// Has the next datagram sent with the DF bit or without.
+    fn set_fragments(&self, dont_fragment: bool) {
+        let wanted = self.fragments.get().next(dont_fragment);
+        if wanted == self.fragments.get() {
+            return;
+        }
+        match sockopt::set_fragments(self.socket.as_fd(), wanted) {
+            Ok(()) => self.fragments.set(wanted),
+            Err(error) => tracing::debug!("flow of {}: {error}", self.client),
+        }
+    }
+}
+
 impl Flows {
     pub(crate) fn new(worker: &Rc<Worker>, replies: ReplySender) -> Rc<Self> {
         Rc::new(Self {
             worker: Rc::clone(worker),
             replies,
+            receiver: RefCell::new(Receiver::new()),
             icmp: Budget::new(),
             table: RefCell::new(LruCache::unbounded()),
         })
     }
 
-    /// Sends a client's datagram to where the client wanted it, in its flow or a new one.
-    pub(crate) fn forward(self: &Rc<Self>, datagram: &Received, payload: &[u8]) {
+    /// Sends a client's datagram to where the client wanted it, in its flow or a new one,
+    /// with the DF bit or without.
+    pub(crate) fn forward(self: &Rc<Self>, datagram: &Received, payload: &[u8], dont_fragment: bool) {
         let stats = self.worker.stats();
         let Some(destination) = datagram.destination else {
             return stats.udp_no_destination.inc();
@@ -75,13 +104,18 @@ impl Flows {
         if self.worker.shared.own.contains(destination) {
             return stats.loops_prevented.inc();
         }
-        let known = self.table.borrow_mut().get(&datagram.client).map(Rc::clone);
-        let Some(flow) = known.or_else(|| self.open(datagram.client, destination)) else { return };
+        let client = ClientAddr::from(datagram.sender);
+        let known = self.table.borrow_mut().get(&client).map(Rc::clone);
+        let Some(flow) = known.or_else(|| self.open(client, destination)) else { return };
         flow.last.set(Instant::now());
-        let attempt = || sockopt::send_to(flow.socket.as_fd(), payload, destination.get());
+        flow.set_fragments(dont_fragment);
+        let to = destination.get();
+        // Not by way of the runtime: it believes a new socket unready until its first event, and
+        // the first datagram would be lost.
+        let attempt = || send(flow.socket.as_fd(), to, [payload], datagram.class.control(to.is_ipv6()));
         let result = match attempt() {
             // What came of an earlier datagram is told in place of sending this one.
-            Err(error) if error.kind() != io::ErrorKind::WouldBlock && self.bring_errors(&flow) > 0 => {
+            Err(error) if error.kind() != io::ErrorKind::WouldBlock && self.bring_errors(&flow).count > 0 => {
                 attempt()
             }
             result => result,
@@ -95,7 +129,7 @@ impl Flows {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => stats.udp_send_full.inc(),
             Err(error) => {
                 stats.udp_send_errors.inc();
-                tracing::debug!("{} to {destination}: cannot send: {error}", datagram.client);
+                tracing::debug!("{client} to {destination}: cannot send: {error}");
                 self.report_unsent(&flow, destination, &error, payload);
             }
         }
@@ -135,6 +169,7 @@ impl Flows {
         let flow = Rc::new(Flow {
             client,
             socket,
+            fragments: Cell::new(Fragments::Allowed),
             last: Cell::new(Instant::now()),
             replied: Cell::new(false),
             evicted: Cell::new(false),
@@ -188,7 +223,7 @@ impl Flows {
     /// Brings what has come, replies and errors; true where there may be more.
     fn bring(&self, flow: &Flow, ready: Ready) -> bool {
         let more_errors = ready.is_error() && {
-            let errors = || match self.bring_errors(flow) {
+            let errors = || match self.bring_errors(flow).count {
                 BATCH.. => Ok(()),
                 // The queue is empty: wait for the next one.
                 _ => Err(io::ErrorKind::WouldBlock.into()),
@@ -199,23 +234,33 @@ impl Flows {
         more_errors || more_replies
     }
 
-    /// Passes ICMP errors about the flow's datagrams on to its client; how many there were.
-    fn bring_errors(&self, flow: &Flow) -> usize {
+    /// Passes ICMP errors about the flow's datagrams on to its client.
+    fn bring_errors(&self, flow: &Flow) -> Errors {
         let mut quote = [0; errors::QUOTE];
-        for taken in 0..BATCH {
-            let Ok(error) = errors::receive(flow.socket.as_fd(), &mut quote) else { return taken };
-            if let Some(icmp) = error.icmp {
-                self.report(flow.client, error.destination, &icmp, &quote[..error.len]);
+        let mut errors = Errors::default();
+        while errors.count < BATCH {
+            match errors::receive(flow.socket.as_fd(), &mut quote) {
+                Ok(Queued::Icmp { destination, error, len }) => {
+                    self.report(flow.client, destination, &error, &quote[..len]);
+                }
+                Ok(Queued::TooLong { mtu }) => errors.mtu = Some(mtu),
+                Ok(Queued::Other) => {}
+                Err(_) => break,
             }
+            errors.count += 1;
         }
-        BATCH
+        errors
     }
 
     /// Tells the client that there is no way for its datagram, as a router would.
     fn report_unsent(&self, flow: &Flow, destination: OrigDst, error: &io::Error, payload: &[u8]) {
         let Some(errno) = error.raw_os_error() else { return };
         let Ok(here) = sockopt::address_towards(flow.client.get(), self.worker.shared.mark()) else { return };
-        if let Some(icmp) = IcmpError::of_send(errno, here) {
+        let icmp = match errno {
+            libc::EMSGSIZE => self.bring_errors(flow).mtu.and_then(|mtu| IcmpError::too_long(mtu, here)),
+            _ => IcmpError::of_send(errno, here),
+        };
+        if let Some(icmp) = icmp {
             self.report(flow.client, destination, &icmp, payload);
         }
     }
@@ -239,17 +284,19 @@ impl Flows {
     fn bring_replies(&self, flow: &Flow) -> bool {
         let stats = self.worker.stats();
         let mut buffer = self.worker.datagram.borrow_mut();
+        let mut receiver = self.receiver.borrow_mut();
         self.table.borrow_mut().promote(&flow.client);
         for _ in 0..BATCH {
-            match flow.socket.try_recv_from(&mut buffer) {
-                Ok((length, server)) => {
+            let mut receive = || receiver.receive(flow.socket.as_fd(), &mut buffer);
+            match flow.socket.try_io(Interest::READABLE, &mut receive) {
+                Ok(Received { len, sender: server, class, .. }) => {
                     flow.last.set(Instant::now());
                     flow.replied.set(true);
-                    match self.replies.send(server, flow.client, &buffer[..length]) {
+                    match self.replies.send(server, flow.client, class, &buffer[..len]) {
                         Ok(()) => {
                             stats.udp_datagrams_down.inc();
-                            stats.udp_bytes_down.add(length as u64);
-                            flow.record.traffic.down.set(flow.record.traffic.down.get() + length as u64);
+                            stats.udp_bytes_down.add(len as u64);
+                            flow.record.traffic.down.set(flow.record.traffic.down.get() + len as u64);
                         }
                         Err(error) if error.kind() == io::ErrorKind::WouldBlock => stats.udp_send_full.inc(),
                         Err(error) => {
@@ -260,7 +307,7 @@ impl Flows {
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
                 // An error about an earlier datagram: its details are in the queue.
-                Err(_) if self.bring_errors(flow) > 0 => {}
+                Err(_) if self.bring_errors(flow).count > 0 => {}
                 Err(error) => {
                     stats.udp_receive_errors.inc();
                     tracing::debug!("flow of {}: cannot receive: {error}", flow.client);

@@ -41,6 +41,17 @@ impl IcmpError {
         Some(Self { offender: here, kind, code, info: 0 })
     }
 
+    /// What a router says of a datagram over IPv4 with DF for which its own link is too
+    /// small. None over IPv6, where the kernel fragments what it sends.
+    pub(crate) fn too_long(mtu: u32, here: IpAddr) -> Option<Self> {
+        here.is_ipv4().then_some(Self {
+            offender: here,
+            kind: UNREACHABLE_V4,
+            code: FRAGMENTATION_NEEDED,
+            info: mtu,
+        })
+    }
+
     /// What a router says of a destination that `connect(2)` could not reach: as
     /// [`of_send`](Self::of_send), but that for IPv6 it is a neighbour, or an ICMP
     /// error about one, that gives `EHOSTUNREACH` (address unreachable, RFC 4443).

@@ -11,6 +11,7 @@ pub mod raw;
 mod receive;
 mod record;
 pub(crate) mod refusal;
+mod send;
 mod syn;
 pub(crate) mod tcp;
 pub(crate) mod udp;

@@ -6,15 +6,14 @@
 //! its own. A raw socket has none of these: source and port are what each message says.
 
 use std::io;
-use std::mem::size_of_val;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::AsFd;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use libc::{c_int, c_void, cmsghdr, in_pktinfo, in6_pktinfo, iovec, msghdr};
-use socket2::{Protocol, SockAddr};
+use libc::{c_int, in_pktinfo, in6_pktinfo};
+use socket2::Protocol;
 
 use super::checksum::udp_header;
+use super::send::{Control, TrafficClass, send};
 use crate::addr::ClientAddr;
 use crate::sockopt::{self, OwnMark, SocketError};
 
@@ -47,12 +46,18 @@ impl ReplySender {
     /// # Errors
     /// `InvalidInput` where the families differ or the payload is longer than UDP can
     /// tell; `WouldBlock` where the send buffer is full; else what `sendmsg(2)` answers.
-    pub fn send(&self, server: SocketAddr, client: ClientAddr, payload: &[u8]) -> io::Result<()> {
+    pub(super) fn send(
+        &self,
+        server: SocketAddr,
+        client: ClientAddr,
+        class: TrafficClass,
+        payload: &[u8],
+    ) -> io::Result<()> {
         let client = client.get();
         let from = (server.ip(), server.port());
         let header =
             udp_header(from, (client.ip(), client.port()), payload).ok_or(io::ErrorKind::InvalidInput)?;
-        self.udp.send(server.ip(), client, &header, payload)
+        self.udp.send(server.ip(), client, class, &header, payload)
     }
 
     /// Sends an ICMP message to `client` as if `source` had.
@@ -60,7 +65,7 @@ impl ReplySender {
     /// # Errors
     /// As [`send`](Self::send).
     pub fn send_icmp(&self, source: IpAddr, client: ClientAddr, message: &[u8]) -> io::Result<()> {
-        self.icmp.send(source, client.get(), message, &[])
+        self.icmp.send(source, client.get(), TrafficClass::default(), message, &[])
     }
 }
 
@@ -87,10 +92,14 @@ impl Pair {
     pub(super) fn send(
         &self,
         source: IpAddr,
-        to: SocketAddr,
+        mut to: SocketAddr,
+        class: TrafficClass,
         header: &[u8],
         payload: &[u8],
     ) -> io::Result<()> {
+        // Raw sockets take the protocol where a UDP address has its port.
+        to.set_port(0);
+        let (class, parts) = (class.control(source.is_ipv6()), [header, payload]);
         match source {
             IpAddr::V4(source) => {
                 let info = in_pktinfo {
@@ -98,16 +107,17 @@ impl Pair {
                     ipi_spec_dst: libc::in_addr { s_addr: u32::from_ne_bytes(source.octets()) },
                     ipi_addr: libc::in_addr { s_addr: 0 },
                 };
-                let control = Control::new(libc::IPPROTO_IP, libc::IP_PKTINFO, info);
-                send(socket(self.v4.as_ref())?, to, header, payload, control)
+                let source = Control::new(libc::IPPROTO_IP, libc::IP_PKTINFO, info);
+                send(socket(self.v4.as_ref())?, to, parts, Controls { source, class })?;
             }
             IpAddr::V6(source) => {
                 let info =
                     in6_pktinfo { ipi6_addr: libc::in6_addr { s6_addr: source.octets() }, ipi6_ifindex: 0 };
-                let control = Control::new(libc::IPPROTO_IPV6, libc::IPV6_PKTINFO, info);
-                send(socket(self.v6.as_ref())?, to, header, payload, control)
+                let source = Control::new(libc::IPPROTO_IPV6, libc::IPV6_PKTINFO, info);
+                send(socket(self.v6.as_ref())?, to, parts, Controls { source, class })?;
             }
         }
+        Ok(())
     }
 }
 
@@ -115,49 +125,9 @@ fn socket(fd: Option<&OwnedFd>) -> io::Result<BorrowedFd<'_>> {
     fd.map(AsFd::as_fd).ok_or_else(|| io::ErrorKind::InvalidInput.into())
 }
 
-/// One control message as `cmsg(3)` lays it out: the data follows the header at its
-/// own alignment, which is that of the header for the types used here.
+/// What each packet is sent with: where it comes from, and its traffic class.
 #[repr(C)]
-struct Control<T> {
-    header: cmsghdr,
-    info: T,
-}
-
-impl<T> Control<T> {
-    fn new(level: c_int, kind: c_int, info: T) -> Self {
-        const { assert!(align_of::<T>() <= align_of::<cmsghdr>()) };
-        let header = cmsghdr {
-            // What CMSG_LEN computes: no padding at the end.
-            cmsg_len: (size_of::<cmsghdr>() + size_of::<T>()) as _,
-            cmsg_level: level,
-            cmsg_type: kind,
-        };
-        Self { header, info }
-    }
-}
-
-fn send<T>(
-    socket: BorrowedFd<'_>,
-    to: SocketAddr,
-    header: &[u8],
-    payload: &[u8],
-    mut control: Control<T>,
-) -> io::Result<()> {
-    // Raw sockets take the protocol where a UDP address has its port.
-    let mut to = to;
-    to.set_port(0);
-    let to = SockAddr::from(to);
-    let mut parts = [header, payload]
-        .map(|part| iovec { iov_base: part.as_ptr().cast::<c_void>().cast_mut(), iov_len: part.len() });
-    // SAFETY: a msghdr of zeros is valid (no name, no parts, no control), also where it has padding fields.
-    let mut message: msghdr = unsafe { std::mem::zeroed() };
-    message.msg_name = to.as_ptr().cast::<c_void>().cast_mut();
-    message.msg_namelen = to.len();
-    message.msg_iov = parts.as_mut_ptr();
-    message.msg_iovlen = parts.len() as _;
-    message.msg_control = (&raw mut control).cast();
-    message.msg_controllen = size_of_val(&control) as _;
-    // SAFETY: name, parts and control point to live values of the lengths given; the kernel only reads them.
-    let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, 0) };
-    if sent == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
+struct Controls<T> {
+    source: Control<T>,
+    class: Control<c_int>,
 }

@@ -1,4 +1,4 @@
-//! Receives datagrams together with their original destination.
+//! Receives datagrams together with what their headers say: original destination, traffic class.
 
 use std::io::{self, IoSliceMut};
 use std::net::{SocketAddr, SocketAddrV4, SocketAddrV6};
@@ -6,7 +6,8 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, SockaddrIn, SockaddrIn6, SockaddrStorage, recvmsg};
 
-use crate::addr::{ClientAddr, OrigDst};
+use super::send::TrafficClass;
+use crate::addr::OrigDst;
 
 /// Where received datagrams go: longer than any UDP payload, so nothing is ever cut.
 pub(crate) const BUFFER: usize = 1 << 16;
@@ -17,9 +18,11 @@ pub(crate) struct Received {
     /// Bytes of payload in the buffer; zero is a datagram like any other.
     pub(crate) len: usize,
     /// Who sent it.
-    pub(crate) client: ClientAddr,
-    /// Where to; None where the kernel did not tell.
+    pub(crate) sender: SocketAddr,
+    /// Where to; None where the kernel did not tell, as it tells listeners alone.
     pub(crate) destination: Option<OrigDst>,
+    /// With which traffic class.
+    pub(crate) class: TrafficClass,
 }
 
 /// Receiver with room for the control messages, so that a datagram costs no allocation.
@@ -30,7 +33,7 @@ pub(crate) struct Receiver {
 
 impl Receiver {
     pub(crate) fn new() -> Self {
-        Self { control: nix::cmsg_space!(libc::sockaddr_in6) }
+        Self { control: nix::cmsg_space!(libc::sockaddr_in6, libc::c_int) }
     }
 
     /// Takes one datagram, if there is one.
@@ -42,21 +45,28 @@ impl Receiver {
             Some(&mut self.control),
             MsgFlags::MSG_DONTWAIT,
         )?;
-        let client = message.address.as_ref().and_then(socket_addr).ok_or(io::ErrorKind::InvalidData)?;
-        let destination = message.cmsgs()?.find_map(|control| match control {
-            ControlMessageOwned::Ipv4OrigDstAddr(addr) => {
-                Some(SocketAddr::from(SocketAddrV4::from(SockaddrIn::from(addr))))
+        let sender = message.address.as_ref().and_then(socket_addr).ok_or(io::ErrorKind::InvalidData)?;
+        let mut received =
+            Received { len: message.bytes, sender, destination: None, class: TrafficClass::default() };
+        for control in message.cmsgs()? {
+            match control {
+                ControlMessageOwned::Ipv4OrigDstAddr(addr) => {
+                    let destination = SocketAddr::from(SocketAddrV4::from(SockaddrIn::from(addr)));
+                    received.destination = Some(destination.into());
+                }
+                ControlMessageOwned::Ipv6OrigDstAddr(addr) => {
+                    let destination = SocketAddr::from(SocketAddrV6::from(SockaddrIn6::from(addr)));
+                    received.destination = Some(destination.into());
+                }
+                ControlMessageOwned::Ipv4Tos(class) => received.class = TrafficClass(class),
+                // One byte of the header in an int.
+                ControlMessageOwned::Ipv6TClass(class) => {
+                    received.class = TrafficClass(class.to_le_bytes()[0]);
+                }
+                _ => {}
             }
-            ControlMessageOwned::Ipv6OrigDstAddr(addr) => {
-                Some(SocketAddr::from(SocketAddrV6::from(SockaddrIn6::from(addr))))
-            }
-            _ => None,
-        });
-        Ok(Received {
-            len: message.bytes,
-            client: client.into(),
-            destination: destination.map(OrigDst::from),
-        })
+        }
+        Ok(received)
     }
 }
 

@@ -10,6 +10,7 @@ use super::checksum::transport;
 use super::errors::IcmpError;
 use super::icmp::Budget;
 use super::raw::Pair;
+use super::send::TrafficClass;
 use super::syn::Syn;
 use crate::sockopt::{self, OwnMark, SocketError};
 use crate::upstream::{ConnectError, Reason};
@@ -72,17 +73,17 @@ impl RefusalSender {
     /// # Errors
     /// What `sendmsg(2)` answers.
     pub(crate) fn send(&self, refusal: Refusal, syn: &Syn, packet: &[u8]) -> io::Result<()> {
-        let to = syn.client.get();
+        let (to, class) = (syn.client.get(), TrafficClass::default());
         match refusal {
             Refusal::Silence => Ok(()),
             Refusal::Reset => {
                 let header = reset(syn).ok_or(io::ErrorKind::InvalidInput)?;
-                self.tcp.send(syn.destination.ip(), to, &header, &[])
+                self.tcp.send(syn.destination.ip(), to, class, &header, &[])
             }
             Refusal::Unreachable(errno) => {
                 let here = sockopt::address_towards(to, self.mark).map_err(|error| error.source)?;
                 let error = IcmpError::of_connect(errno, here).ok_or(io::ErrorKind::InvalidInput)?;
-                self.icmp.send(here, to, &error.about(packet, to.is_ipv4()), &[])
+                self.icmp.send(here, to, class, &error.about(packet, to.is_ipv4()), &[])
             }
         }
     }

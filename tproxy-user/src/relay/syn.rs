@@ -35,7 +35,7 @@ impl Syn {
         }
         let transport = noting.furthest.get().checked_sub(OFFSET_AND_FLAGS)?;
         let sequence = packet.load(transport + SEQUENCE).map(u32::from_be_bytes)?;
-        let data = parsed.ip_len.saturating_sub(parsed.header_len);
+        let data = parsed.ip_len.saturating_sub(parsed.header_len.into());
         Some(Self {
             client: ClientAddr::from(SocketAddr::new(ip(parsed.source), parsed.source_port)),
             destination: OrigDst::from(SocketAddr::new(ip(parsed.destination), parsed.destination_port)),

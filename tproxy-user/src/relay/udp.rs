@@ -17,9 +17,14 @@ pub(super) const BATCH: usize = 64;
 /// Pause after nothing but errors came, so that an error that stays cannot spin.
 const PAUSE: Duration = Duration::from_millis(10);
 
-/// Receives for ever. No error ends it: an error of a UDP socket is
-/// about a datagram, not about the socket.
-pub(crate) async fn listen(worker: Rc<Worker>, flows: Rc<Flows>, listener: AsyncFd<OwnedFd>) {
+/// Receives for ever, from a listener whose datagrams have the DF bit or do not.
+/// No error ends it: an error of a UDP socket is about a datagram, not about the socket.
+pub(crate) async fn listen(
+    worker: Rc<Worker>,
+    flows: Rc<Flows>,
+    listener: AsyncFd<OwnedFd>,
+    dont_fragment: bool,
+) {
     let mut receiver = Receiver::new();
     loop {
         let mut ready = match listener.readable().await {
@@ -34,7 +39,7 @@ pub(crate) async fn listen(worker: Rc<Worker>, flows: Rc<Flows>, listener: Async
                     Err(_would_block) => break,
                     Ok(Ok(datagram)) => {
                         good += 1;
-                        flows.forward(&datagram, &buffer[..datagram.len]);
+                        flows.forward(&datagram, &buffer[..datagram.len], dont_fragment);
                     }
                     Ok(Err(error)) => {
                         bad += 1;

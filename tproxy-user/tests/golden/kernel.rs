@@ -153,7 +153,7 @@ pub(crate) fn capture(packet: &[u8]) -> Outcome {
     Kernel::new(&usual()).run(program::CAPTURE, packet)
 }
 
-fn bind() -> [(ListenerKind, Box<dyn AsRawFd>, u16); 4] {
+fn bind() -> [(ListenerKind, Box<dyn AsRawFd>, u16); 5] {
     let tcp = |kind, address| {
         let socket = TcpListener::bind((address, 0)).expect("a port");
         let port = socket.local_addr().expect("bound").port();
@@ -169,6 +169,7 @@ fn bind() -> [(ListenerKind, Box<dyn AsRawFd>, u16); 4] {
         tcp(ListenerKind::Tcp6, "::1"),
         udp(ListenerKind::Udp4, "127.0.0.1"),
         udp(ListenerKind::Udp6, "::1"),
+        udp(ListenerKind::Udp4Df, "127.0.0.1"),
     ]
 }
 
@@ -194,8 +195,13 @@ impl Kernel {
     /// The proxy goes.
     pub(crate) fn remove_listeners(&mut self) {
         for kind in ListenerKind::ALL {
-            self.datapath.clear_listeners(kind, 1).expect("listeners");
+            self.remove_listener(kind);
         }
+    }
+
+    /// The listener of one kind goes.
+    pub(crate) fn remove_listener(&mut self, kind: ListenerKind) {
+        self.datapath.clear_listeners(kind, 1).expect("listeners");
     }
 
     /// With listeners that are not in the socket map.

@@ -2,10 +2,11 @@
 
 use crate::kernel::{DROP, Kernel, PASS, STEERED, usual};
 use crate::packets::{self as p, fragment_v4};
-use tproxy_common::abi::{Settings, program};
+use tproxy_common::abi::{ListenerKind, Settings, program};
 
 tests![
     listeners_are_found_by_port_too,
+    datagrams_with_df_have_a_listener_of_their_own,
     without_a_listener_fail_decides,
     a_port_used_again_while_no_proxy_listens_stays_passed,
     without_a_proxy_late_packets_go_their_way,
@@ -14,9 +15,35 @@ tests![
 
 fn listeners_are_found_by_port_too() {
     // What Linux 5.7 does; the listeners of this kernel answer as well.
-    for packet in [p::syn_v4(), p::syn_v6(), p::udp_v4(3), p::udp_v6(3)] {
+    let datagrams = [false, true].map(|dont_fragment| p::with_dont_fragment(p::udp_v4(3), dont_fragment));
+    for packet in [p::syn_v4(), p::syn_v6(), p::udp_v6(3)].into_iter().chain(datagrams) {
         let mut kernel = Kernel::by_tuple();
         kernel.run(program::CAPTURE, &packet).expect(STEERED, "assign_eopnotsupp");
+    }
+}
+
+fn datagrams_with_df_have_a_listener_of_their_own() {
+    for program in [program::CAPTURE, program::LOOPBACK] {
+        for (gone, with_df) in [(ListenerKind::Udp4, false), (ListenerKind::Udp4Df, true)] {
+            for dont_fragment in [false, true] {
+                let packet = p::with_dont_fragment(p::udp_v4(3), dont_fragment);
+                let mut kernel = Kernel::new(&usual());
+                kernel.remove_listener(gone);
+                let (action, counter) = if dont_fragment == with_df {
+                    (PASS, "fail_open")
+                } else {
+                    (STEERED, "assign_eopnotsupp")
+                };
+                kernel.run(program, &packet).expect(action, counter);
+            }
+        }
+        // Neither matters for anything else.
+        for packet in [p::udp_v6(3), p::with_dont_fragment(p::syn_v4(), true)] {
+            let mut kernel = Kernel::new(&usual());
+            kernel.remove_listener(ListenerKind::Udp4);
+            kernel.remove_listener(ListenerKind::Udp4Df);
+            kernel.run(program, &packet).expect(STEERED, "assign_eopnotsupp");
+        }
     }
 }
 

@@ -117,6 +117,12 @@ pub(crate) fn with_destination(mut packet: Vec<u8>, destination: [u8; 4]) -> Vec
     packet
 }
 
+/// With or without the DF bit (IPv4).
+pub(crate) fn with_dont_fragment(mut packet: Vec<u8>, dont_fragment: bool) -> Vec<u8> {
+    packet[ETHERNET + 6] = packet[ETHERNET + 6] & !0x40 | if dont_fragment { 0x40 } else { 0 };
+    packet
+}
+
 pub(crate) fn to_other_host(mut packet: Vec<u8>) -> Vec<u8> {
     packet[..6].copy_from_slice(&[2, 0, 0, 0, 0, 9]);
     packet

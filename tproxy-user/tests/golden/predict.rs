@@ -225,8 +225,9 @@ fn flow(case: &Case, packet: &Packet, proxied: bool, origin: Origin) -> SeenFlow
         len => len,
     };
     let Context { gso_segs, gso_size, .. } = case.context;
-    let count = segments(ip_len, packet.header_len, gso_segs, gso_size);
-    let (packets_up, bytes_up) = on_the_wire(ip_len, packet.header_len, count);
+    let header_len = u32::from(packet.header_len);
+    let count = segments(ip_len, header_len, gso_segs, gso_size);
+    let (packets_up, bytes_up) = on_the_wire(ip_len, header_len, count);
     SeenFlow {
         key: FlowKey::up(
             packet.protocol,

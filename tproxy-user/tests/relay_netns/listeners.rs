@@ -20,7 +20,12 @@ fn one_port_is_fixed_and_the_others_are_free_ones() {
     config.steering.on_ip6 = "::1".parse().unwrap();
     config.workers = 3;
     let workers = lab.on(Host::Router, || listener::bind(&config)).unwrap();
-    assert!(workers[0].iter().all(|listener| listener.addr.port() == ON_PORT));
+    let fixed = |kind| workers[0].iter().any(|of| of.kind == kind && of.addr.port() == ON_PORT);
+    assert_eq!(
+        ListenerKind::ALL.map(fixed),
+        ListenerKind::ALL.map(|kind| kind != ListenerKind::Udp4Df),
+        "datagrams with DF come by the programs alone"
+    );
     let ports: HashSet<_> = workers
         .iter()
         .flat_map(WorkerListeners::iter)

@@ -46,6 +46,7 @@ mod udp;
 mod udp_errors;
 mod upkeep;
 mod variants;
+mod wire;
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -44,3 +44,9 @@ pub(crate) fn set_dont_fragment(socket: BorrowedFd, family: Family, forbidden: b
     let value = if forbidden { libc::IP_PMTUDISC_DO } else { libc::IP_PMTUDISC_DONT };
     set(socket, level, option, value)
 }
+
+/// Sets DSCP and ECN of what a socket sends, ip(7) `IP_TOS`.
+pub(crate) fn set_traffic_class(socket: BorrowedFd, family: Family, class: u8) -> io::Result<()> {
+    let (level, option) = family.pick((libc::SOL_IP, libc::IP_TOS), (libc::SOL_IPV6, libc::IPV6_TCLASS));
+    set(socket, level, option, class.into())
+}

@@ -1,16 +1,18 @@
 //! UDP: sources of replies, sizes, fragments, many peers of one port (T2, T10, T14).
 
+use std::net::IpAddr;
 use std::os::fd::AsFd;
 
 use anyhow::{Context, Result, ensure};
 use xtask::lab::pace;
 use xtask::lab::peer::{self, UdpServer};
 use xtask::lab::sockets::Protocol;
-use xtask::lab::{Family, Lab, server};
+use xtask::lab::{Family, Lab, Namespace, server};
 
 use crate::common::{Scenarios, at, start};
 use crate::packet;
 use crate::sockopt;
+use crate::wire::Wire;
 
 pub(crate) const SCENARIOS: Scenarios = &[
     ("T2_dns_answers_come_from_the_server_asked", dns),
@@ -20,6 +22,12 @@ pub(crate) const SCENARIOS: Scenarios = &[
     ("T2_udp_source_client_port", source_client_port),
     ("T10_datagrams_of_0_to_65000_bytes", sizes),
     ("T10_do_not_fragment", do_not_fragment),
+    ("T10_do_not_fragment_on_the_wire", |lab, family| {
+        df_on_the_wire(lab, family, &lab.client, family.client(), "--iface lan")
+    }),
+    ("T10_do_not_fragment_of_own_traffic_on_the_wire", |lab, family| {
+        df_on_the_wire(lab, family, &lab.router, family.uplink(), "--own-traffic")
+    }),
     ("T10_fragments_in_reverse_order", reverse_fragments),
     ("T14_many_servers_from_one_port", endpoint_independent),
     ("clsact_T2_udp_reply_source", |lab, family| replies(lab, family, "--iface lan --attach clsact")),
@@ -161,6 +169,23 @@ fn do_not_fragment(lab: &Lab, family: Family) -> Result<()> {
         largest + 1
     );
     running.expect_udp(3)
+}
+
+/// One flow forbids fragments and allows them in turn, and each datagram arrives as it was sent.
+fn df_on_the_wire(lab: &Lab, family: Family, sender: &Namespace, from: IpAddr, flags: &str) -> Result<()> {
+    let to = at(family.anywhere(10), PORT);
+    let _echo = UdpServer::echo(&lab.server, to)?;
+    let running = start(lab, flags)?;
+    let socket = peer::udp(sender, at(from, 0))?;
+    let wire = Wire::watch(&lab.server, "eth0")?;
+    for forbidden in [false, true, true, false, true, false, false] {
+        sockopt::set_dont_fragment(socket.as_fd(), family, forbidden)?;
+        peer::exchange(&socket, to, &peer::pattern(1000))?;
+        let seen = wire.next_to(to)?.dont_fragment;
+        let expected = forbidden && family == Family::V4;
+        ensure!(seen == expected, "a datagram with DF {expected} arrived with DF {seen}");
+    }
+    running.expect_udp(7)
 }
 
 fn reverse_fragments(lab: &Lab, family: Family) -> Result<()> {

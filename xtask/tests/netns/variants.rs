@@ -1,4 +1,4 @@
-//! Clients whose TCP is not plain: Multipath TCP, Fast Open, ECN (T11).
+//! Clients whose packets are not plain: Multipath TCP, Fast Open, ECN (T11).
 
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::AsFd;
@@ -6,17 +6,18 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use socket2::{Domain, Protocol, Socket, Type};
-use xtask::lab::peer::{self, TcpServer, UdpServer};
+use xtask::lab::peer::{self, TcpServer};
 use xtask::lab::{Family, Lab, Namespace};
 
-use crate::common::{Scenarios, Skip, at, needs_proxy, start, start_proxy};
+use crate::common::{Scenarios, Skip, at, start};
 use crate::sockopt;
+use crate::wire::Wire;
 
 pub(crate) const SCENARIOS: Scenarios = &[
     ("T11_multipath_tcp_client_falls_back", multipath),
     ("T11_fast_open_client", fast_open),
     ("T11_ecn_of_tcp", ecn),
-    ("T11_ecn_of_udp_ends_at_the_proxy", ecn_of_udp),
+    ("T11_ecn_and_dscp_of_udp", class_of_udp),
 ];
 
 const PORT: u16 = 5800;
@@ -142,23 +143,27 @@ fn ecn(lab: &Lab, family: Family) -> Result<()> {
     running.expect_tcp(2)
 }
 
-/// Documented: a datagram is sent on without its ECN bits. The server here takes
-/// none that has any.
-fn ecn_of_udp(lab: &Lab, family: Family) -> Result<()> {
-    needs_proxy()?;
+/// Both bits of ECN and all of DSCP, both ways, as plain forwarding keeps them.
+fn class_of_udp(lab: &Lab, family: Family) -> Result<()> {
+    /// Not capable of ECN, ECT(1), ECT(0), congestion experienced; expedited forwarding and CS1 with and without.
+    const CLASSES: [u8; 7] = [0x00, 0x01, 0x02, 0x03, 0xb8, 0xba, 0x23];
     let to = at(family.anywhere(1), PORT);
-    let _server = UdpServer::echo(&lab.server, to)?;
-    let any = family.pick("ip ecn != not-ect", "ip6 ecn != not-ect");
-    let rules = format!(
-        "table inet picky {{\nchain in {{\ntype filter hook input priority filter\nmeta l4proto udp {any} drop\n}}\n}}\n"
-    );
-    lab.server.cmd("nft").args(["-f", "-"]).stdin(rules).check()?;
-    let (level, option) = family.pick((libc::SOL_IP, libc::IP_TOS), (libc::SOL_IPV6, libc::IPV6_TCLASS));
-    let socket = peer::udp(&lab.client, at(family.client(), 0))?;
-    sockopt::set(socket.as_fd(), level, option, 2)?;
-    socket.set_read_timeout(Some(Duration::from_millis(500)))?;
-    ensure!(peer::exchange(&socket, to, b"marked").is_err(), "without a proxy the bits were lost as well");
-    let _proxy = start_proxy(lab, "--iface lan")?;
-    peer::exchange(&socket, to, b"marked").context("the bits went through: say so in the documentation")?;
-    Ok(())
+    let server = peer::udp(&lab.server, to)?;
+    let client = peer::udp(&lab.client, at(family.client(), 0))?;
+    let (server_side, client_side) = (Wire::watch(&lab.server, "eth0")?, Wire::watch(&lab.client, "eth0")?);
+    let running = start(lab, "--iface lan")?;
+    let mut buffer = [0; 16];
+    for (asked, answered) in CLASSES.into_iter().zip(CLASSES.into_iter().rev()) {
+        sockopt::set_traffic_class(client.as_fd(), family, asked)?;
+        client.send_to(b"question", to)?;
+        let (_, from) = server.recv_from(&mut buffer)?;
+        let seen = server_side.next_to(to)?.class;
+        ensure!(seen == asked, "{asked:#04x} of the client arrived as {seen:#04x}");
+        sockopt::set_traffic_class(server.as_fd(), family, answered)?;
+        server.send_to(b"answer", from)?;
+        client.recv_from(&mut buffer)?;
+        let seen = client_side.next_to(client.local_addr()?)?.class;
+        ensure!(seen == answered, "{answered:#04x} of the server arrived as {seen:#04x}");
+    }
+    running.expect_udp(7)
 }

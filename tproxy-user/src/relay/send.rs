@@ -1,0 +1,72 @@
+//! Sends packets with control messages: one system call, no allocation.
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use libc::{c_int, c_void, cmsghdr, iovec, msghdr};
+use socket2::SockAddr;
+
+/// DSCP and ECN of a packet, one byte: type of service in IPv4, traffic class in
+/// IPv6 (RFC 2474, RFC 3168).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct TrafficClass(pub(crate) u8);
+
+impl TrafficClass {
+    /// The control message that sends one packet with it (`IP_TOS`, Linux 3.13).
+    pub(super) fn control(self, v6: bool) -> Control<c_int> {
+        let (level, kind) =
+            if v6 { (libc::IPPROTO_IPV6, libc::IPV6_TCLASS) } else { (libc::IPPROTO_IP, libc::IP_TOS) };
+        Control::new(level, kind, self.0.into())
+    }
+}
+
+/// One control message as `cmsg(3)` lays it out: the data follows the header at its
+/// own alignment, which is that of the header for the types used here. In a
+/// `repr(C)` struct several follow each other as the kernel expects them.
+#[derive(Debug)]
+#[repr(C)]
+pub(super) struct Control<T> {
+    header: cmsghdr,
+    value: T,
+}
+
+impl<T> Control<T> {
+    pub(super) fn new(level: c_int, kind: c_int, value: T) -> Self {
+        const { assert!(align_of::<T>() <= align_of::<cmsghdr>()) };
+        let header = cmsghdr {
+            // What CMSG_LEN computes: no padding at the end.
+            cmsg_len: (size_of::<cmsghdr>() + size_of::<T>()) as _,
+            cmsg_level: level,
+            cmsg_type: kind,
+        };
+        Self { header, value }
+    }
+}
+
+/// Sends one packet now or not at all, its bytes in parts, with `control`: a
+/// [`Control`], or a `repr(C)` struct of them. How many bytes were sent.
+///
+/// # Errors
+/// What `sendmsg(2)` answers; `WouldBlock` where the send buffer is full.
+pub(super) fn send<C, const N: usize>(
+    socket: BorrowedFd<'_>,
+    to: SocketAddr,
+    parts: [&[u8]; N],
+    mut control: C,
+) -> io::Result<usize> {
+    let to = SockAddr::from(to);
+    let mut parts =
+        parts.map(|part| iovec { iov_base: part.as_ptr().cast::<c_void>().cast_mut(), iov_len: part.len() });
+    // SAFETY: a msghdr of zeros is valid (no name, no parts, no control), also where it has padding fields.
+    let mut message: msghdr = unsafe { std::mem::zeroed() };
+    message.msg_name = to.as_ptr().cast::<c_void>().cast_mut();
+    message.msg_namelen = to.len();
+    message.msg_iov = parts.as_mut_ptr();
+    message.msg_iovlen = N as _;
+    message.msg_control = (&raw mut control).cast();
+    message.msg_controllen = size_of::<C>() as _;
+    // SAFETY: name, parts and control point to live values of the lengths given; the kernel only reads them.
+    let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, 0) };
+    usize::try_from(sent).map_err(|_negative| io::Error::last_os_error())
+}
