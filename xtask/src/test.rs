@@ -104,9 +104,8 @@ impl Part {
         Duration::from_secs(match self {
             Self::Unit => 180,
             Self::Golden => 240,
-            Self::Netns => 1200,
+            Self::Netns | Self::Vm => 1200,
             Self::Fuzz => 4,
-            Self::Vm => 1200,
         })
     }
 

@@ -29,7 +29,7 @@ use crate::totals::Totals;
 use crate::{needs, packages, workspace};
 
 /// How long one guest may run: with its share of the matrix, and with everything.
-const LIMITS: [Duration; 2] = [Duration::from_mins(15), Duration::from_hours(1)];
+const LIMITS: [Duration; 2] = [Duration::from_mins(20), Duration::from_hours(1)];
 
 /// What is to be run, and where.
 pub(crate) struct Matrix<'a> {

@@ -77,7 +77,8 @@ fn refused(facts: &Facts, features: Features) -> Vec<(&'static str, Option<Strin
         ),
     ]
     .into_iter()
-    .filter_map(|(lacks, what, mend)| lacks.then(|| (what, mend.map(str::to_owned))))
+    .filter(|(lacks, ..)| *lacks)
+    .map(|(_, what, mend)| (what, mend.map(str::to_owned)))
     .collect()
 }
 
