@@ -7,8 +7,9 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use xtask::lab::daemon::wait_for;
 use xtask::lab::load::{Load, LoadServer};
+use xtask::lab::pace::patience;
 use xtask::lab::peer::{self, UdpServer};
-use xtask::lab::{Family, Lab};
+use xtask::lab::{Family, Lab, Proxy};
 
 use crate::common::{Scenarios, at, start_proxy};
 
@@ -25,7 +26,7 @@ fn soak(lab: &Lab, family: Family) -> Result<()> {
     let _udp = UdpServer::echo(&lab.server, echo)?;
     lab.client.set_sysctls(&[("net/ipv4/ip_local_port_range", "1024 29999")])?;
     let proxy = start_proxy(lab, "--iface lan --udp-timeout 1s")?;
-    let idle = proxy.daemon.open_files()?;
+    let idle = settled_files(&proxy)?;
     let mut memory = Vec::new();
     for round in 0..ROUNDS {
         // Every other round ends its connections by a reset.
@@ -63,4 +64,16 @@ fn soak(lab: &Lab, family: Family) -> Result<()> {
     );
     ensure!(server.foreign() == 0, "{} connections did not come from the client's address", server.foreign());
     Ok(())
+}
+
+/// The descriptors of a proxy without work. Its workers may still be opening
+/// theirs when it says that it is ready.
+fn settled_files(proxy: &Proxy) -> Result<usize> {
+    let mut last = 0;
+    wait_for("the proxy to have opened its descriptors", Duration::from_secs(10), || {
+        std::thread::sleep(patience(Duration::from_millis(300)));
+        let open = proxy.daemon.open_files()?;
+        Ok(std::mem::replace(&mut last, open) == open)
+    })?;
+    Ok(last)
 }
