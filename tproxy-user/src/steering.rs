@@ -28,7 +28,7 @@ use crate::plan::{Plan, PlannedInterface, Role};
 use crate::privilege;
 use crate::routing;
 use crate::stats::Stats;
-use crate::tun::Tun;
+use crate::tun::{self, Tun};
 use crate::undo;
 use upkeep::Upkeep;
 
@@ -41,6 +41,8 @@ pub struct Steering {
     handle: Handle,
     /// By index: what is attached now.
     attached: BTreeMap<u32, Attached>,
+    /// The tun device of faithful handshakes.
+    tun: Option<tun::Link>,
     upkeep: Upkeep,
 }
 
@@ -107,6 +109,7 @@ impl Steering {
             datapath,
             handle: handle.clone(),
             attached: BTreeMap::new(),
+            tun: tun.map(|tun| tun.link.clone()),
             upkeep: Upkeep::new(Arc::clone(stats)),
         };
         if let Some(tun) = tun {
@@ -308,7 +311,7 @@ fn settings(
         own_mark: steering.own_mark,
         workers: config.workers.min(MAX_WORKERS),
         lo_ifindex: interfaces::LOOPBACK_INDEX,
-        handshake_ifindex: tun.map_or(0, |tun| tun.index),
+        handshake_ifindex: tun.map_or(0, |tun| tun.link.index),
         listen_v4: steering.on_ip4.octets(),
         listen_v6: steering.on_ip6.octets(),
         tcp: capture.tcp.into(),

@@ -11,9 +11,11 @@ use std::os::unix::fs::OpenOptionsExt as _;
 
 use anyhow::Context as _;
 use libc::c_int;
+use rtnetlink::packet_route::link::LinkFlags;
 use rtnetlink::{Handle, LinkUnspec};
 
 use crate::failure::Failure;
+use crate::netlink::collect;
 use crate::sysctl;
 
 /// What the names of these devices begin with; the kernel adds the first free number.
@@ -31,11 +33,42 @@ const DEVICE: &str = "/dev/net/tun";
 /// The device. It is there for as long as one of its queues is open.
 #[derive(Debug)]
 pub struct Tun {
+    /// The interface that it is.
+    pub link: Link,
+    queues: Vec<OwnedFd>,
+}
+
+/// The interface that a device is.
+#[derive(Clone, Debug)]
+pub struct Link {
     /// Its name.
     pub name: String,
     /// Its ifindex.
     pub index: u32,
-    queues: Vec<OwnedFd>,
+}
+
+impl Link {
+    /// Sets it up.
+    ///
+    /// # Errors
+    /// What netlink answers.
+    pub async fn set_up(&self, handle: &Handle) -> anyhow::Result<()> {
+        let up = LinkUnspec::new_with_index(self.index).txqueuelen(QUEUE_LENGTH).up().build();
+        handle.link().set(up).execute().await.with_context(|| format!("cannot set up {}", self.name))
+    }
+
+    /// Whether it is up; `None` where it is gone.
+    ///
+    /// # Errors
+    /// What netlink answers.
+    pub async fn is_up(&self, handle: &Handle) -> anyhow::Result<Option<bool>> {
+        let found = collect("look at the tun device", handle.link().get().match_index(self.index).execute());
+        match found.await {
+            Ok(links) => Ok(links.first().map(|link| link.header.flags.contains(LinkFlags::Up))),
+            Err(error) if error.errno() == Some(libc::ENODEV) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
 }
 
 impl Tun {
@@ -57,9 +90,9 @@ impl Tun {
         if let Err(error) = sysctl::write(&format!("net.ipv6.conf.{name}.disable_ipv6"), "1") {
             tracing::debug!("{error}");
         }
-        let up = LinkUnspec::new_with_index(index).txqueuelen(QUEUE_LENGTH).up().build();
-        handle.link().set(up).execute().await.with_context(|| format!("cannot set up {name}"))?;
-        Ok(Self { name, index, queues: opened })
+        let link = Link { name, index };
+        link.set_up(handle).await?;
+        Ok(Self { link, queues: opened })
     }
 
     /// Lets a socket filter choose the queue of each packet (`TUNSETSTEERINGEBPF`, Linux 4.16).

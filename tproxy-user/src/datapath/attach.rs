@@ -214,25 +214,37 @@ impl Datapath {
     ///
     /// [`AttachError`].
     pub fn attach_handshakes(&mut self, tun: &Tun, hook: Hook) -> Result<(), AttachError> {
-        let attach = |ebpf: &mut aya::Ebpf| -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        let choose = |ebpf: &mut aya::Ebpf| -> Result<(), AnyError> {
             tun.choose_queue_by(queue_program(ebpf)?.fd()?.as_fd())?;
-            let options = match hook {
-                Hook::Tcx => TcAttachOptions::TcxOrder(LinkOrder::default()),
-                Hook::Clsact => {
-                    add_clsact(&tun.name)?;
-                    TcAttachOptions::Netlink(NlOptions::default())
-                }
-            };
-            let program = tc_program(ebpf, program::ADMIT)?;
-            program.attach_with_options(&tun.name, TcAttachType::Ingress, options)?;
+            if hook == Hook::Clsact {
+                add_clsact(&tun.link.name)?;
+            }
             Ok(())
         };
-        attach(&mut self.ebpf).map_err(|source| AttachError::Attach {
-            program: program::ADMIT,
-            interface: tun.name.clone(),
-            hook,
-            source,
-        })
+        choose(&mut self.ebpf).map_err(|source| admit_failed(&tun.link.name, hook, source))?;
+        self.attach_admit(&tun.link.name, hook)
+    }
+
+    /// Attaches [`program::ADMIT`] to that device, again where it was; its clsact qdisc is there.
+    ///
+    /// # Errors
+    ///
+    /// [`AttachError`].
+    pub fn attach_admit(&mut self, interface: &str, hook: Hook) -> Result<(), AttachError> {
+        // First: it would take off what has the same place.
+        self.admit = None;
+        let options = match hook {
+            Hook::Tcx => TcAttachOptions::TcxOrder(LinkOrder::default()),
+            Hook::Clsact => TcAttachOptions::Netlink(NlOptions::default()),
+        };
+        let attach = |ebpf: &mut aya::Ebpf| -> Result<_, AnyError> {
+            let program = tc_program(ebpf, program::ADMIT)?;
+            let id = program.attach_with_options(interface, TcAttachType::Ingress, options)?;
+            Ok(program.take_link(id)?)
+        };
+        let link = attach(&mut self.ebpf).map_err(|source| admit_failed(interface, hook, source))?;
+        self.admit = Some(link);
+        Ok(())
     }
 
     /// Attaches the `sk_lookup` program to this process's network namespace (5.9).
@@ -260,6 +272,12 @@ impl Datapath {
         let netns = File::open("/proc/self/ns/net").map_err(query_failed)?;
         Ok(query::programs(Place::SkLookup(netns.as_fd())).map_err(query_failed)?.contains(&id))
     }
+}
+
+type AnyError = Box<dyn std::error::Error + Send + Sync>;
+
+fn admit_failed(interface: &str, hook: Hook, source: AnyError) -> AttachError {
+    AttachError::Attach { program: program::ADMIT, interface: interface.to_owned(), hook, source }
 }
 
 /// Pins a link where the pin of one that another program detached may still be.

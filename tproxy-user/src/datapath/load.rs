@@ -4,6 +4,7 @@ use std::os::fd::AsRawFd;
 use std::path::Path;
 
 use aya::maps::SockMap;
+use aya::programs::tc::SchedClassifierLink;
 use aya::programs::{ProgramError, SchedClassifier, SkLookup, SocketFilter};
 use aya::{Ebpf, EbpfLoader, include_bytes_aligned};
 use aya_log::EbpfLogger;
@@ -51,6 +52,8 @@ pub enum LoadError {
 #[derive(Debug)]
 pub struct Datapath {
     pub(super) ebpf: Ebpf,
+    /// That of [`program::ADMIT`] to the tun device; it ends with this.
+    pub(super) admit: Option<SchedClassifierLink>,
     features: Features,
 }
 
@@ -98,7 +101,7 @@ impl Datapath {
             let name = program::LOOKUP;
             lookup_program(&mut ebpf)?.load().map_err(|source| LoadError::Program { name, source })?;
         }
-        Ok(Self { ebpf, features })
+        Ok(Self { ebpf, admit: None, features })
     }
 
     /// Makes the maps alone: pins nothing and loads no program. For tests,
@@ -109,7 +112,7 @@ impl Datapath {
     /// [`LoadError`].
     pub fn maps_only(settings: &Settings, features: Features, log: bool) -> Result<Self, LoadError> {
         let ebpf = loader(settings, 1024, None).load(if log { OBJECT_LOG } else { OBJECT })?;
-        Ok(Self { ebpf, features })
+        Ok(Self { ebpf, admit: None, features })
     }
 
     /// What the kernel offers.

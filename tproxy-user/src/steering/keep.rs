@@ -2,12 +2,14 @@
 
 use std::time::Instant;
 
+use tproxy_common::abi::program;
+
 use crate::clsact;
-use crate::datapath::attach::{Direction, Hook, Target, programs};
+use crate::datapath::attach::{Direction, Hook, Target, add_clsact, programs};
 use crate::instance::Instance;
 use crate::plan::{PlannedInterface, Sysctl};
 use crate::routing::Routing;
-use crate::{sysctl, undo};
+use crate::{sysctl, tun, undo};
 
 use super::upkeep::Kind;
 use super::{Attached, Steering};
@@ -44,6 +46,7 @@ impl Steering {
             outcomes.push(self.keep_setting(sysctl, instance));
         }
         outcomes.push(self.keep_lookup());
+        outcomes.push(self.keep_tun().await);
         for interface in self.plan.interfaces.clone() {
             // Gone since the plan was made: notice of that is under way.
             if undo::is_still(&interface.name, interface.index) {
@@ -77,6 +80,40 @@ impl Steering {
         let Some(kind) = self.upkeep.may_make(part, Instant::now()) else { return Ok(()) };
         let attached = self.datapath.attach_lookup(&self.config.pin);
         self.upkeep.made(part, kind, attached.map_err(Into::into), |stats| &stats.programs_put_back)
+    }
+
+    /// The tun device of faithful handshakes: down, or without its program, it
+    /// would swallow every SYN. Of one that is gone the workers tell.
+    async fn keep_tun(&mut self) -> anyhow::Result<()> {
+        let Some(link) = self.tun.clone() else { return Ok(()) };
+        let Some(up) = link.is_up(&self.handle).await? else { return Ok(()) };
+        let part = format!("the state \"up\" of {}", link.name);
+        if up {
+            self.upkeep.found(&part);
+        } else if let Some(kind) = self.upkeep.may_make(&part, Instant::now()) {
+            let set = link.set_up(&self.handle).await;
+            self.upkeep.made(&part, kind, set, |stats| &stats.settings_put_back)?;
+        }
+        let part = format!("{} at {}", program::ADMIT, link.name);
+        let hook = self.hook();
+        if self.has_admit(&link, hook).await? {
+            self.upkeep.found(&part);
+        } else if let Some(kind) = self.upkeep.may_make(&part, Instant::now()) {
+            if hook == Hook::Clsact && !clsact::has_clsact(&self.handle, link.index).await? {
+                add_clsact(&link.name)?;
+            }
+            let attached = self.datapath.attach_admit(&link.name, hook).map_err(Into::into);
+            self.upkeep.made(&part, kind, attached, |stats| &stats.programs_put_back)?;
+        }
+        Ok(())
+    }
+
+    async fn has_admit(&mut self, link: &tun::Link, hook: Hook) -> anyhow::Result<bool> {
+        if hook == Hook::Tcx {
+            return Ok(self.datapath.has_tcx(link.index, (Direction::Ingress, program::ADMIT))?);
+        }
+        let filters = clsact::filters(&self.handle, link.index).await?;
+        Ok(filters.iter().any(|filter| filter.name.as_deref() == Some(program::ADMIT)))
     }
 
     async fn keep_programs(

@@ -80,6 +80,16 @@ pub(crate) const SCENARIOS: Scenarios = &[
             lab.router.set_sysctls(&[("net/ipv4/conf/lo/accept_local", "0")])
         })
     }),
+    ("H6_device_of_faithful_handshakes_goes_down", |lab, family| {
+        put_back(lab, family, "--handshake faithful", "settings_put_back", |lab| {
+            lab.router.sh("ip link set tproxy0 down").map(drop)
+        })
+    }),
+    ("clsact_H6_device_of_faithful_handshakes_loses_its_program", |lab, family| {
+        put_back(lab, family, "--handshake faithful --attach clsact", "programs_put_back", |lab| {
+            lab.router.sh("tc qdisc del dev tproxy0 clsact").map(drop)
+        })
+    }),
     ("H6_two_programs_do_not_fight", fight),
 ];
 
