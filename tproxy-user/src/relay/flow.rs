@@ -241,7 +241,9 @@ impl Flows {
         while errors.count < BATCH {
             match errors::receive(flow.socket.as_fd(), &mut quote) {
                 Ok(Queued::Icmp { destination, error, len }) => {
-                    self.report(flow.client, destination, &error, &quote[..len]);
+                    if self.may_report() {
+                        self.report(flow.client, destination, &error, &quote[..len]);
+                    }
                 }
                 Ok(Queued::TooLong { mtu }) => errors.mtu = Some(mtu),
                 Ok(Queued::Other) => {}
@@ -255,21 +257,33 @@ impl Flows {
     /// Tells the client that there is no way for its datagram, as a router would.
     fn report_unsent(&self, flow: &Flow, destination: OrigDst, error: &io::Error, payload: &[u8]) {
         let Some(errno) = error.raw_os_error() else { return };
+        // Taken off the queue whether or not it may be told.
+        let mtu = if errno == libc::EMSGSIZE { self.bring_errors(flow).mtu } else { None };
+        // Before this host's address is asked for, which takes a socket.
+        if !self.may_report() {
+            return;
+        }
         let Ok(here) = sockopt::address_towards(flow.client.get(), self.worker.shared.mark()) else { return };
-        let icmp = match errno {
-            libc::EMSGSIZE => self.bring_errors(flow).mtu.and_then(|mtu| IcmpError::too_long(mtu, here)),
-            _ => IcmpError::of_send(errno, here),
+        let icmp = match mtu {
+            Some(mtu) => IcmpError::too_long(mtu, here),
+            None => IcmpError::of_send(errno, here),
         };
         if let Some(icmp) = icmp {
             self.report(flow.client, destination, &icmp, payload);
         }
     }
 
+    /// Whether one more error may be sent, as far as a router may.
+    fn may_report(&self) -> bool {
+        let granted = self.icmp.take(std::time::Instant::now());
+        if !granted {
+            self.worker.stats().udp_icmp_errors_limited.inc();
+        }
+        granted
+    }
+
     fn report(&self, client: ClientAddr, destination: OrigDst, error: &IcmpError, quote: &[u8]) {
         let stats = self.worker.stats();
-        if !self.icmp.take(std::time::Instant::now()) {
-            return stats.udp_icmp_errors_limited.inc();
-        }
         let Some(message) = error.message(client, destination, quote) else { return };
         match self.replies.send_icmp(error.offender, client, &message) {
             Ok(()) => stats.udp_icmp_errors.inc(),
