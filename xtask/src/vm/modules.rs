@@ -51,8 +51,10 @@ const MODULES: &[&str] = &[
     "nft_reject_inet",
     "nft_socket",
     "nft_tproxy",
+    "ip6_tables",
     "ip6t_REJECT",
     "ip6t_rt",
+    "ip_tables",
     "ipt_REJECT",
     "xt_addrtype",
     "xt_conntrack",
@@ -62,6 +64,7 @@ const MODULES: &[&str] = &[
     "xt_limit",
     "xt_mark",
     "xt_multiport",
+    "xt_nat",
     "xt_socket",
     "xt_tcpudp",
     // Sockets and their list.
@@ -71,16 +74,23 @@ const MODULES: &[&str] = &[
     "udp_diag",
 ];
 
+/// Modules that newer kernels no longer have: what is in them has moved.
+const OLDER: &[&str] = &["nft_counter"];
+
 /// Where the guest's `init` finds them, in the order of their names.
 pub(crate) const PLACE: &str = "/modules";
 
 /// Adds the modules and those that they depend on.
 pub(crate) fn add(archive: &mut Archive, kernel: &Unpacked) -> Result<()> {
+    let index = kernel.base.join("lib/modules").join(&kernel.release).join("modules.dep");
+    let index = fs::read_to_string(&index).with_context(|| format!("cannot read {}", index.display()))?;
+    let older = OLDER.iter().filter(|name| index.contains(&format!("/{name}.ko")));
     let output = Command::new("/sbin/modprobe")
         .arg("-d")
         .arg(&kernel.base)
         .args(["-S", &kernel.release, "--all", "--show-depends"])
         .args(MODULES)
+        .args(older)
         .env("LC_ALL", "C")
         .output()
         .context("cannot run modprobe")?;
