@@ -5,7 +5,7 @@
 //! reads maps that another version may have pinned.
 
 /// Version of everything in this module.
-pub const ABI_VERSION: u32 = 3;
+pub const ABI_VERSION: u32 = 4;
 
 /// Most workers (listeners of one kind) that [`map::LISTENERS`] holds.
 pub const MAX_WORKERS: u32 = 64;
@@ -117,11 +117,20 @@ pub const UDP: u8 = 17;
 #[inline(always)]
 #[must_use]
 pub const fn mapped(v4: [u8; 4]) -> Addr {
-    [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, v4[0], v4[1], v4[2], v4[3]]
+    joined([0, 0, u32::from_ne_bytes([0, 0, 0xff, 0xff]), u32::from_ne_bytes(v4)])
+}
+
+/// An address of four words, as they stand (network byte order).
+#[inline(always)]
+#[must_use]
+pub const fn joined(words: [u32; 4]) -> Addr {
+    // SAFETY: of the same size, and valid for every bit pattern. Made of single bytes
+    // it would be stored byte by byte in eBPF.
+    unsafe { core::mem::transmute(words) }
 }
 
 /// Key of the flow table: what the client sent, whichever way a packet goes.
-#[repr(C)]
+#[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct FlowKey {
     /// The client's address.
@@ -215,7 +224,7 @@ pub struct LpmKey {
 }
 
 /// Identifies the fragments of one datagram (RFC 791, RFC 8200).
-#[repr(C)]
+#[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct FragmentKey {
     /// Source address.
@@ -252,7 +261,7 @@ pub struct FragmentInfo {
 
 /// A host that has asked another over UDP: a client and its destination, or a host
 /// outside and a server behind this one.
-#[repr(C)]
+#[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct HostPair {
     /// The address of who asked.
@@ -322,8 +331,10 @@ pub struct Settings {
     pub sk_lookup: u8,
     /// 1: the proxy's sockets have the client's own port, so nothing tells its datagrams from the client's.
     pub client_port: u8,
+    /// 1: the stack looks for the socket of an arriving TCP packet before the route (`tcp_early_demux`).
+    pub early_demux: u8,
     /// Zero.
-    pub pad: [u8; 3],
+    pub pad: [u8; 2],
     /// Ports of the listeners, by [`listener_index`]; for `listener_by_tuple`.
     pub listener_ports: ListenerPorts,
 }

@@ -39,7 +39,7 @@ macro_rules! counters {
 }
 
 counters! {
-    /// Handed to an established, half-open or `TIME_WAIT` TCP socket of the proxy.
+    /// Packets of TCP connections of the proxy, after the first. Where the stack finds the socket by itself (`tcp_early_demux`), late ones of clients are among them.
     SteeredEstablished => steered_established,
     /// TCP connection openings handed to the proxy's listener.
     SteeredTcpNew => steered_tcp_new,

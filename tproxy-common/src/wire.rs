@@ -8,20 +8,43 @@ pub mod icmp;
 
 use core::hint::black_box;
 
-use crate::abi::{Addr, Family, TCP, UDP, mapped};
+use crate::abi::{Addr, Family, TCP, UDP, joined, mapped};
 
 /// Source of packet bytes.
+///
+/// Headers are read by words of 32 bits, in which the RFCs draw them: of an array
+/// of bytes eBPF moves each byte by itself.
 pub trait Load {
-    /// Copies `N` bytes from `offset` bytes after the start of the network
-    /// header; `None` where the packet is shorter.
-    fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]>;
+    /// Copies `N` words, as they stand (network byte order), from `offset` bytes
+    /// after the start of the network header; `None` where the packet is shorter.
+    fn load<const N: usize>(&self, offset: u32) -> Option<[u32; N]>;
 }
 
 impl Load for &[u8] {
-    fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
+    fn load<const N: usize>(&self, offset: u32) -> Option<[u32; N]> {
         let start = offset as usize;
-        self.get(start..start.checked_add(N)?)?.try_into().ok()
+        let (words, _) = self.get(start..start.checked_add(4 * N)?)?.as_chunks::<4>();
+        Some(core::array::from_fn(|i| u32::from_ne_bytes(words[i])))
     }
+}
+
+/// Bits `from` to `from + count` of a word, numbered as the RFCs do: 0 is the first on the wire.
+#[inline(always)]
+const fn bits(word: u32, from: u32, count: u32) -> u32 {
+    u32::from_be(word) << from >> (32 - count)
+}
+
+/// Byte `i` of a word as it stands.
+#[inline(always)]
+const fn byte(word: u32, i: usize) -> u8 {
+    word.to_ne_bytes()[i]
+}
+
+/// Half `i` of a word as it stands, host byte order.
+#[inline(always)]
+const fn half(word: u32, i: usize) -> u16 {
+    let bytes = word.to_ne_bytes();
+    u16::from_be_bytes([bytes[2 * i], bytes[2 * i + 1]])
 }
 
 /// Why a packet is not one that can be proxied. All of these pass untouched.
@@ -63,6 +86,9 @@ pub mod tcp_flag {
 }
 
 /// What the programs need to know of a TCP or UDP packet.
+///
+/// Aligned, so that eBPF copies addresses by words of 8 bytes, not byte by byte.
+#[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Packet {
     /// Source address.
@@ -72,6 +98,8 @@ pub struct Packet {
     /// Bytes of the IP packet by its own header, 0 where the header leaves it
     /// open (jumbograms and GRO packets above 64 KiB).
     pub ip_len: u32,
+    /// Identification of the datagram; means nothing for a whole one.
+    pub fragment_id: u32,
     /// Bytes of network and transport header together, which each segment of
     /// a GRO packet repeats.
     pub header_len: u16,
@@ -87,13 +115,13 @@ pub struct Packet {
     pub tcp_flags: u8,
     /// Where it stands in its datagram.
     pub fragment: Fragment,
-    /// Identification of the datagram; means nothing for a whole one.
-    pub fragment_id: u32,
     /// The DF bit: no router may fragment it. IPv6 has none.
     pub dont_fragment: bool,
     /// Zero: what is not initialised the verifier of Linux before 6.3 refuses to copy.
-    pub pad: u8,
+    pub pad: [u8; 5],
 }
+
+const _: () = assert!(size_of::<Packet>() == 56);
 
 impl Packet {
     /// What a parser fills in.
@@ -110,7 +138,7 @@ impl Packet {
         fragment: Fragment::Whole,
         fragment_id: 0,
         dont_fragment: false,
-        pad: 0,
+        pad: [0; 5],
     };
 
     /// Turns it into a packet the other way.
@@ -118,6 +146,13 @@ impl Packet {
     pub const fn reverse(&mut self) {
         core::mem::swap(&mut self.source, &mut self.destination);
         core::mem::swap(&mut self.source_port, &mut self.destination_port);
+    }
+
+    /// Takes both ports from the first word of a TCP or UDP header.
+    #[inline(always)]
+    const fn set_ports(&mut self, word: u32) {
+        self.source_port = half(word, 0);
+        self.destination_port = half(word, 1);
     }
 
     /// Whether it opens a TCP connection.
@@ -157,34 +192,10 @@ mod next_header {
 /// # Errors
 ///
 /// [`Skip`] says why the packet is to be left alone.
-#[inline(always)]
 pub fn parse_v4(from: &impl Load) -> Result<Packet, Skip> {
-    let h: [u8; IPV4_HEADER as usize] = from.load(0).ok_or(Skip::Truncated)?;
-    let header_len = u32::from(h[0] & 0x0f) * 4;
-    if h[0] >> 4 != 4 || header_len < IPV4_HEADER {
-        return Err(Skip::Malformed);
-    }
-    let ip_len = u32::from(u16::from_be_bytes([h[2], h[3]]));
-    if ip_len != 0 && ip_len < header_len {
-        return Err(Skip::Malformed);
-    }
-    let id = u32::from(u16::from_be_bytes([h[4], h[5]]));
-    let field = u16::from_be_bytes([h[6], h[7]]);
-    let fragment = if field & 0x1fff != 0 {
-        Fragment::Later
-    } else if field & 0x2000 != 0 {
-        Fragment::First
-    } else {
-        Fragment::Whole
-    };
-    let ip = Ip {
-        source: mapped([h[12], h[13], h[14], h[15]]),
-        destination: mapped([h[16], h[17], h[18], h[19]]),
-        total_len: ip_len,
-        family: Family::V4,
-        dont_fragment: field & 0x4000 != 0,
-    };
-    transport(from, &ip, h[9], header_len, fragment, id)
+    let mut packet = Packet::EMPTY;
+    read_v4(from, &mut packet)?;
+    Ok(packet)
 }
 
 /// Parses an IPv6 packet and its extension headers (RFC 8200).
@@ -195,26 +206,62 @@ pub fn parse_v4(from: &impl Load) -> Result<Packet, Skip> {
 /// # Errors
 ///
 /// [`Skip`] says why the packet is to be left alone.
-#[inline(always)]
 pub fn parse_v6(from: &impl Load) -> Result<Packet, Skip> {
-    let fixed: [u8; 8] = from.load(0).ok_or(Skip::Truncated)?;
-    if fixed[0] >> 4 != 6 {
+    let mut packet = Packet::EMPTY;
+    read_v6(from, &mut packet)?;
+    Ok(packet)
+}
+
+/// What [`parse_v4`] does, to memory of the caller, which has been
+/// [`Packet::EMPTY`]: a packet that is handed on by value costs eBPF a copy,
+/// byte by byte, and most of its registers.
+///
+/// # Errors
+///
+/// As [`parse_v4`]; then the packet is of no use.
+#[inline(always)]
+pub fn read_v4(from: &impl Load, packet: &mut Packet) -> Result<(), Skip> {
+    let h: [u32; 5] = from.load(0).ok_or(Skip::Truncated)?;
+    let header_len = header_len_v4(h[0])?;
+    let ip_len = u32::from(half(h[0], 1));
+    if ip_len != 0 && ip_len < header_len {
         return Err(Skip::Malformed);
     }
-    let ip = Ip {
-        source: from.load(8).ok_or(Skip::Truncated)?,
-        destination: from.load(24).ok_or(Skip::Truncated)?,
-        total_len: match u32::from(u16::from_be_bytes([fixed[4], fixed[5]])) {
-            0 => 0,
-            payload => payload + IPV6_HEADER,
-        },
-        family: Family::V6,
-        dont_fragment: false,
+    packet.source = mapped(h[3].to_ne_bytes());
+    packet.destination = mapped(h[4].to_ne_bytes());
+    packet.family = Family::V4;
+    packet.protocol = byte(h[2], 1);
+    packet.ip_len = ip_len;
+    packet.fragment_id = u32::from(half(h[1], 0));
+    packet.dont_fragment = bits(h[1], 17, 1) == 1;
+    packet.fragment = match (bits(h[1], 18, 1), bits(h[1], 19, 13)) {
+        (0, 0) => Fragment::Whole,
+        (_, 0) => Fragment::First,
+        _ => Fragment::Later,
     };
-    let mut next = fixed[6];
+    read_transport(from, header_len, packet)
+}
+
+/// What [`parse_v6`] does; see [`read_v4`].
+///
+/// # Errors
+///
+/// As [`parse_v6`]; then the packet is of no use.
+#[inline(always)]
+pub fn read_v6(from: &impl Load, packet: &mut Packet) -> Result<(), Skip> {
+    let h: [u32; 10] = from.load(0).ok_or(Skip::Truncated)?;
+    if bits(h[0], 0, 4) != 6 {
+        return Err(Skip::Malformed);
+    }
+    packet.source = joined([h[2], h[3], h[4], h[5]]);
+    packet.destination = joined([h[6], h[7], h[8], h[9]]);
+    packet.family = Family::V6;
+    packet.ip_len = match u32::from(half(h[1], 0)) {
+        0 => 0,
+        payload => payload + IPV6_HEADER,
+    };
+    let mut next = byte(h[1], 2);
     let mut offset = IPV6_HEADER;
-    let mut fragment = Fragment::Whole;
-    let mut id = 0;
     for _ in 0..MAX_EXTENSION_HEADERS {
         if next == TCP || next == UDP {
             break;
@@ -224,104 +271,82 @@ pub fn parse_v6(from: &impl Load) -> Result<Packet, Skip> {
         }
         // None is shorter. One read for all of them: each is a fork on the
         // verifier's way, and the loop multiplies them.
-        let h: [u8; 8] = from.load(offset).ok_or(Skip::Truncated)?;
+        let h: [u32; 2] = from.load(offset).ok_or(Skip::Truncated)?;
+        let units = u32::from(byte(h[0], 1));
         let len = match next {
             // In units of 4 bytes, not counting the first 8 (RFC 4302, section 2.2).
-            next_header::AUTHENTICATION => (u32::from(h[1]) + 2) * 4,
+            next_header::AUTHENTICATION => (units + 2) * 4,
             next_header::FRAGMENT => {
-                id = u32::from_be_bytes([h[4], h[5], h[6], h[7]]);
-                match u16::from_be_bytes([h[2], h[3]]) {
+                packet.fragment_id = u32::from_be(h[1]);
+                match (bits(h[0], 16, 13), bits(h[0], 31, 1)) {
                     // Nobody sends a fragment of a fragment; its first one would
                     // not have the identification that the others have.
-                    _ if fragment == Fragment::First => return Err(Skip::Malformed),
-                    // What follows is the middle of a datagram, not headers.
-                    field if field & 0xfff8 != 0 => {
-                        return transport(from, &ip, h[0], offset + 8, Fragment::Later, id);
-                    }
-                    field if field & 1 != 0 => fragment = Fragment::First,
+                    _ if packet.fragment == Fragment::First => return Err(Skip::Malformed),
                     // An atomic fragment is a whole datagram (RFC 6946).
-                    _ => {}
+                    (0, 0) => {}
+                    (0, _) => packet.fragment = Fragment::First,
+                    // What follows is the middle of a datagram, not headers.
+                    _ => {
+                        packet.fragment = Fragment::Later;
+                        packet.protocol = byte(h[0], 0);
+                        return read_transport(from, offset + 8, packet);
+                    }
                 }
                 8
             }
-            next_header::ROUTING if h[3] != 0 => return Err(Skip::Protocol),
-            _ => (u32::from(h[1]) + 1) * 8,
+            next_header::ROUTING if byte(h[0], 3) != 0 => return Err(Skip::Protocol),
+            _ => (units + 1) * 8,
         };
-        next = h[0];
+        next = byte(h[0], 0);
         // The verifier follows each path through the loop on its own for as long
         // as it knows values that differ. It forgets them in memory, and the
         // paths meet here: without this they are tens of thousands.
         offset = black_box(offset + len);
-        fragment = black_box(fragment);
-        id = black_box(id);
     }
-    transport(from, &ip, next, offset, fragment, id)
+    packet.protocol = next;
+    read_transport(from, offset, packet)
 }
 
-/// The part of [`Packet`] that the IP header gives.
-struct Ip {
-    source: Addr,
-    destination: Addr,
-    total_len: u32,
-    family: Family,
-    dont_fragment: bool,
-}
-
+/// Reads the transport header that begins at `offset`, which every packet but a
+/// later fragment has.
 #[expect(clippy::cast_possible_truncation, reason = "a few extension headers of at most 2,048 bytes each")]
 #[inline(always)]
-fn transport(
-    from: &impl Load,
-    ip: &Ip,
-    protocol: u8,
-    offset: u32,
-    fragment: Fragment,
-    fragment_id: u32,
-) -> Result<Packet, Skip> {
-    let mut packet = Packet {
-        source: ip.source,
-        destination: ip.destination,
-        ip_len: ip.total_len,
-        header_len: 0,
-        source_port: 0,
-        destination_port: 0,
-        family: ip.family,
-        protocol,
-        tcp_flags: 0,
-        fragment,
-        fragment_id,
-        dont_fragment: ip.dont_fragment,
-        pad: 0,
-    };
-    if protocol != TCP && protocol != UDP {
+fn read_transport(from: &impl Load, offset: u32, packet: &mut Packet) -> Result<(), Skip> {
+    if packet.protocol != TCP && packet.protocol != UDP {
         return Err(Skip::Protocol);
     }
     let mut header_len = offset;
-    if fragment != Fragment::Later {
-        header_len += ports_and_flags(from, offset, &mut packet)?;
+    if packet.fragment != Fragment::Later {
+        header_len += read_ports_and_flags(from, offset, packet)?;
     }
     if packet.ip_len != 0 && header_len > packet.ip_len {
         return Err(Skip::Malformed);
     }
     packet.header_len = header_len as u16;
-    Ok(packet)
+    Ok(())
 }
 
-/// Reads the transport header, which every packet but a later fragment has; its length in bytes.
+/// Reads ports and TCP flags; the header's length in bytes.
 #[inline(always)]
-fn ports_and_flags(from: &impl Load, offset: u32, packet: &mut Packet) -> Result<u32, Skip> {
-    let ports: [u8; 4] = from.load(offset).ok_or(Skip::Truncated)?;
-    packet.source_port = u16::from_be_bytes([ports[0], ports[1]]);
-    packet.destination_port = u16::from_be_bytes([ports[2], ports[3]]);
+fn read_ports_and_flags(from: &impl Load, offset: u32, packet: &mut Packet) -> Result<u32, Skip> {
     if packet.protocol == UDP {
+        let [ports] = from.load(offset).ok_or(Skip::Truncated)?;
+        packet.set_ports(ports);
         return Ok(UDP_HEADER);
     }
-    let h: [u8; 2] = from.load(offset + 12).ok_or(Skip::Truncated)?;
-    let tcp_len = u32::from(h[0] >> 4) * 4;
-    if tcp_len < TCP_HEADER {
-        return Err(Skip::Malformed);
-    }
-    packet.tcp_flags = h[1];
-    Ok(tcp_len)
+    // As far as offset and flags; what follows is not read.
+    let [ports, _sequence, _acknowledgement, control] = from.load(offset).ok_or(Skip::Truncated)?;
+    packet.set_ports(ports);
+    packet.tcp_flags = byte(control, 1);
+    let tcp_len = bits(control, 0, 4) * 4;
+    if tcp_len < TCP_HEADER { Err(Skip::Malformed) } else { Ok(tcp_len) }
+}
+
+/// Bytes of an IPv4 header by its first word.
+#[inline(always)]
+const fn header_len_v4(first: u32) -> Result<u32, Skip> {
+    let len = bits(first, 4, 4) * 4;
+    if bits(first, 0, 4) == 4 && len >= IPV4_HEADER { Ok(len) } else { Err(Skip::Malformed) }
 }
 
 #[cfg(test)]

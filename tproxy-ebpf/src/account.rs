@@ -254,18 +254,19 @@ pub(crate) fn egress(skb: &Skb) -> i32 {
         && skb.parse(packet).is_ok()
         && fragment::resolve_ports(packet)
     {
-        nat::note(skb, packet);
-        reply(skb, packet);
+        leaves(skb, packet);
     }
     NEXT
 }
 
-/// Counts a packet that may be a reply.
+/// Counts a packet that is a reply; of others notes what has to be known for theirs.
 #[inline(never)]
-pub(crate) fn reply(skb: &Skb, packet: &Packet) {
+pub(crate) fn leaves(skb: &Skb, packet: &Packet) {
     if let Some(flow) = FlowRef::find(&down_key(packet)) {
         flow.down(skb, packet);
-    } else if packet.protocol == UDP && skb.ingress_ifindex() != 0 {
+    } else if skb.ingress_ifindex() == 0 {
+        nat::note(skb, packet);
+    } else if packet.protocol == UDP {
         note_request_from_outside(skb, packet);
     }
 }

@@ -16,7 +16,7 @@ use crate::scratch;
 use crate::settings;
 use crate::skb::Skb;
 use crate::sock;
-use crate::steer::{Mark, NEXT, drop, fail, pass, to_socket, to_stack};
+use crate::steer::{Mark, NEXT, drop, fail, pass, to_connection, to_socket, to_stack};
 use crate::trace::trace;
 
 /// The identifier in a VLAN tag (IEEE 802.1Q).
@@ -68,9 +68,11 @@ fn tcp(skb: &Skb, packet: &Packet) -> i32 {
     let flow = FlowRef::find(&key);
     let proxied = flow.is_some_and(|flow| flow.is_proxied());
     if let Some(flow) = flow
-        && !proxied
         && !packet.is_syn()
     {
+        if proxied {
+            return known(skb, packet, flow);
+        }
         flow.up(skb, packet);
         return pass(Counter::PassPolicy);
     }
@@ -80,27 +82,12 @@ fn tcp(skb: &Skb, packet: &Packet) -> i32 {
     let mut time_wait = None;
     if let Some(sock) = sock::connection(skb, packet) {
         if !(packet.is_syn() && sock.is_time_wait()) {
-            if let Some(flow) = flow {
-                flow.up(skb, packet);
-            }
-            return to_socket(skb, sock, Mark::Tproxy, Counter::SteeredEstablished);
+            return to_connection(skb, sock, Mark::Tproxy);
         }
         time_wait = Some(sock);
     }
     if !packet.is_syn() {
-        return match flow {
-            // The connection has ended. To pass the packet on would show the
-            // server a client that it does not know; the stack answers with a reset.
-            Some(flow) if proxied => {
-                flow.up(skb, packet);
-                // Without a proxy nobody answers here.
-                if sock::listener(skb, packet).is_none() {
-                    return fail();
-                }
-                to_stack(skb, Mark::Tproxy, Counter::SteeredLate)
-            }
-            _ => natted(skb, packet, Counter::PassMidstream),
-        };
+        return natted(skb, packet, Counter::PassMidstream);
     }
     if !policy::captures(packet) {
         if let Some(flow) = FlowRef::open(skb, &key, Verdict::Pass, Origin::Captured) {
@@ -131,6 +118,23 @@ fn tcp(skb: &Skb, packet: &Packet) -> i32 {
     // sequence number, then looks for a listener, where `tproxy_lookup` answers.
     // The listener instead would refuse the duplicate and time the client out.
     to_socket(skb, time_wait.unwrap_or(listener), Mark::Tproxy, Counter::SteeredTcpNew)
+}
+
+/// A packet of a proxied connection that is no SYN. Where the connection has ended,
+/// to pass it on would show the server a client that it does not know; the stack
+/// answers with a reset.
+#[inline(always)]
+fn known(skb: &Skb, packet: &Packet, flow: FlowRef) -> i32 {
+    flow.up(skb, packet);
+    let proxy_listens = sock::listener(skb, packet).is_some();
+    if proxy_listens && settings::early_demux() == 1 {
+        return to_stack(skb, Mark::Tproxy, Counter::SteeredEstablished);
+    }
+    match sock::connection(skb, packet) {
+        Some(sock) => to_connection(skb, sock, Mark::Tproxy),
+        None if proxy_listens => to_stack(skb, Mark::Tproxy, Counter::SteeredLate),
+        None => fail(),
+    }
 }
 
 /// One interface may be captured and upstream-facing at once: the packet may

@@ -5,12 +5,12 @@
 
 use aya_ebpf::bindings::bpf_sk_lookup;
 use aya_ebpf::programs::SkLookupContext;
-use tproxy_common::abi::{Addr, Family, FlowKey, mapped};
+use tproxy_common::abi::{Addr, Family, FlowKey, joined, mapped};
 use tproxy_common::counter::Counter;
 
 use crate::account::{FlowRef, count};
 use crate::maps::LISTENERS;
-use crate::sock::{joined, listener_index_of};
+use crate::sock::listener_index_of;
 
 /// `SK_PASS`: take the assigned socket, or go on with the usual lookup.
 const SK_PASS: u32 = 1;

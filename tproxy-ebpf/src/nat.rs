@@ -21,6 +21,7 @@ use crate::steer::{Mark, NEXT, to_socket};
 pub(crate) fn egress(skb: &Skb) -> i32 {
     // Forwarded packets have no socket.
     if skb.has_socket()
+        && !sock::is_source_plainly_kept(skb)
         && let Some(packet) = scratch::parsed()
         && skb.parse(packet).is_ok()
     {

@@ -7,16 +7,15 @@ use tproxy_common::classify::is_special;
 use tproxy_common::counter::Counter;
 use tproxy_common::wire::{Fragment, Packet};
 
-use crate::account::{FlowRef, down_key, reply, skip_counter, up_key};
+use crate::account::{FlowRef, down_key, leaves, skip_counter, up_key};
 use crate::fragment::resolve_ports;
 use crate::handshake;
-use crate::nat;
 use crate::policy;
 use crate::scratch;
 use crate::settings;
 use crate::skb::Skb;
 use crate::sock;
-use crate::steer::{Mark, NEXT, accept_frame, fail, pass, to_loopback, to_socket, to_stack};
+use crate::steer::{Mark, NEXT, accept_frame, fail, pass, to_connection, to_loopback, to_socket, to_stack};
 use crate::trace::trace;
 
 /// TC egress of every interface that the host's own traffic may leave by.
@@ -33,8 +32,7 @@ pub(crate) fn egress(skb: &Skb) -> i32 {
 fn leaving(skb: &Skb, packet: &mut Packet) -> i32 {
     let known = resolve_ports(packet);
     if known {
-        nat::note(skb, packet);
-        reply(skb, packet);
+        leaves(skb, packet);
     }
     // Forwarded packets have arrived on an interface.
     if skb.ingress_ifindex() != 0 {
@@ -142,7 +140,7 @@ fn turned_back(skb: &Skb, packet: &Packet) -> i32 {
     }
     match sock {
         // See `capture`: a SYN on a TIME_WAIT socket goes to that socket.
-        Some(sock) => to_socket(skb, sock, Mark::Own, Counter::SteeredEstablished),
+        Some(sock) => to_connection(skb, sock, Mark::Own),
         None if packet.is_syn() => match sock::listener(skb, packet) {
             Some(sock) => to_socket(skb, sock, Mark::Own, Counter::SteeredTcpNew),
             None => fail(),

@@ -27,7 +27,8 @@ static SETTINGS: Settings = Settings {
     own_traffic: 0,
     sk_lookup: 1,
     client_port: 0,
-    pad: [0; 3],
+    early_demux: 0,
+    pad: [0; 2],
     listener_ports: ListenerPorts([0; MAX_LISTENERS as usize]),
 };
 
@@ -65,6 +66,7 @@ setting! {
     own_traffic: u8,
     sk_lookup: u8,
     client_port: u8,
+    early_demux: u8,
     listen_v4: [u8; 4],
     listen_v6: [u8; 16],
 }

@@ -1,11 +1,14 @@
 //! Access to the packet buffer.
 
+use core::mem::MaybeUninit;
+
 use aya_ebpf::bindings::{__sk_buff, bpf_sock};
 use aya_ebpf::cty::c_void;
 use aya_ebpf::helpers::generated::{bpf_skb_load_bytes_relative, bpf_skb_pull_data};
 use aya_ebpf::programs::TcContext;
+use tproxy_common::abi::{TCP, UDP};
 use tproxy_common::classify::{on_the_wire, segments};
-use tproxy_common::wire::{Load, Packet, Skip, icmp, parse_v4, parse_v6};
+use tproxy_common::wire::{Load, Packet, Skip, icmp, read_v4, read_v6};
 
 /// `BPF_HDR_START_NET`: offsets count from the network header.
 const FROM_NETWORK_HEADER: u32 = 1;
@@ -97,9 +100,37 @@ impl Skb {
     #[inline(always)]
     pub(crate) fn parse(&self, packet: &mut Packet) -> Result<(), Skip> {
         match self.parse_linear(packet) {
-            Err(Skip::Truncated) if self.pull_headers() => self.parse_linear(packet),
+            Err(Skip::Truncated) if self.pull_headers() => {
+                *packet = Packet::EMPTY;
+                self.parse_linear(packet)
+            }
             parsed => parsed,
         }
+    }
+
+    /// Source address (as it stands) and port (host byte order) of an IPv4 packet without
+    /// options that is no later fragment.
+    #[inline(always)]
+    pub(crate) fn plain_source_v4(&self) -> Option<(u32, u32)> {
+        const VERSION_4_LENGTH_20: u32 = 0x45;
+        const FRAGMENT_OFFSET: u32 = 0x1fff;
+        if self.ethertype() != ETH_P_IP {
+            return None;
+        }
+        let [first, fragment, _, source, _, ports] = self.load(0)?;
+        let plain = first & 0xff == VERSION_4_LENGTH_20 && u32::from_be(fragment) & FRAGMENT_OFFSET == 0;
+        plain.then_some((source, u32::from_be(ports) >> 16))
+    }
+
+    /// The same of an IPv6 packet without extension headers.
+    #[inline(always)]
+    pub(crate) fn plain_source_v6(&self) -> Option<([u32; 4], u32)> {
+        if self.ethertype() != ETH_P_IPV6 {
+            return None;
+        }
+        let [_, fixed, a, b, c, d, _, _, _, _, ports] = self.load(0)?;
+        let next = (u32::from_be(fixed) >> 8 & 0xff) as u8;
+        (next == TCP || next == UDP).then_some(([a, b, c, d], u32::from_be(ports) >> 16))
     }
 
     /// An answer to the packet that this ICMP error is about.
@@ -138,16 +169,13 @@ impl Skb {
         unsafe { bpf_skb_pull_data(self.0, len) == 0 }
     }
 
-    /// Writes to memory of the caller: a `Result<Packet, _>` keeps its tag in a
-    /// gap of `Packet`, and the kernel refuses type information of such a union.
     #[inline(never)]
     fn parse_linear(&self, packet: &mut Packet) -> Result<(), Skip> {
-        *packet = match self.ethertype() {
-            ETH_P_IP => parse_v4(self),
-            ETH_P_IPV6 => parse_v6(self),
+        match self.ethertype() {
+            ETH_P_IP => read_v4(self, packet),
+            ETH_P_IPV6 => read_v6(self, packet),
             _ => Err(Skip::Protocol),
-        }?;
-        Ok(())
+        }
     }
 
     /// Packets and IP-layer bytes that this buffer is on the wire.
@@ -164,18 +192,13 @@ impl Skb {
 
 impl Load for Skb {
     #[inline(always)]
-    fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
-        let mut bytes = [0u8; N];
-        // SAFETY: the helper writes N bytes into `bytes` or answers an error.
-        let result = unsafe {
-            bpf_skb_load_bytes_relative(
-                self.0.cast(),
-                offset,
-                bytes.as_mut_ptr().cast(),
-                N as u32,
-                FROM_NETWORK_HEADER,
-            )
-        };
-        (result == 0).then_some(bytes)
+    fn load<const N: usize>(&self, offset: u32) -> Option<[u32; N]> {
+        let mut words = MaybeUninit::<[u32; N]>::uninit();
+        // SAFETY: the helper writes `size` bytes to `words`, also where it answers an error.
+        unsafe {
+            let (to, size) = (words.as_mut_ptr().cast(), size_of::<[u32; N]>() as u32);
+            let result = bpf_skb_load_bytes_relative(self.0.cast(), offset, to, size, FROM_NETWORK_HEADER);
+            if result == 0 { Some(words.assume_init()) } else { None }
+        }
     }
 }

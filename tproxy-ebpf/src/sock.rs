@@ -9,7 +9,7 @@ use aya_ebpf::helpers::generated::{
     bpf_map_lookup_elem, bpf_sk_assign, bpf_sk_fullsock, bpf_sk_lookup_udp, bpf_sk_release,
     bpf_skc_lookup_tcp,
 };
-use tproxy_common::abi::{Addr, Endpoint, Family, ListenerKind, TCP, listener_index, mapped};
+use tproxy_common::abi::{Addr, Endpoint, Family, ListenerKind, TCP, joined, listener_index, mapped};
 use tproxy_common::flow;
 use tproxy_common::wire::Packet;
 
@@ -65,6 +65,16 @@ impl Sock {
         self.state() == TCP_TIME_WAIT
     }
 
+    /// Whether it is a full TCP socket that the proxy made.
+    #[inline(always)]
+    pub(crate) fn is_own_connection(&self) -> bool {
+        // SAFETY: the socket is valid, and the answer is read only where it is not null.
+        unsafe {
+            let sk = bpf_sk_fullsock(self.0.as_ptr());
+            !sk.is_null() && read!(sk, mark) == settings::own_mark()
+        }
+    }
+
     /// Whether it is bound to exactly this address, not to a wildcard.
     #[inline(always)]
     fn is_bound_to(&self, addr: &Addr, family: Family) -> bool {
@@ -111,6 +121,35 @@ unsafe fn is_bound(sk: *const bpf_sock, addr: &Addr, family: Family) -> bool {
 unsafe fn bound_word(sk: *const bpf_sock, i: usize) -> u32 {
     // SAFETY: by contract of this function.
     unsafe { core::ptr::read_volatile((&raw const (*sk).src_ip6).cast::<u32>().add(i)) }
+}
+
+/// Whether one read shows that the packet has the source that its socket is bound
+/// to, as nearly all have.
+#[inline(always)]
+pub(crate) fn is_source_plainly_kept(skb: &Skb) -> bool {
+    let sk = skb.sk();
+    if sk.is_null() {
+        return false;
+    }
+    // SAFETY: the socket is not null.
+    let sk = unsafe { bpf_sk_fullsock(sk) };
+    if sk.is_null() {
+        return false;
+    }
+    // SAFETY: a full socket, whose fields may be read.
+    unsafe {
+        let port = read!(sk, src_port);
+        if let Some((addr, source_port)) = skb.plain_source_v4() {
+            return source_port == port && addr == read!(sk, src_ip4);
+        }
+        skb.plain_source_v6().is_some_and(|(addr, source_port)| {
+            source_port == port
+                && addr[0] == bound_word(sk, 0)
+                && addr[1] == bound_word(sk, 1)
+                && addr[2] == bound_word(sk, 2)
+                && addr[3] == bound_word(sk, 3)
+        })
+    }
 }
 
 /// Whether the packet, which the proxy sends, has another source than its socket
@@ -165,13 +204,6 @@ unsafe fn bound_v4(sk: *const bpf_sock, addr: &mut Addr) {
 unsafe fn bound_v6(sk: *const bpf_sock, addr: &mut Addr) {
     // SAFETY: by contract of this function.
     *addr = joined([0, 1, 2, 3].map(|i| unsafe { bound_word(sk, i) }));
-}
-
-/// An address of four words, as they stand.
-#[inline(always)]
-pub(crate) fn joined(words: [u32; 4]) -> Addr {
-    let [a, b, c, d] = words.map(u32::to_ne_bytes);
-    [a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3], c[0], c[1], c[2], c[3], d[0], d[1], d[2], d[3]]
 }
 
 /// Four bytes of an address, as they stand.

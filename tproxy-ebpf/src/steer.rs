@@ -93,6 +93,21 @@ pub(crate) fn to_socket(skb: &Skb, sock: Sock, mark: Mark, outcome: Counter) -> 
     ACCEPT
 }
 
+/// Hands the packet to the socket of a TCP connection, which a lookup has found.
+///
+/// The stack finds that socket as well, and with it the route that the socket
+/// keeps (`tcp_v4_early_demux`, `tcp_v6_early_demux`). Of a packet with an assigned
+/// socket it asks routing anew, which costs more than the second lookup
+/// (`ip_rcv_finish_core`, `ip6_rcv_finish_core`).
+#[inline(always)]
+pub(crate) fn to_connection(skb: &Skb, sock: Sock, mark: Mark) -> i32 {
+    if settings::early_demux() == 1 {
+        to_stack(skb, mark, Counter::SteeredEstablished)
+    } else {
+        to_socket(skb, sock, mark, Counter::SteeredEstablished)
+    }
+}
+
 /// Marks the packet without a socket: routing delivers it to this host, and
 /// the stack looks for the socket (fragments), or answers with a reset.
 #[inline(always)]

@@ -28,6 +28,7 @@ use crate::plan::{Plan, PlannedInterface, Role};
 use crate::privilege;
 use crate::routing;
 use crate::stats::Stats;
+use crate::sysctl;
 use crate::tun::{self, Tun};
 use crate::undo;
 use upkeep::Upkeep;
@@ -327,6 +328,7 @@ fn settings(
         own_traffic: capture.own_traffic.into(),
         sk_lookup: features.sk_lookup().into(),
         client_port: (config.source == SourceMode::ClientPort).into(),
+        early_demux: sysctl::early_demux().into(),
         ..Settings::default()
     };
     for (worker, listeners) in (0..).zip(listeners) {

@@ -35,6 +35,15 @@ pub fn read(name: &str) -> Result<String, Error> {
     }
 }
 
+/// Whether the stack looks for the socket of an arriving TCP packet before its route, which
+/// the socket then gives (both families; networking/ip-sysctl.rst).
+#[must_use]
+pub fn early_demux() -> bool {
+    ["net.ipv4.ip_early_demux", "net.ipv4.tcp_early_demux"]
+        .iter()
+        .all(|name| read(name).is_ok_and(|value| value == "1"))
+}
+
 /// Writes a setting.
 ///
 /// # Errors

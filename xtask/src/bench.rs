@@ -25,6 +25,9 @@ pub(crate) struct Args {
     /// Rounds; each measures every candidate once
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100))]
     rounds: u32,
+    /// Only these, separated by commas; else all
+    #[arg(long, value_delimiter = ',', value_name = "PEER")]
+    peers: Vec<Steered>,
     /// Seconds that one measurement lasts
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=60))]
     seconds: u64,
@@ -39,17 +42,19 @@ enum Case {
 }
 
 /// What steers connections to the relay.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Steered {
+    /// Nothing: plain forwarding
     Direct,
+    /// The eBPF programs
     Ebpf,
+    /// The eBPF programs, with `--handshake faithful`
     Faithful,
+    /// iptables TPROXY, with the same relay
     Iptables,
 }
 
 impl Steered {
-    const ALL: [Self; 4] = [Self::Direct, Self::Ebpf, Self::Faithful, Self::Iptables];
-
     const fn name(self) -> &'static str {
         match self {
             Self::Direct => "no proxy (plain forwarding)",
@@ -110,8 +115,11 @@ fn steering(args: &Args, binary: &Path) -> Result<()> {
          {} rounds of {} s, the candidates in turn. Then {ALONE}, one after the other, for the time that one takes.",
         args.rounds, args.seconds
     );
-    let mut candidates =
-        Steered::ALL.iter().map(|steered| prepare(*steered, binary)).collect::<Result<Vec<_>>>()?;
+    let mut candidates = Steered::value_variants()
+        .iter()
+        .filter(|steered| args.peers.is_empty() || args.peers.contains(steered))
+        .map(|steered| prepare(*steered, binary))
+        .collect::<Result<Vec<_>>>()?;
     for round in 1..=args.rounds {
         for candidate in &mut candidates {
             candidate
@@ -215,7 +223,7 @@ fn spread(rates: &[f64]) -> (f64, f64, f64) {
 
 fn report(args: &Args, candidates: &[Candidate]) -> Result<()> {
     let reference = candidates.iter().find(|candidate| candidate.steered == Steered::Iptables);
-    let (reference, _, _) = spread(&reference.context("nothing to compare with")?.rates);
+    let reference = reference.map(|reference| reference.rates.as_slice());
     println!(
         "\n{:<32} {:>10} {:>10} {:>10} {:>12}",
         "connections a second", "median", "least", "most", "of iptables"
@@ -223,8 +231,13 @@ fn report(args: &Args, candidates: &[Candidate]) -> Result<()> {
     let mut results = Vec::new();
     for candidate in candidates {
         let (median, least, most) = spread(&candidate.rates);
-        let ratio = median / reference;
-        println!("{:<32} {median:>10.0} {least:>10.0} {most:>10.0} {ratio:>12.2}", candidate.steered.name());
+        // Round by round: what disturbs the machine for longer than a round disturbs both.
+        let ratio = reference.map(|reference| {
+            let ratios: Vec<f64> = candidate.rates.iter().zip(reference).map(|(a, b)| a / b).collect();
+            spread(&ratios).0
+        });
+        let shown = ratio.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2}"));
+        println!("{:<32} {median:>10.0} {least:>10.0} {most:>10.0} {shown:>12}", candidate.steered.name());
         results.push(json!({
             "candidate": candidate.steered.key(), "rounds": candidate.rates,
             "median": median, "least": least, "most": most, "ratio_to_iptables": ratio,

@@ -141,7 +141,10 @@ pub(crate) fn bpf_cargo(
     subcommand: &str,
     target: &Path,
 ) -> Result<std::process::Command> {
-    let mut flags: Vec<String> = ["-C", "debuginfo=2", "-C", "link-arg=--btf"].map(str::to_owned).into();
+    let mut flags: Vec<String> =
+        ["-C", "debuginfo=2", "-C", "link-arg=--btf", "-C", "link-arg=--disable-expand-memcpy-in-order"]
+            .map(str::to_owned)
+            .into();
     let library = toolchain.sysroot().join("lib/rustlib/src/rust");
     let real_library = library.canonicalize().unwrap_or_else(|_| library.clone());
     let mut moved = vec![

@@ -1,7 +1,7 @@
 //! Pure parser of ICMP errors (RFC 792, RFC 4443): which packet an error is about.
 
-use super::{Fragment, IPV4_HEADER, IPV6_HEADER, Load, Packet, Skip, next_header};
-use crate::abi::{Addr, Family, TCP, UDP, mapped};
+use super::{IPV6_HEADER, Load, Packet, Skip, bits, byte, header_len_v4, next_header};
+use crate::abi::{Addr, Family, TCP, UDP, joined, mapped};
 
 /// Protocol number of ICMP.
 const ICMPV4: u8 = 1;
@@ -25,29 +25,27 @@ pub fn error_v4(from: &impl Load) -> Result<Packet, Skip> {
     const UNREACHABLE: u8 = 3;
     const TIME_EXCEEDED: u8 = 11;
     const PARAMETER_PROBLEM: u8 = 12;
-    const FRAGMENT_FIELD: u16 = 0x3fff;
-    let outer: [u8; IPV4_HEADER as usize] = from.load(0).ok_or(Skip::Truncated)?;
-    if outer[9] != ICMPV4 || u16::from_be_bytes([outer[6], outer[7]]) & FRAGMENT_FIELD != 0 {
+    let outer: [u32; 5] = from.load(0).ok_or(Skip::Truncated)?;
+    if byte(outer[2], 1) != ICMPV4 || bits(outer[1], 18, 14) != 0 {
         return Err(Skip::Protocol);
     }
     let offset = header_len_v4(outer[0])?;
-    let [kind]: [u8; 1] = from.load(offset).ok_or(Skip::Truncated)?;
-    if !matches!(kind, UNREACHABLE | TIME_EXCEEDED | PARAMETER_PROBLEM) {
+    let [header] = from.load(offset).ok_or(Skip::Truncated)?;
+    if !matches!(byte(header, 0), UNREACHABLE | TIME_EXCEEDED | PARAMETER_PROBLEM) {
         return Err(Skip::Protocol);
     }
     let offset = offset + ICMP_HEADER;
-    let inner: [u8; IPV4_HEADER as usize] = from.load(offset).ok_or(Skip::Truncated)?;
+    let inner: [u32; 5] = from.load(offset).ok_or(Skip::Truncated)?;
     let ports = offset + header_len_v4(inner[0])?;
     // Only the first fragment has ports.
-    if u16::from_be_bytes([inner[6], inner[7]]) & 0x1fff != 0 {
+    if bits(inner[1], 19, 13) != 0 {
         return Err(Skip::Protocol);
     }
-    let source = mapped([inner[12], inner[13], inner[14], inner[15]]);
-    let destination = mapped([inner[16], inner[17], inner[18], inner[19]]);
-    if source != mapped([outer[16], outer[17], outer[18], outer[19]]) {
+    if inner[3] != outer[4] {
         return Err(Skip::Malformed);
     }
-    about(from, Family::V4, source, destination, inner[9], ports)
+    let (source, destination) = (mapped(inner[3].to_ne_bytes()), mapped(inner[4].to_ne_bytes()));
+    about(from, Family::V4, source, destination, byte(inner[2], 1), ports)
 }
 
 /// The TCP or UDP packet that an ICMP error is about over IPv6; see [`error_v4`].
@@ -63,43 +61,35 @@ pub fn error_v4(from: &impl Load) -> Result<Packet, Skip> {
 pub fn error_v6(from: &impl Load) -> Result<Packet, Skip> {
     const UNREACHABLE: u8 = 1;
     const PARAMETER_PROBLEM: u8 = 4;
-    let [next]: [u8; 1] = from.load(6).ok_or(Skip::Truncated)?;
-    if next != ICMPV6 {
+    let outer: [u32; 10] = from.load(0).ok_or(Skip::Truncated)?;
+    if byte(outer[1], 2) != ICMPV6 {
         return Err(Skip::Protocol);
     }
-    let [kind]: [u8; 1] = from.load(IPV6_HEADER).ok_or(Skip::Truncated)?;
-    if !matches!(kind, UNREACHABLE..=PARAMETER_PROBLEM) {
+    let [header] = from.load(IPV6_HEADER).ok_or(Skip::Truncated)?;
+    if !matches!(byte(header, 0), UNREACHABLE..=PARAMETER_PROBLEM) {
         return Err(Skip::Protocol);
     }
-    let inner = IPV6_HEADER + ICMP_HEADER;
-    let fixed: [u8; 8] = from.load(inner).ok_or(Skip::Truncated)?;
-    if fixed[0] >> 4 != 6 {
+    let inner_at = IPV6_HEADER + ICMP_HEADER;
+    let inner: [u32; 10] = from.load(inner_at).ok_or(Skip::Truncated)?;
+    if bits(inner[0], 0, 4) != 6 {
         return Err(Skip::Malformed);
     }
-    let receiver: Addr = from.load(24).ok_or(Skip::Truncated)?;
-    let source: Addr = from.load(inner + 8).ok_or(Skip::Truncated)?;
-    let destination: Addr = from.load(inner + 24).ok_or(Skip::Truncated)?;
-    if source != receiver {
+    let source = joined([inner[2], inner[3], inner[4], inner[5]]);
+    let destination = joined([inner[6], inner[7], inner[8], inner[9]]);
+    if source != joined([outer[6], outer[7], outer[8], outer[9]]) {
         return Err(Skip::Malformed);
     }
-    let mut protocol = fixed[6];
-    let mut ports = inner + IPV6_HEADER;
+    let mut protocol = byte(inner[1], 2);
+    let mut ports = inner_at + IPV6_HEADER;
     if protocol == next_header::FRAGMENT {
-        let h: [u8; FRAGMENT_HEADER as usize] = from.load(ports).ok_or(Skip::Truncated)?;
-        if u16::from_be_bytes([h[2], h[3]]) & 0xfff8 != 0 {
+        let [h, _identification] = from.load(ports).ok_or(Skip::Truncated)?;
+        if bits(h, 16, 13) != 0 {
             return Err(Skip::Protocol);
         }
-        protocol = h[0];
+        protocol = byte(h, 0);
         ports += FRAGMENT_HEADER;
     }
     about(from, Family::V6, source, destination, protocol, ports)
-}
-
-/// Bytes of an IPv4 header by its first byte.
-#[inline(always)]
-const fn header_len_v4(first: u8) -> Result<u32, Skip> {
-    let len = (first & 0x0f) as u32 * 4;
-    if first >> 4 == 4 && len >= IPV4_HEADER { Ok(len) } else { Err(Skip::Malformed) }
 }
 
 #[inline(always)]
@@ -114,17 +104,10 @@ fn about(
     if protocol != TCP && protocol != UDP {
         return Err(Skip::Protocol);
     }
-    let ports: [u8; 4] = from.load(ports).ok_or(Skip::Truncated)?;
-    Ok(Packet {
-        source,
-        destination,
-        source_port: u16::from_be_bytes([ports[0], ports[1]]),
-        destination_port: u16::from_be_bytes([ports[2], ports[3]]),
-        family,
-        protocol,
-        fragment: Fragment::Whole,
-        ..Packet::EMPTY
-    })
+    let [ports] = from.load(ports).ok_or(Skip::Truncated)?;
+    let mut packet = Packet { source, destination, family, protocol, ..Packet::EMPTY };
+    packet.set_ports(ports);
+    Ok(packet)
 }
 
 #[cfg(test)]

@@ -50,15 +50,17 @@ impl<'a> Watched<'a> {
 }
 
 impl Load for Watched<'_> {
-    fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
+    fn load<const N: usize>(&self, offset: u32) -> Option<[u32; N]> {
         // Six extension headers of the greatest length, and TCP's flags behind them.
-        const FARTHEST: usize = 40 + 6 * 2048 + 14;
+        const FARTHEST: usize = 40 + 6 * 2048 + 16;
         let offset = usize::try_from(offset).expect("64 bits");
-        assert!(offset + N <= FARTHEST, "read at {offset}");
+        assert!(offset + 4 * N <= FARTHEST, "read at {offset}");
         assert!(!self.ended.get(), "read on at {offset} when the packet had ended");
-        let read = self.bytes.get(offset..offset + N).and_then(|bytes| bytes.try_into().ok());
+        let read = self.bytes.get(offset..offset + 4 * N);
         self.ended.set(read.is_none());
-        read
+        read.map(|bytes| {
+            std::array::from_fn(|i| u32::from_ne_bytes(bytes[4 * i..][..4].try_into().expect("four")))
+        })
     }
 }
 
@@ -105,12 +107,11 @@ fn v4(bytes: &[u8]) -> Parsed {
 
 /// RFC 8200, section 3.
 fn v6(bytes: &[u8]) -> Parsed {
-    // The version is read before the addresses.
-    if bytes.len() >= 8 && bytes[0] / 16 != 6 {
-        return Err(Skip::Malformed);
-    }
     if bytes.len() < 40 {
         return Err(Skip::Truncated);
+    }
+    if bytes[0] / 16 != 6 {
+        return Err(Skip::Malformed);
     }
     let mut packet = Packet { family: Family::V6, ..Packet::EMPTY };
     packet.source.copy_from_slice(&bytes[8..24]);
@@ -157,15 +158,13 @@ fn transport(bytes: &[u8], network: &Network) -> Parsed {
     let mut header_len = end;
     if packet.fragment != Fragment::Later {
         let rest = &bytes[end.min(bytes.len())..];
-        if rest.len() < 4 {
+        if rest.len() < if packet.protocol == TCP { 16 } else { 4 } {
             return Err(Skip::Truncated);
         }
         packet.source_port = u16::try_from(be16(rest, 0)).expect("16 bits");
         packet.destination_port = u16::try_from(be16(rest, 2)).expect("16 bits");
         header_len += if packet.protocol == UDP {
             8
-        } else if rest.len() < 14 {
-            return Err(Skip::Truncated);
         } else if rest[12] < 5 << 4 {
             return Err(Skip::Malformed);
         } else {

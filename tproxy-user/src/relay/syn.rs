@@ -33,8 +33,8 @@ impl Syn {
         if parsed.protocol != TCP || parsed.fragment != Fragment::Whole || !parsed.is_syn() {
             return None;
         }
-        let transport = noting.furthest.get().checked_sub(OFFSET_AND_FLAGS)?;
-        let sequence = packet.load(transport + SEQUENCE).map(u32::from_be_bytes)?;
+        let [sequence] = packet.load(noting.furthest.get() + SEQUENCE)?;
+        let sequence = u32::from_be(sequence);
         let data = parsed.ip_len.saturating_sub(parsed.header_len.into());
         Some(Self {
             client: ClientAddr::from(SocketAddr::new(ip(parsed.source), parsed.source_port)),
@@ -44,14 +44,11 @@ impl Syn {
     }
 }
 
-/// Where the TCP header has the sequence number, and where offset and flags
-/// (RFC 9293, section 3.1).
+/// Where the TCP header has the sequence number (RFC 9293, section 3.1).
 const SEQUENCE: u32 = 4;
-const OFFSET_AND_FLAGS: u32 = 12;
 
-/// Notes where the parser reads. Furthest in the packet are, of TCP, offset and
-/// flags; where they are tells where the header begins, which [`Packet`] does
-/// not: in the kernel each of its bytes costs stack.
+/// Notes where the parser reads. The TCP header, where it begins, is furthest in the
+/// packet. [`Packet`] does not tell: in the kernel each of its bytes costs time.
 ///
 /// [`Packet`]: tproxy_common::wire::Packet
 struct Noting<'a> {
@@ -60,7 +57,7 @@ struct Noting<'a> {
 }
 
 impl Load for Noting<'_> {
-    fn load<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
+    fn load<const N: usize>(&self, offset: u32) -> Option<[u32; N]> {
         self.furthest.set(self.furthest.get().max(offset));
         self.packet.load(offset)
     }
