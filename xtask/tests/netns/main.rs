@@ -50,7 +50,9 @@ mod wire;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::num::NonZero;
 use std::process::ExitCode;
+use std::thread;
 
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use serde_json::Value;
@@ -82,9 +84,10 @@ fn main() -> ExitCode {
         }
     };
     let (mut arguments, filters) = arguments();
-    // Each scenario has up to a dozen busy processes; more at a time would
-    // measure the machine and not the proxy.
-    arguments.test_threads.get_or_insert(2);
+    let cores = thread::available_parallelism().map_or(1, NonZero::get);
+    // Scenarios wait for most of their time; more at a time would measure the
+    // machine and not the proxy.
+    arguments.test_threads.get_or_insert(3 * cores);
     // On other kernels these would show nothing new: the program's own behaviour,
     // and loads that take a slow machine long.
     let here: &[Scenarios] = &[
