@@ -123,19 +123,23 @@ unsafe fn bound_word(sk: *const bpf_sock, i: usize) -> u32 {
     unsafe { core::ptr::read_volatile((&raw const (*sk).src_ip6).cast::<u32>().add(i)) }
 }
 
+/// The full socket that sends the packet.
+#[inline(always)]
+fn sender(skb: &Skb) -> Option<*const bpf_sock> {
+    let sk = skb.sk();
+    if sk.is_null() {
+        return None;
+    }
+    // SAFETY: the socket is not null.
+    let sk = unsafe { bpf_sk_fullsock(sk) };
+    if sk.is_null() { None } else { Some(sk) }
+}
+
 /// Whether one read shows that the packet has the source that its socket is bound
 /// to, as nearly all have.
 #[inline(always)]
 pub(crate) fn is_source_plainly_kept(skb: &Skb) -> bool {
-    let sk = skb.sk();
-    if sk.is_null() {
-        return false;
-    }
-    // SAFETY: the socket is not null.
-    let sk = unsafe { bpf_sk_fullsock(sk) };
-    if sk.is_null() {
-        return false;
-    }
+    let Some(sk) = sender(skb) else { return false };
     // SAFETY: a full socket, whose fields may be read.
     unsafe {
         let port = read!(sk, src_port);
@@ -158,15 +162,7 @@ pub(crate) fn is_source_plainly_kept(skb: &Skb) -> bool {
 pub(crate) fn is_source_changed(skb: &Skb, packet: &Packet, original: &mut Endpoint) -> bool {
     /// A raw socket's source is what each message says.
     const SOCK_RAW: u32 = 3;
-    let sk = skb.sk();
-    if sk.is_null() {
-        return false;
-    }
-    // SAFETY: the socket is not null.
-    let sk = unsafe { bpf_sk_fullsock(sk) };
-    if sk.is_null() {
-        return false;
-    }
+    let Some(sk) = sender(skb) else { return false };
     // SAFETY: a full socket, whose fields may be read.
     unsafe {
         if read!(sk, mark) != settings::own_mark() || read!(sk, type_) == SOCK_RAW {
