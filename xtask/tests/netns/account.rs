@@ -81,14 +81,19 @@ fn bulk(lab: &Lab, family: Family, offloads: bool, flags: &str) -> Result<()> {
             namespace.sh(&format!("ethtool --offload {device} tso off gso off gro off"))?;
         }
     }
-    let _iperf = server::iperf(lab, &lab.server, 5201)?;
+    // One a run: a server that has not done with the last one turns the next away.
+    let runs = [("--parallel=2", 5201), ("--reverse", 5202)];
+    let _servers: Vec<_> =
+        runs.iter().map(|(_, port)| server::iperf(lab, &lab.server, *port)).collect::<Result<_>>()?;
     let proxy = start_proxy(lab, flags)?;
     let capture = Capture::start(&lab.router, "lan")?;
-    for direction in ["--parallel=2", "--reverse"] {
+    for (direction, port) in runs {
         let iperf = lab.client.cmd("iperf3").args([
             family.flag(),
             "--client",
             &family.anywhere(1).to_string(),
+            "--port",
+            &port.to_string(),
             "--bytes",
             &pace::share(12 << 20).to_string(),
             direction,
