@@ -14,7 +14,7 @@ use crate::nat;
 use crate::policy;
 use crate::skb::Skb;
 use crate::sock;
-use crate::steer::{Mark, NEXT, pass, to_connection, to_socket};
+use crate::steer::{Mark, NEXT, pass, to_socket};
 use crate::trace::trace;
 
 /// Decides over a packet.
@@ -32,14 +32,6 @@ pub(crate) fn ingress(skb: &Skb) -> i32 {
 
 #[inline(never)]
 fn whole(skb: &Skb, packet: &Packet) -> i32 {
-    let connection = if packet.protocol == UDP { None } else { sock::connection(skb, packet) };
-    let connection = match connection {
-        // What most are. It costs less than to ask whether the address is the host's own.
-        Some(sock) if !packet.is_syn() && sock.is_own_connection() => {
-            return to_connection(skb, sock, Mark::Tproxy);
-        }
-        other => other,
-    };
     if policy::is_local(&packet.destination) {
         let action = nat::steer(skb, packet);
         if action != NEXT {
@@ -53,8 +45,8 @@ fn whole(skb: &Skb, packet: &Packet) -> i32 {
     if packet.protocol == UDP {
         return udp(skb, packet);
     }
-    match connection {
-        Some(sock) if !packet.is_syn() => to_connection(skb, sock, Mark::Tproxy),
+    match sock::connection(skb, packet) {
+        Some(sock) if !packet.is_syn() => to_socket(skb, sock, Mark::Tproxy, Counter::SteeredEstablished),
         _ => natted(skb, packet),
     }
 }
