@@ -12,6 +12,7 @@ tests![
     own_addresses_pass,
     a_connection_that_is_older_passes,
     a_late_packet_of_a_proxied_connection_stays_here,
+    with_early_demux_the_stack_finds_the_socket,
     answers_to_the_outside_are_not_captured,
     protocols_and_families_are_chosen,
     ports_are_chosen,
@@ -67,6 +68,17 @@ fn a_late_packet_of_a_proxied_connection_stays_here() {
     for late in [p::ack_v4(), p::fin_v4(), p::rst_v4()] {
         let outcome = kernel.run(program::CAPTURE, &late);
         outcome.expect(STEERED, "steered_late");
+        assert_eq!(outcome.mark, 1);
+    }
+}
+
+fn with_early_demux_the_stack_finds_the_socket() {
+    let mut kernel = Kernel::new(&Settings { early_demux: 1, ..usual() });
+    kernel.run(program::CAPTURE, &p::ack_v4()).expect(PASS, "pass_midstream");
+    kernel.run(program::CAPTURE, &p::syn_v4());
+    for packet in [p::ack_v4(), p::fin_v4(), p::rst_v4()] {
+        let outcome = kernel.run(program::CAPTURE, &packet);
+        outcome.expect(STEERED, "steered_established");
         assert_eq!(outcome.mark, 1);
     }
 }

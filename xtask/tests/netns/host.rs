@@ -27,6 +27,8 @@ pub(crate) const SCENARIOS: Scenarios = &[
         sysctls(lab, family, &[("rp_filter", "1"), ("src_valid_mark", "1")])
     }),
     ("H2_ip_forward_0", no_forwarding),
+    ("H2_early_demux_off", |lab, family| no_early_demux(lab, family, "ip_early_demux")),
+    ("H2_tcp_early_demux_off", |lab, family| no_early_demux(lab, family, "tcp_early_demux")),
     ("T8_client_and_destination_on_the_proxy_host", local_to_local),
     ("T8_client_port_that_is_taken", client_port_taken),
     ("H10_own_tcp", own_tcp),
@@ -126,6 +128,16 @@ pub(crate) fn with_sysctls(lab: &Lab, family: Family, flags: &str, settings: &[(
     }
     let _service = service(lab, family)?;
     let running = start(lab, flags)?;
+    expect_service(lab, family)?;
+    running.expect_tcp(1)?;
+    running.expect_udp(2)
+}
+
+/// The stack does not look for sockets before routes: the program assigns them.
+fn no_early_demux(lab: &Lab, family: Family, sysctl: &str) -> Result<()> {
+    lab.router.set_sysctls(&[(&format!("net/ipv4/{sysctl}"), "0")])?;
+    let _service = service(lab, family)?;
+    let running = start(lab, "--iface lan")?;
     expect_service(lab, family)?;
     running.expect_tcp(1)?;
     running.expect_udp(2)

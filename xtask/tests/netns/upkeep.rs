@@ -7,9 +7,10 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use xtask::lab::daemon::wait_for;
 use xtask::lab::pace::patience;
+use xtask::lab::peer;
 use xtask::lab::{Family, Lab, Proxy};
 
-use crate::common::{Scenarios, TCX, needs_linux, needs_proxy, service, start_proxy};
+use crate::common::{SERVICE_PORT, Scenarios, TCX, at, needs_linux, needs_proxy, service, start_proxy};
 use crate::company::{NEXT, filter};
 use crate::interfaces::expect_capture;
 use crate::snapshot::Snapshot;
@@ -53,16 +54,8 @@ pub(crate) const SCENARIOS: Scenarios = &[
             filter(lab, "replace", "ingress", words.next().context("no priority")?.parse()?, NEXT)
         })
     }),
-    ("H6_rules_are_deleted", |lab, family| {
-        put_back(lab, family, "", "rules_put_back", |lab| {
-            for rule in
-                ["-4 rule del iif lan", "-6 rule del iif lan", "-4 rule del iif wan", "-6 rule del iif wan"]
-            {
-                lab.router.sh(&format!("ip {rule} lookup 100"))?;
-            }
-            Ok(())
-        })
-    }),
+    ("H6_rules_are_deleted", |lab, family| put_back(lab, family, "", "rules_put_back", delete_rules)),
+    ("H6_connections_outlive_deleted_rules", connections_outlive),
     ("H6_routes_are_flushed", |lab, family| {
         put_back(lab, family, "", "rules_put_back", |lab| {
             lab.router.sh("ip -4 route flush table 100")?;
@@ -143,6 +136,35 @@ fn put_back(
         lab.router.sh("tc qdisc del dev lan clsact")?;
     }
     Snapshot::take(lab)?.expect_same(&before)
+}
+
+fn delete_rules(lab: &Lab) -> Result<()> {
+    for rule in ["-4 rule del iif lan", "-6 rule del iif lan", "-4 rule del iif wan", "-6 rule del iif wan"] {
+        lab.router.sh(&format!("ip {rule} lookup 100"))?;
+    }
+    Ok(())
+}
+
+/// What is said while the rules are gone must not reach the server from the client,
+/// which the server does not know: it would reset the connection.
+fn connections_outlive(lab: &Lab, family: Family) -> Result<()> {
+    needs_proxy()?;
+    let _service = service(lab, family)?;
+    let proxy = start_proxy(lab, "--iface lan")?;
+    let to = at(family.anywhere(1), SERVICE_PORT);
+    let mut stream = peer::connect(&lab.client, None, to, patience(Duration::from_secs(5)))?;
+    stream.set_read_timeout(Some(patience(Duration::from_secs(10))))?;
+    peer::ask(&mut stream, "before")?;
+    for round in 1..=3 {
+        let earlier = proxy.counter("rules_put_back")?;
+        delete_rules(lab)?;
+        let lost = peer::ask(&mut stream, "while they are gone").err();
+        ensure!(lost.is_none(), "round {round}: {lost:?}");
+        wait_for("the rules to be put back", Duration::from_secs(3 * round), || {
+            Ok(proxy.counter("rules_put_back")? > earlier)
+        })?;
+    }
+    Ok(())
 }
 
 /// Another program removes a rule as soon as it sees it.
