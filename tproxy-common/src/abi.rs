@@ -124,9 +124,14 @@ pub const fn mapped(v4: [u8; 4]) -> Addr {
 #[inline(always)]
 #[must_use]
 pub const fn joined(words: [u32; 4]) -> Addr {
-    // SAFETY: of the same size, and valid for every bit pattern. Made of single bytes
-    // it would be stored byte by byte in eBPF.
-    unsafe { core::mem::transmute(words) }
+    let mut addr = [0; 16];
+    let (quarters, _) = addr.as_chunks_mut::<4>();
+    // Word by word: of single bytes eBPF would store each by itself.
+    quarters[0] = words[0].to_ne_bytes();
+    quarters[1] = words[1].to_ne_bytes();
+    quarters[2] = words[2].to_ne_bytes();
+    quarters[3] = words[3].to_ne_bytes();
+    addr
 }
 
 /// Key of the flow table: what the client sent, whichever way a packet goes.

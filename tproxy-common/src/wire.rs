@@ -263,7 +263,7 @@ pub fn read_v6(from: &impl Load, packet: &mut Packet) -> Result<(), Skip> {
     let mut next = byte(h[1], 2);
     let mut offset = IPV6_HEADER;
     for _ in 0..MAX_EXTENSION_HEADERS {
-        if next == TCP || next == UDP {
+        if has_ports(next) {
             break;
         }
         if !next_header::is_extension(next) {
@@ -307,12 +307,36 @@ pub fn read_v6(from: &impl Load, packet: &mut Packet) -> Result<(), Skip> {
     read_transport(from, offset, packet)
 }
 
+/// Source address and port by one read: of an IPv4 packet without options that is no
+/// later fragment. For TCP and UDP; `None` does not say that the packet is neither.
+#[inline(always)]
+#[must_use]
+pub fn plain_source_v4(from: &impl Load) -> Option<(Addr, u16)> {
+    let [first, fragment, control, source, _, ports] = from.load(0)?;
+    let plain = byte(first, 0) == 0x45 && bits(fragment, 19, 13) == 0 && has_ports(byte(control, 1));
+    plain.then(|| (mapped(source.to_ne_bytes()), half(ports, 0)))
+}
+
+/// The same of an IPv6 packet without extension headers.
+#[inline(always)]
+#[must_use]
+pub fn plain_source_v6(from: &impl Load) -> Option<(Addr, u16)> {
+    let [first, fixed, a, b, c, d, _, _, _, _, ports] = from.load(0)?;
+    let plain = bits(first, 0, 4) == 6 && has_ports(byte(fixed, 2));
+    plain.then(|| (joined([a, b, c, d]), half(ports, 0)))
+}
+
+#[inline(always)]
+const fn has_ports(protocol: u8) -> bool {
+    protocol == TCP || protocol == UDP
+}
+
 /// Reads the transport header that begins at `offset`, which every packet but a
 /// later fragment has.
 #[expect(clippy::cast_possible_truncation, reason = "a few extension headers of at most 2,048 bytes each")]
 #[inline(always)]
 fn read_transport(from: &impl Load, offset: u32, packet: &mut Packet) -> Result<(), Skip> {
-    if packet.protocol != TCP && packet.protocol != UDP {
+    if !has_ports(packet.protocol) {
         return Err(Skip::Protocol);
     }
     let mut header_len = offset;

@@ -6,7 +6,7 @@ use aya_ebpf::bindings::{__sk_buff, bpf_sock};
 use aya_ebpf::cty::c_void;
 use aya_ebpf::helpers::generated::{bpf_skb_load_bytes_relative, bpf_skb_pull_data};
 use aya_ebpf::programs::TcContext;
-use tproxy_common::abi::{TCP, UDP};
+use tproxy_common::abi::Family;
 use tproxy_common::classify::{on_the_wire, segments};
 use tproxy_common::wire::{Load, Packet, Skip, icmp, read_v4, read_v6};
 
@@ -108,31 +108,6 @@ impl Skb {
         }
     }
 
-    /// Source address (as it stands) and port (host byte order) of an IPv4 packet without
-    /// options that is no later fragment.
-    #[inline(always)]
-    pub(crate) fn plain_source_v4(&self) -> Option<(u32, u32)> {
-        const VERSION_4_LENGTH_20: u32 = 0x45;
-        const FRAGMENT_OFFSET: u32 = 0x1fff;
-        if self.ethertype() != ETH_P_IP {
-            return None;
-        }
-        let [first, fragment, _, source, _, ports] = self.load(0)?;
-        let plain = first & 0xff == VERSION_4_LENGTH_20 && u32::from_be(fragment) & FRAGMENT_OFFSET == 0;
-        plain.then_some((source, u32::from_be(ports) >> 16))
-    }
-
-    /// The same of an IPv6 packet without extension headers.
-    #[inline(always)]
-    pub(crate) fn plain_source_v6(&self) -> Option<([u32; 4], u32)> {
-        if self.ethertype() != ETH_P_IPV6 {
-            return None;
-        }
-        let [_, fixed, a, b, c, d, _, _, _, _, ports] = self.load(0)?;
-        let next = (u32::from_be(fixed) >> 8 & 0xff) as u8;
-        (next == TCP || next == UDP).then_some(([a, b, c, d], u32::from_be(ports) >> 16))
-    }
-
     /// An answer to the packet that this ICMP error is about.
     #[inline(always)]
     pub(crate) fn parse_icmp_error(&self, packet: &mut Packet) -> Result<(), Skip> {
@@ -142,21 +117,27 @@ impl Skb {
         }
     }
 
+    /// Writes to memory of the caller: a `Result<Packet, _>` keeps its tag in a
+    /// gap of `Packet`, and the kernel refuses type information of such a union.
     #[inline(never)]
     fn parse_icmp_linear(&self, packet: &mut Packet) -> Result<(), Skip> {
-        *packet = match self.ethertype() {
-            ETH_P_IP => icmp::error_v4(self),
-            ETH_P_IPV6 => icmp::error_v6(self),
-            _ => Err(Skip::Protocol),
+        *packet = match self.family() {
+            Some(Family::V4) => icmp::error_v4(self),
+            Some(Family::V6) => icmp::error_v6(self),
+            None => Err(Skip::Protocol),
         }?;
         packet.reverse();
         Ok(())
     }
 
-    /// The `EtherType`, host byte order.
+    /// The family by the `EtherType`; none for what is not IP.
     #[inline(always)]
-    fn ethertype(&self) -> u32 {
-        u32::from((self.protocol() as u16).swap_bytes())
+    pub(crate) fn family(&self) -> Option<Family> {
+        match u32::from((self.protocol() as u16).swap_bytes()) {
+            ETH_P_IP => Some(Family::V4),
+            ETH_P_IPV6 => Some(Family::V6),
+            _ => None,
+        }
     }
 
     /// Makes the headers part of the linear buffer (Linux 4.9). Whether it worked.
@@ -171,10 +152,10 @@ impl Skb {
 
     #[inline(never)]
     fn parse_linear(&self, packet: &mut Packet) -> Result<(), Skip> {
-        match self.ethertype() {
-            ETH_P_IP => read_v4(self, packet),
-            ETH_P_IPV6 => read_v6(self, packet),
-            _ => Err(Skip::Protocol),
+        match self.family() {
+            Some(Family::V4) => read_v4(self, packet),
+            Some(Family::V6) => read_v6(self, packet),
+            None => Err(Skip::Protocol),
         }
     }
 

@@ -11,7 +11,7 @@ use aya_ebpf::helpers::generated::{
 };
 use tproxy_common::abi::{Addr, Endpoint, Family, ListenerKind, TCP, joined, listener_index, mapped};
 use tproxy_common::flow;
-use tproxy_common::wire::Packet;
+use tproxy_common::wire::{Packet, plain_source_v4, plain_source_v6};
 
 use crate::maps::LISTENERS;
 use crate::scratch;
@@ -63,16 +63,6 @@ impl Sock {
     #[inline(always)]
     pub(crate) fn is_time_wait(&self) -> bool {
         self.state() == TCP_TIME_WAIT
-    }
-
-    /// Whether it is a full TCP socket that the proxy made.
-    #[inline(always)]
-    pub(crate) fn is_own_connection(&self) -> bool {
-        // SAFETY: the socket is valid, and the answer is read only where it is not null.
-        unsafe {
-            let sk = bpf_sk_fullsock(self.0.as_ptr());
-            !sk.is_null() && read!(sk, mark) == settings::own_mark()
-        }
     }
 
     /// Whether it is bound to exactly this address, not to a wildcard.
@@ -141,18 +131,13 @@ fn sender(skb: &Skb) -> Option<*const bpf_sock> {
 pub(crate) fn is_source_plainly_kept(skb: &Skb) -> bool {
     let Some(sk) = sender(skb) else { return false };
     // SAFETY: a full socket, whose fields may be read.
-    unsafe {
-        let port = read!(sk, src_port);
-        if let Some((addr, source_port)) = skb.plain_source_v4() {
-            return source_port == port && addr == read!(sk, src_ip4);
-        }
-        skb.plain_source_v6().is_some_and(|(addr, source_port)| {
-            source_port == port
-                && addr[0] == bound_word(sk, 0)
-                && addr[1] == bound_word(sk, 1)
-                && addr[2] == bound_word(sk, 2)
-                && addr[3] == bound_word(sk, 3)
-        })
+    let is_source = |(addr, port): (Addr, u16), family| unsafe {
+        read!(sk, src_port) == u32::from(port) && is_bound(sk, &addr, family)
+    };
+    match skb.family() {
+        Some(Family::V4) => plain_source_v4(skb).is_some_and(|source| is_source(source, Family::V4)),
+        Some(Family::V6) => plain_source_v6(skb).is_some_and(|source| is_source(source, Family::V6)),
+        None => false,
     }
 }
 

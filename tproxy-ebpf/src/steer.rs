@@ -98,7 +98,9 @@ pub(crate) fn to_socket(skb: &Skb, sock: Sock, mark: Mark, outcome: Counter) -> 
 /// The stack finds that socket as well, and with it the route that the socket
 /// keeps (`tcp_v4_early_demux`, `tcp_v6_early_demux`). Of a packet with an assigned
 /// socket it asks routing anew, which costs more than the second lookup
-/// (`ip_rcv_finish_core`, `ip6_rcv_finish_core`).
+/// (`ip_rcv_finish_core`, `ip6_rcv_finish_core`). In either case a packet with a
+/// socket is not forwarded while the routing rule is gone (`ip_forward`): without
+/// early demux that takes the assignment.
 #[inline(always)]
 pub(crate) fn to_connection(skb: &Skb, sock: Sock, mark: Mark) -> i32 {
     if settings::early_demux() == 1 {

@@ -14,7 +14,7 @@ use crate::nat;
 use crate::policy;
 use crate::skb::Skb;
 use crate::sock;
-use crate::steer::{Mark, NEXT, pass, to_socket};
+use crate::steer::{Mark, NEXT, pass, to_connection, to_socket};
 use crate::trace::trace;
 
 /// Decides over a packet.
@@ -46,7 +46,7 @@ fn whole(skb: &Skb, packet: &Packet) -> i32 {
         return udp(skb, packet);
     }
     match sock::connection(skb, packet) {
-        Some(sock) if !packet.is_syn() => to_socket(skb, sock, Mark::Tproxy, Counter::SteeredEstablished),
+        Some(sock) if !packet.is_syn() => to_connection(skb, sock, Mark::Tproxy),
         _ => natted(skb, packet),
     }
 }

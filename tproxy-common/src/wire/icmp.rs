@@ -1,7 +1,7 @@
 //! Pure parser of ICMP errors (RFC 792, RFC 4443): which packet an error is about.
 
-use super::{IPV6_HEADER, Load, Packet, Skip, bits, byte, header_len_v4, next_header};
-use crate::abi::{Addr, Family, TCP, UDP, joined, mapped};
+use super::{IPV6_HEADER, Load, Packet, Skip, bits, byte, has_ports, header_len_v4, next_header};
+use crate::abi::{Addr, Family, joined, mapped};
 
 /// Protocol number of ICMP.
 const ICMPV4: u8 = 1;
@@ -101,7 +101,7 @@ fn about(
     protocol: u8,
     ports: u32,
 ) -> Result<Packet, Skip> {
-    if protocol != TCP && protocol != UDP {
+    if !has_ports(protocol) {
         return Err(Skip::Protocol);
     }
     let [ports] = from.load(ports).ok_or(Skip::Truncated)?;

@@ -3,7 +3,9 @@
 use std::cell::Cell;
 
 use tproxy_common::abi::{Family, TCP, UDP};
-use tproxy_common::wire::{Fragment, Load, Packet, Skip, parse_v4, parse_v6};
+use tproxy_common::wire::{
+    Fragment, Load, Packet, Skip, parse_v4, parse_v6, plain_source_v4, plain_source_v6,
+};
 
 /// Checks both parsers on bytes from the network header on.
 ///
@@ -13,6 +15,13 @@ use tproxy_common::wire::{Fragment, Load, Packet, Skip, parse_v4, parse_v6};
 pub fn check_packet(bytes: &[u8]) {
     check(bytes, |from| parse_v4(from), v4);
     check(bytes, |from| parse_v6(from), v6);
+    for (plain, parsed) in
+        [(plain_source_v4(&bytes), parse_v4(&bytes)), (plain_source_v6(&bytes), parse_v6(&bytes))]
+    {
+        if let (Some(source), Ok(packet)) = (plain, parsed) {
+            assert_eq!(source, (packet.source, packet.source_port), "the plain source of {bytes:02x?}");
+        }
+    }
 }
 
 type Parsed = Result<Packet, Skip>;

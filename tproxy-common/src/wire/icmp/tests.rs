@@ -1,6 +1,7 @@
 //! Errors built by hand.
 
 use super::*;
+use crate::abi::UDP;
 use proptest::prelude::*;
 
 extern crate std;
