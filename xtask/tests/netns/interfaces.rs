@@ -220,7 +220,7 @@ fn renamed_with(lab: &Lab, family: Family, flags: &str) -> Result<()> {
         }
         lab.router
             .ip_batch(&format!("link set {from} down\nlink set {from} name {to}\nlink set {to} up\n"))?;
-        lab.router.ip_batch(&LAN.router.replace("lan", to).replace("addr add", "addr replace"))
+        configure_again(lab, LAN, to)
     };
     rename("lan", "lanx")?;
     expect_capture(lab, family, &proxy).context("renamed")?;
@@ -247,25 +247,29 @@ fn down_and_up(lab: &Lab, family: Family) -> Result<()> {
         lab.router.sh(&format!("ip link set {} down", cable.device))?;
         std::thread::sleep(Duration::from_millis(500));
         lab.router.sh(&format!("ip link set {} up", cable.device))?;
-        // Down takes the addresses of IPv6 and all routes.
-        let (net4, net6) = if cable.device == "lan" {
-            ("192.0.2.0/24", "2001:db8:1::/64")
-        } else {
-            ("198.51.100.0/24", "2001:db8:2::/64")
-        };
-        let (addresses, routes): (Vec<_>, Vec<_>) =
-            cable.router.lines().partition(|line| line.starts_with("addr"));
-        let onlink = [
-            format!("route add {net4} dev {0}", cable.device),
-            format!("route add {net6} dev {0}", cable.device),
-        ];
-        for line in addresses.into_iter().chain(onlink.iter().map(String::as_str)).chain(routes) {
-            let version = if line.contains("2001:") { "-6" } else { "-4" };
-            lab.router.sh(&format!("ip {version} {}", line.replace(" add ", " replace ")))?;
-        }
+        configure_again(lab, cable, cable.device)?;
         expect_capture(lab, family, &proxy).with_context(|| format!("{} is up again", cable.device))?;
     }
     expect_no_repair(&proxy)
+}
+
+/// Gives a device of the router, which has been down, what that has taken: the addresses
+/// of IPv6 and all routes.
+fn configure_again(lab: &Lab, cable: &Cable, device: &str) -> Result<()> {
+    let (net4, net6) = if cable.device == "lan" {
+        ("192.0.2.0/24", "2001:db8:1::/64")
+    } else {
+        ("198.51.100.0/24", "2001:db8:2::/64")
+    };
+    let (addresses, routes): (Vec<_>, Vec<_>) =
+        cable.router.lines().partition(|line| line.starts_with("addr"));
+    let addresses = addresses.into_iter().map(|line| line.replace(cable.device, device));
+    let onlink = [net4, net6].map(|net| format!("route add {net} dev {device}"));
+    for line in addresses.chain(onlink).chain(routes.into_iter().map(str::to_owned)) {
+        let version = if line.contains("2001:") { "-6" } else { "-4" };
+        lab.router.sh(&format!("ip {version} {}", line.replace(" add ", " replace ")))?;
+    }
+    Ok(())
 }
 
 /// Makes `br0` of the cable's end `lan`, with the addresses that lan had.

@@ -7,6 +7,7 @@ use std::os::fd::AsFd;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use xtask::lab::kernel::Version;
 use xtask::lab::peer::{self, TcpServer, UdpServer};
 use xtask::lab::{Family, Lab};
 
@@ -27,6 +28,11 @@ const COMBINATIONS: [(&str, &str); 6] = [
     ("nothing", "tx off rx off sg off tso off gso off gro off tx-udp-segmentation off"),
 ];
 
+const MERGE_ON: &str = "rx-udp-gro-forwarding on";
+const MERGE_OFF: &str = "rx-udp-gro-forwarding off";
+const UDP_GRO_FORWARDING: Version = Version(5, 12);
+const SEGMENTS_WITHOUT_CHECKSUMS: Version = Version(6, 11);
+
 const PORT: u16 = 5900;
 /// Bytes over TCP, each way.
 const BULK: usize = 3 << 20;
@@ -38,14 +44,20 @@ fn combinations(lab: &Lab, family: Family) -> Result<()> {
     let _udp = UdpServer::echo(&lab.server, udp)?;
     let proxy = start_proxy(lab, "--iface lan")?;
     let capture = Capture::start(&lab.router, "lan")?;
-    for (position, (name, settings)) in COMBINATIONS.iter().enumerate() {
+    // Before that the kernel merges no datagrams that it forwards, and ethtool knows no such word.
+    let merges_datagrams = Version::running()? >= UDP_GRO_FORWARDING;
+    let known = COMBINATIONS.iter().filter(|(_, settings)| merges_datagrams || !settings.contains(MERGE_ON));
+    for (position, (name, settings)) in known.enumerate() {
+        let settings = if merges_datagrams { settings.to_string() } else { settings.replace(MERGE_OFF, "") };
         for (namespace, device) in
             [(&lab.client, "eth0"), (&lab.router, "lan"), (&lab.router, "wan"), (&lab.server, "eth0")]
         {
             namespace.sh(&format!("ethtool --features {device} {settings}"))?;
         }
         bulk(lab, tcp).with_context(|| format!("TCP with offloads: {name}"))?;
-        datagrams(lab, family, udp).with_context(|| format!("UDP with offloads: {name}"))?;
+        // Before Linux 6.11 a device without checksums refuses datagrams to be segmented (EIO).
+        let segmented = Version::running()? >= SEGMENTS_WITHOUT_CHECKSUMS || !settings.contains("tx off");
+        datagrams(lab, family, udp, segmented).with_context(|| format!("UDP with offloads: {name}"))?;
         expect_equal(&proxy, &capture, 2 * (position + 1))
             .with_context(|| format!("with offloads: {name}"))?;
     }
@@ -69,16 +81,21 @@ fn bulk(lab: &Lab, to: SocketAddr) -> Result<()> {
 }
 
 /// Datagrams that the client's kernel makes of one call, all of a size but the last
-/// (udp(7), `UDP_SEGMENT`): they may travel as one packet as far as the proxy.
-fn datagrams(lab: &Lab, family: Family, to: SocketAddr) -> Result<()> {
+/// (udp(7), `UDP_SEGMENT`): they may travel as one packet as far as the proxy. One by one
+/// where they are not `segmented`.
+fn datagrams(lab: &Lab, family: Family, to: SocketAddr, segmented: bool) -> Result<()> {
     const SIZE: libc::c_int = 1100;
     let socket = peer::udp(&lab.client, at(family.client(), 0))?;
     let (echo, _) = peer::exchange(&socket, to, &peer::pattern(1300))?;
     ensure!(echo.len() == 1300, "1,300 bytes came back as {}", echo.len());
-    sockopt::set(socket.as_fd(), libc::SOL_UDP, libc::UDP_SEGMENT, SIZE)?;
     let content = peer::pattern(11_500);
     let pieces: Vec<&[u8]> = content.chunks(usize::try_from(SIZE)?).collect();
-    socket.send_to(&content, to)?;
+    if segmented {
+        sockopt::set(socket.as_fd(), libc::SOL_UDP, libc::UDP_SEGMENT, SIZE)?;
+        socket.send_to(&content, to)?;
+    } else {
+        pieces.iter().try_for_each(|piece| socket.send_to(piece, to).map(drop))?;
+    }
     let mut buffer = [0; 2000];
     for (number, piece) in pieces.iter().enumerate() {
         let (length, from) = socket
