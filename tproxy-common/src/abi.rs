@@ -198,9 +198,9 @@ pub struct Flow {
     pub packets_down: u64,
     /// IP-layer bytes to the client.
     pub bytes_down: u64,
-    /// First packet, nanoseconds of `CLOCK_MONOTONIC`.
+    /// First packet, nanoseconds of `CLOCK_MONOTONIC`; from Linux 5.11 on to the timer tick (1 to 10 ms).
     pub first_seen: u64,
-    /// Latest packet of either direction, nanoseconds of `CLOCK_MONOTONIC`.
+    /// Latest packet of either direction, likewise.
     pub last_seen: u64,
     /// Interface that the flow arrived on (own traffic: leaves by).
     pub ifindex: u32,
@@ -338,8 +338,10 @@ pub struct Settings {
     pub client_port: u8,
     /// 1: the stack looks for the socket of an arriving TCP packet before the route (`tcp_early_demux`).
     pub early_demux: u8,
+    /// 1: the clock of the timer tick, which costs a fraction, may be read (`bpf_ktime_get_coarse_ns`).
+    pub coarse_clock: u8,
     /// Zero.
-    pub pad: [u8; 2],
+    pub pad: u8,
     /// Ports of the listeners, by [`listener_index`]; for `listener_by_tuple`.
     pub listener_ports: ListenerPorts,
 }

@@ -28,7 +28,8 @@ static SETTINGS: Settings = Settings {
     sk_lookup: 1,
     client_port: 0,
     early_demux: 0,
-    pad: [0; 2],
+    coarse_clock: 0,
+    pad: 0,
     listener_ports: ListenerPorts([0; MAX_LISTENERS as usize]),
 };
 
@@ -67,6 +68,7 @@ setting! {
     sk_lookup: u8,
     client_port: u8,
     early_demux: u8,
+    coarse_clock: u8,
     listen_v4: [u8; 4],
     listen_v6: [u8; 16],
 }

@@ -72,6 +72,17 @@ impl Sock {
         unsafe { is_bound(self.0.as_ptr(), addr, family) }
     }
 
+    /// Whether the proxy made it, and it is neither half-open nor in `TIME_WAIT`:
+    /// those have no mark.
+    #[inline(always)]
+    pub(crate) fn is_own_full(&self) -> bool {
+        // SAFETY: the socket is valid, and `mark` may be read from a full one.
+        unsafe {
+            let sk = bpf_sk_fullsock(self.0.as_ptr());
+            !sk.is_null() && read!(sk, mark) == settings::own_mark()
+        }
+    }
+
     /// Whether the proxy made it. For full sockets only.
     #[inline(always)]
     fn is_own(&self) -> bool {

@@ -12,9 +12,10 @@ use crate::fragment::{self, Side};
 use crate::maps::HOST_PAIRS;
 use crate::nat;
 use crate::policy;
+use crate::settings;
 use crate::skb::Skb;
 use crate::sock;
-use crate::steer::{Mark, NEXT, pass, to_connection, to_socket};
+use crate::steer::{Mark, NEXT, pass, to_connection, to_socket, to_stack};
 use crate::trace::trace;
 
 /// Decides over a packet.
@@ -32,6 +33,9 @@ pub(crate) fn ingress(skb: &Skb) -> i32 {
 
 #[inline(never)]
 fn whole(skb: &Skb, packet: &Packet) -> i32 {
+    if is_for_own_connection(skb, packet) {
+        return to_stack(skb, Mark::Tproxy, Counter::SteeredEstablished);
+    }
     if policy::is_local(&packet.destination) {
         let action = nat::steer(skb, packet);
         if action != NEXT {
@@ -49,6 +53,18 @@ fn whole(skb: &Skb, packet: &Packet) -> i32 {
         Some(sock) if !packet.is_syn() => to_connection(skb, sock, Mark::Tproxy),
         _ => natted(skb, packet),
     }
+}
+
+/// Whether a socket says by itself that the packet is the proxy's, as of nearly
+/// every packet: it costs a fraction of the search among the host's own addresses.
+/// Those are the source of the host's own flows, whose packets shall stay as they are.
+#[inline(always)]
+fn is_for_own_connection(skb: &Skb, packet: &Packet) -> bool {
+    settings::early_demux() == 1
+        && settings::own_traffic() == 0
+        && packet.protocol != UDP
+        && !packet.is_syn()
+        && sock::connection(skb, packet).is_some_and(|sock| sock.is_own_full())
 }
 
 /// No socket owns the packet as it is.

@@ -329,6 +329,7 @@ fn settings(
         sk_lookup: features.sk_lookup().into(),
         client_port: (config.source == SourceMode::ClientPort).into(),
         early_demux: sysctl::early_demux().into(),
+        coarse_clock: features.coarse_clock().into(),
         ..Settings::default()
     };
     for (worker, listeners) in (0..).zip(listeners) {

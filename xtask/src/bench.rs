@@ -52,6 +52,9 @@ enum Steered {
     Faithful,
     /// iptables TPROXY, with the same relay
     Iptables,
+    /// The same, with connection tracking that counts each flow's packets and bytes, as
+    /// the eBPF programs do
+    IptablesCounting,
 }
 
 impl Steered {
@@ -61,6 +64,7 @@ impl Steered {
             Self::Ebpf => "tproxy-user, its eBPF programs",
             Self::Faithful => "the same, --handshake faithful",
             Self::Iptables => "tproxy-user, iptables TPROXY",
+            Self::IptablesCounting => "the same, flows counted",
         }
     }
 
@@ -70,6 +74,7 @@ impl Steered {
             Self::Ebpf => "ebpf",
             Self::Faithful => "faithful",
             Self::Iptables => "iptables",
+            Self::IptablesCounting => "iptables-counting",
         }
     }
 }
@@ -121,7 +126,12 @@ fn steering(args: &Args, binary: &Path) -> Result<()> {
         .map(|steered| prepare(*steered, binary))
         .collect::<Result<Vec<_>>>()?;
     for round in 1..=args.rounds {
-        for candidate in &mut candidates {
+        // There and back: what one leaves behind is not always paid by the same other.
+        let mut order: Vec<_> = candidates.iter_mut().collect();
+        if round % 2 == 0 {
+            order.reverse();
+        }
+        for candidate in order {
             candidate
                 .measure(Duration::from_secs(args.seconds))
                 .with_context(|| format!("round {round}, {}", candidate.steered.name()))?;
@@ -157,10 +167,15 @@ fn prepare(steered: Steered, binary: &Path) -> Result<Candidate> {
         Steered::Direct => None,
         Steered::Ebpf => Some("--iface lan -4 --proto tcp"),
         Steered::Faithful => Some("--iface lan -4 --proto tcp --handshake faithful"),
-        Steered::Iptables => Some("--steer none -4 --proto tcp"),
+        Steered::Iptables | Steered::IptablesCounting => Some("--steer none -4 --proto tcp"),
     };
-    if steered == Steered::Iptables {
-        iptables(&lab)?;
+    match steered {
+        Steered::Iptables => iptables(&lab)?,
+        Steered::IptablesCounting => {
+            iptables(&lab)?;
+            count_flows(&lab)?;
+        }
+        Steered::Direct | Steered::Ebpf | Steered::Faithful => {}
     }
     let proxy = flags.map(|flags| Launch::new(&lab, flags).binary(binary).start()).transpose()?;
     let (rates, connected, answered) = (Vec::new(), Vec::new(), Vec::new());
@@ -180,6 +195,14 @@ fn iptables(lab: &Lab) -> Result<()> {
     ] {
         lab.router.sh(command)?;
     }
+    Ok(())
+}
+
+/// Connection tracking, which any rule that asks for a state turns on, with counters:
+/// the table that `conntrack -L` lists.
+fn count_flows(lab: &Lab) -> Result<()> {
+    lab.router.sh("iptables -A INPUT -m conntrack --ctstate ESTABLISHED -j ACCEPT")?;
+    lab.router.set_sysctls(&[("net/netfilter/nf_conntrack_acct", "1")])?;
     Ok(())
 }
 

@@ -13,6 +13,8 @@ const LINK_HEADERS: Kernel = Kernel { major: 5, minor: 8 };
 const RING_BUFFER: Kernel = Kernel { major: 5, minor: 8 };
 /// `sk_lookup` programs.
 const SK_LOOKUP: Kernel = Kernel { major: 5, minor: 9 };
+/// `bpf_ktime_get_coarse_ns`.
+const COARSE_CLOCK: Kernel = Kernel { major: 5, minor: 11 };
 /// tcx links.
 const TCX: Kernel = Kernel { major: 6, minor: 6 };
 
@@ -62,6 +64,13 @@ impl Features {
         self.0 >= LINK_HEADERS
     }
 
+    /// Programs can read the clock of the timer tick (5.11); without it, times in the
+    /// flow table are exact and cost a read of the clock source.
+    #[must_use]
+    pub fn coarse_clock(self) -> bool {
+        self.0 >= COARSE_CLOCK
+    }
+
     /// The ring buffer (5.8), which the debugging build of the object logs by.
     #[must_use]
     pub fn ring_buffer(self) -> bool {
@@ -84,6 +93,8 @@ mod tests {
         assert!(!oldest.link_headers());
         assert!(!oldest.listeners_from_tc() && !oldest.ring_buffer() && !oldest.sk_lookup() && !oldest.tcx());
         assert!(of(5, 10).expect("newer").sk_lookup());
+        assert!(!of(5, 10).expect("newer").coarse_clock());
+        assert!(of(5, 11).expect("newer").coarse_clock());
         assert!(!of(6, 5).expect("newer").tcx());
         assert!(of(6, 6).expect("newer").tcx());
     }

@@ -48,7 +48,8 @@ impl Steering {
         outcomes.push(self.keep_lookup());
         outcomes.push(self.keep_tun().await);
         for interface in self.plan.interfaces.clone() {
-            // Gone since the plan was made: notice of that is under way.
+            // Gone since the plan was made: notice of that is under way. Its programs go a
+            // moment before it does.
             if undo::is_still(&interface.name, interface.index) {
                 outcomes.push(self.keep_programs(&interface, instance).await);
             }
@@ -129,6 +130,9 @@ impl Steering {
             let part = format!("{} at {}", side.1, interface.name);
             let Some(kind) = self.upkeep.may_make(&part, Instant::now()) else { continue };
             let attached = self.attach(interface, side, hook, instance).await;
+            if attached.is_err() && !undo::is_still(&interface.name, interface.index) {
+                return Ok(());
+            }
             self.upkeep.made(&part, kind, attached, |stats| &stats.programs_put_back)?;
         }
         let PlannedInterface { index, role, .. } = *interface;

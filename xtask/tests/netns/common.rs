@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
 use xtask::lab::kernel::{Lacking, Version};
+use xtask::lab::pace::patience;
 use xtask::lab::peer::{self, TcpServer, UdpServer};
 use xtask::lab::proxy::{self, Launch};
 use xtask::lab::{Family, Lab, Proxy};
@@ -132,8 +133,13 @@ pub(crate) fn expect_tcp_service(lab: &Lab, family: Family) -> Result<()> {
 }
 
 pub(crate) fn expect_udp_service(lab: &Lab, family: Family) -> Result<()> {
+    expect_udp_service_within(lab, family, patience(peer::PATIENCE))
+}
+
+pub(crate) fn expect_udp_service_within(lab: &Lab, family: Family, wait: Duration) -> Result<()> {
     let to = at(family.anywhere(7), SERVICE_PORT);
     let socket = peer::udp(&lab.client, at(family.client(), 0))?;
+    socket.set_read_timeout(Some(wait))?;
     for length in [10, 1200] {
         let datagram = peer::pattern(length);
         let (echo, from) = peer::exchange(&socket, to, &datagram)?;
