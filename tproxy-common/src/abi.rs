@@ -5,7 +5,7 @@
 //! reads maps that another version may have pinned.
 
 /// Version of everything in this module.
-pub const ABI_VERSION: u32 = 4;
+pub const ABI_VERSION: u32 = 5;
 
 /// Most workers (listeners of one kind) that [`map::LISTENERS`] holds.
 pub const MAX_WORKERS: u32 = 64;
@@ -23,12 +23,8 @@ pub mod map {
     pub const LISTENERS: &str = "LISTENERS";
     /// LPM trie of this host's own addresses: [`LpmKey`](super::LpmKey) → 1.
     pub const LOCAL: &str = "LOCAL";
-    /// LPM trie of source prefixes: 1 captured, 0 not.
-    pub const SOURCES: &str = "SOURCES";
-    /// LPM trie of destination prefixes: 1 captured, 0 not.
-    pub const DESTINATIONS: &str = "DESTINATIONS";
-    /// Array of 1,024 words of 64 bits: bit `port` is set where that destination port is captured.
-    pub const PORTS: &str = "PORTS";
+    /// Array of one map, the rules: [`Line`](crate::policy::Line) by number.
+    pub const POLICY: &str = "POLICY";
     /// LRU hash [`FragmentKey`](super::FragmentKey) → [`FragmentInfo`](super::FragmentInfo).
     pub const FRAGMENTS: &str = "FRAGMENTS";
     /// LRU hash [`HostPair`](super::HostPair) → 1: who asked whom over UDP.
@@ -38,8 +34,7 @@ pub mod map {
     /// the value those of the proxy's socket.
     pub const NAT: &str = "NAT";
     /// All of them: what is pinned.
-    pub const ALL: [&str; 10] =
-        [FLOWS, COUNTERS, LISTENERS, LOCAL, SOURCES, DESTINATIONS, PORTS, FRAGMENTS, HOST_PAIRS, NAT];
+    pub const ALL: [&str; 8] = [FLOWS, COUNTERS, LISTENERS, LOCAL, POLICY, FRAGMENTS, HOST_PAIRS, NAT];
 }
 
 /// Program names, as in the object.
@@ -310,26 +305,12 @@ pub struct Settings {
     pub listen_v4: [u8; 4],
     /// IPv6 address of the listeners; for `listener_by_tuple`.
     pub listen_v6: Addr,
-    /// 1: TCP is captured.
-    pub tcp: u8,
-    /// 1: UDP is captured.
-    pub udp: u8,
-    /// 1: IPv4 is captured.
-    pub v4: u8,
-    /// 1: IPv6 is captured.
-    pub v6: u8,
     /// 1: new flows pass while no proxy listens; 0: they are dropped.
     pub fail_open: u8,
     /// 1: [`map::LISTENERS`] cannot be read from TC (before Linux 5.8): find listeners by address and port.
     pub listener_by_tuple: u8,
     /// 1: a packet without a link-layer header can be given one (Linux 5.8).
     pub link_headers: u8,
-    /// 1: every destination port is captured, [`map::PORTS`] need not be read.
-    pub any_port: u8,
-    /// 1: every source is captured, [`map::SOURCES`] need not be read.
-    pub any_source: u8,
-    /// 1: every destination is captured, [`map::DESTINATIONS`] need not be read.
-    pub any_destination: u8,
     /// 1: the host's own traffic is captured.
     pub own_traffic: u8,
     /// 1: the `sk_lookup` program is attached, so reassembled fragments find their socket.
@@ -340,8 +321,6 @@ pub struct Settings {
     pub early_demux: u8,
     /// 1: the clock of the timer tick, which costs a fraction, may be read (`bpf_ktime_get_coarse_ns`).
     pub coarse_clock: u8,
-    /// Zero.
-    pub pad: u8,
     /// Ports of the listeners, by [`listener_index`]; for `listener_by_tuple`.
     pub listener_ports: ListenerPorts,
 }
@@ -365,7 +344,7 @@ const _: () = {
     assert!(size_of::<FragmentInfo>() == 24);
     assert!(size_of::<HostPair>() == 32);
     assert!(size_of::<Endpoint>() == 20);
-    assert!(size_of::<Settings>() == 28 + 20 + 16 + 2 * MAX_LISTENERS as usize);
+    assert!(size_of::<Settings>() == 28 + 20 + 8 + 2 * MAX_LISTENERS as usize);
 };
 
 /// Userspace copies these types in and out of maps.

@@ -1,43 +1,6 @@
-//! Pure classification: what is to be done with a new flow.
-//!
-//! The kernel program implements [`Policy`] over maps, tests and `check` over
-//! plain values; the decision itself exists once, here.
+//! What is pure of a decision, beside the rules of [`policy`](crate::policy).
 
 use crate::abi::{Addr, Family, TCP};
-
-/// The questions that a decision asks; each is one lookup.
-pub trait Policy {
-    /// Whether packets of this protocol are captured.
-    fn protocol(&self, protocol: u8) -> bool;
-    /// Whether packets of this family are captured.
-    fn family(&self, family: Family) -> bool;
-    /// Whether this destination port is captured.
-    fn port(&self, port: u16) -> bool;
-    /// Whether all ports are captured.
-    fn any_port(&self) -> bool;
-    /// Whether this source is captured.
-    fn source(&self, addr: &Addr) -> bool;
-    /// Whether this destination is captured.
-    fn destination(&self, addr: &Addr) -> bool;
-}
-
-/// Whether the policy captures a flow. `port` is `None` for a fragment whose
-/// first fragment has not been seen: then it is asked whether any port could match.
-#[inline(always)]
-pub fn captures(
-    policy: &impl Policy,
-    family: Family,
-    protocol: u8,
-    source: &Addr,
-    destination: &Addr,
-    port: Option<u16>,
-) -> bool {
-    policy.protocol(protocol)
-        && policy.family(family)
-        && port.is_none_or(|port| policy.any_port() || policy.port(port))
-        && policy.source(source)
-        && policy.destination(destination)
-}
 
 /// Whether an address can never be proxied, as source or destination:
 /// unspecified, loopback, link-local, multicast, limited broadcast, and in an

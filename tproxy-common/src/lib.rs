@@ -14,4 +14,5 @@ pub mod abi;
 pub mod classify;
 pub mod counter;
 pub mod flow;
+pub mod policy;
 pub mod wire;

@@ -89,7 +89,7 @@ fn tcp(skb: &Skb, packet: &Packet) -> i32 {
     if !packet.is_syn() {
         return natted(skb, packet, Counter::PassMidstream);
     }
-    if !policy::captures(packet) {
+    if !policy::captures(skb) {
         if let Some(flow) = FlowRef::open(skb, &key, Verdict::Pass, Origin::Captured) {
             flow.up(skb, packet);
         }
@@ -171,7 +171,7 @@ fn udp(skb: &Skb, packet: &Packet) -> i32 {
                 request.down(skb, packet);
                 return pass(Counter::PassReply);
             }
-            if !policy::captures(packet) {
+            if !policy::captures(skb) {
                 if let Some(flow) = FlowRef::open(skb, &key, Verdict::Pass, Origin::Captured) {
                     flow.up(skb, packet);
                 }
@@ -238,18 +238,18 @@ impl Side for Captured {
             Some(flow) if packet.protocol == UDP || !packet.is_syn() => flow.is_proxied(),
             _ if packet.protocol == UDP => {
                 sock::own_udp(skb, packet).is_some()
-                    || (answered_request(packet).is_none() && policy::captures(packet))
+                    || (answered_request(packet).is_none() && policy::captures(skb))
             }
-            _ => sock::connection(skb, packet).is_some() || (packet.is_syn() && policy::captures(packet)),
+            _ => sock::connection(skb, packet).is_some() || (packet.is_syn() && policy::captures(skb)),
         }
     }
 
     #[inline(always)]
-    fn might_take(packet: &Packet) -> bool {
+    fn might_take(skb: &Skb, packet: &Packet) -> bool {
         let asks = HostPair { client: packet.source, destination: packet.destination };
         let answers = HostPair { client: packet.destination, destination: packet.source };
         // Between two hosts that have asked each other it is more likely a client's.
         (HOST_PAIRS.get_ptr(&answers).is_none() || HOST_PAIRS.get_ptr(&asks).is_some())
-            && policy::captures_some_port(packet)
+            && policy::captures_some_port(skb)
     }
 }

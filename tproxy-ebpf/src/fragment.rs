@@ -26,7 +26,7 @@ pub(crate) trait Side {
     fn takes(skb: &Skb, packet: &Packet) -> bool;
     /// The same before the ports are known. A wrong yes takes a flow that the
     /// policy would pass; a wrong no loses a datagram.
-    fn might_take(packet: &Packet) -> bool;
+    fn might_take(skb: &Skb, packet: &Packet) -> bool;
 }
 
 #[inline(always)]
@@ -129,7 +129,7 @@ fn later<S: Side>(skb: &Skb, packet: &Packet, key: &FragmentKey, known: Option<*
     let (packets, bytes) = skb.on_the_wire(packet);
     let Some(info) = known else {
         count(Counter::FragmentUnknown);
-        let proxied = S::might_take(packet);
+        let proxied = S::might_take(skb, packet);
         let verdict = if proxied { Verdict::Proxy } else { Verdict::Pass };
         let info = FragmentInfo {
             pending_packets: packets,

@@ -16,7 +16,7 @@
 
 #![no_std]
 #![no_main]
-#![feature(core_intrinsics)]
+#![feature(asm_experimental_arch, core_intrinsics)]
 #![expect(internal_features, reason = "atomic addition, see `account.rs`")]
 #![allow(missing_docs, unreachable_pub, reason = "the macros of the entry points expand to public items")]
 // The verifier of Linux 5.7 follows one program best; a call also costs stack.

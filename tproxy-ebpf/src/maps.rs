@@ -1,12 +1,13 @@
 //! The maps, with BTF, so that `bpftool map dump` prints field names.
 //! Their layouts are in `tproxy_common::abi`.
 
-use aya_ebpf::btf_maps::{Array, LpmTrie, LruHashMap, PerCpuArray, SockMap};
+use aya_ebpf::btf_maps::{Array, ArrayOfMaps, LpmTrie, LruHashMap, PerCpuArray, SockMap};
 use aya_ebpf::macros::btf_map;
 use tproxy_common::abi::{
     Addr, DEFAULT_MAX_FLOWS, Endpoint, Flow, FlowKey, FragmentInfo, FragmentKey, HostPair, MAX_LISTENERS,
 };
 use tproxy_common::counter::Counters;
+use tproxy_common::policy::Line;
 
 /// One entry a flow; the least recently used goes when it is full.
 #[btf_map]
@@ -24,17 +25,12 @@ pub(crate) static LISTENERS: SockMap<{ MAX_LISTENERS as usize }> = SockMap::new(
 #[btf_map]
 pub(crate) static LOCAL: LpmTrie<Addr, u8, 65_536> = LpmTrie::new();
 
-/// Source prefixes.
+/// The rules, as an image that `tproxy_common::policy` reads. New ones take its place whole.
 #[btf_map]
-pub(crate) static SOURCES: LpmTrie<Addr, u8, 65_536> = LpmTrie::new();
+pub(crate) static POLICY: ArrayOfMaps<PolicyImage, 1> = ArrayOfMaps::new();
 
-/// Destination prefixes.
-#[btf_map]
-pub(crate) static DESTINATIONS: LpmTrie<Addr, u8, 65_536> = LpmTrie::new();
-
-/// One bit a destination port.
-#[btf_map]
-pub(crate) static PORTS: Array<u64, 1024> = Array::new();
+/// An image. Userspace makes the map, and says how many lines there are.
+pub(crate) type PolicyImage = Array<Line, 1>;
 
 /// Datagrams that arrive or leave in fragments.
 #[btf_map]

@@ -81,7 +81,7 @@ fn own(skb: &Skb, packet: &Packet) -> i32 {
     if policy::is_local(&packet.destination) {
         return pass(Counter::PassLocal);
     }
-    let captured = policy::captures(packet);
+    let captured = policy::captures_own(skb);
     if captured && sock::listener(skb, packet).is_none() {
         // See `capture`: an entry of an earlier, proxied connection.
         if FlowRef::find(&key).is_some() && settings::fail_open() == 1 {

@@ -1,81 +1,152 @@
-//! The policy, read from maps.
+//! The rules, and this host's own addresses.
 
-use aya_ebpf::btf_maps::LpmTrie;
+use aya_ebpf::bindings::__sk_buff;
+use aya_ebpf::btf_maps::PerCpuArray;
 use aya_ebpf::btf_maps::lpm_trie::Key;
-use tproxy_common::abi::{Addr, Family, TCP};
-use tproxy_common::classify::{self, Policy};
+use aya_ebpf::macros::btf_map;
+use tproxy_common::abi::{Addr, Family, Verdict};
+use tproxy_common::policy::{Facts, Image, Known, Line, Work, decide};
 use tproxy_common::wire::Packet;
 
-use crate::maps::{DESTINATIONS, LOCAL, PORTS, SOURCES};
-use crate::settings;
-
-/// The maps as a [`Policy`].
-struct Maps;
-
-/// The value of the longest prefix that holds the address, 0 where none does.
-#[inline(always)]
-fn longest_match<const N: usize, const F: usize>(trie: &LpmTrie<Addr, u8, N, F>, addr: &Addr) -> u8 {
-    // A number on both paths: of an `Option` the compiler makes a flag and a
-    // value that is not initialised where there is none, which the verifier refuses.
-    trie.get(&Key::new(128, *addr)).map_or(0, |value| *value)
-}
-
-impl Policy for Maps {
-    #[inline(always)]
-    fn protocol(&self, protocol: u8) -> bool {
-        if protocol == TCP { settings::tcp() == 1 } else { settings::udp() == 1 }
-    }
-
-    #[inline(always)]
-    fn family(&self, family: Family) -> bool {
-        match family {
-            Family::V4 => settings::v4() == 1,
-            Family::V6 => settings::v6() == 1,
-        }
-    }
-
-    #[inline(always)]
-    fn port(&self, port: u16) -> bool {
-        PORTS.get(u32::from(port >> 6)).is_some_and(|word| word >> (port & 63) & 1 == 1)
-    }
-
-    #[inline(always)]
-    fn any_port(&self) -> bool {
-        settings::any_port() == 1
-    }
-
-    #[inline(always)]
-    fn source(&self, addr: &Addr) -> bool {
-        settings::any_source() == 1 || longest_match(&SOURCES, addr) == 1
-    }
-
-    #[inline(always)]
-    fn destination(&self, addr: &Addr) -> bool {
-        settings::any_destination() == 1 || longest_match(&DESTINATIONS, addr) == 1
-    }
-}
+use crate::maps::{LOCAL, POLICY, PolicyImage};
+use crate::scratch;
+use crate::skb::Skb;
 
 /// Whether the address is one of this host's own.
 #[inline(never)]
 pub(crate) fn is_local(addr: &Addr) -> bool {
-    longest_match(&LOCAL, addr) == 1
+    // A number on both paths: of an `Option` the compiler makes a flag and a
+    // value that is not initialised where there is none, which the verifier refuses.
+    LOCAL.get(&Key::new(128, *addr)).map_or(0, |value| *value) == 1
 }
 
-/// Whether the policy captures the flow that this packet opens.
-#[inline(never)]
-pub(crate) fn captures(packet: &Packet) -> bool {
-    classify::captures(
-        &Maps,
-        packet.family,
-        packet.protocol,
-        &packet.source,
-        &packet.destination,
-        Some(packet.destination_port),
-    )
+/// Whether the rules send the flow to the proxy that the packet opens, the one which
+/// this run has parsed.
+#[inline(always)]
+pub(crate) fn captures(skb: &Skb) -> bool {
+    is_proxied(skb, PORTS_KNOWN)
 }
 
-/// Whether the policy could capture it, were the ports known.
+/// The same of a packet of this host itself.
+#[inline(always)]
+pub(crate) fn captures_own(skb: &Skb) -> bool {
+    is_proxied(skb, PORTS_KNOWN | OWN)
+}
+
+/// Whether they might, were the ports known.
+#[inline(always)]
+pub(crate) fn captures_some_port(skb: &Skb) -> bool {
+    is_proxied(skb, PORTS_ABSENT) || is_proxied(skb, PORTS_UNKNOWN)
+}
+
+#[inline(always)]
+fn is_proxied(skb: &Skb, how: u32) -> bool {
+    tproxy_decide(skb.as_ptr(), how) == Verdict::Proxy as u32
+}
+
+/// The packet has its ports.
+const PORTS_KNOWN: u32 = 0;
+/// It has none, so that no rule which asks for one matches.
+const PORTS_ABSENT: u32 = 1;
+/// It may have any, so that every rule which asks for one matches.
+const PORTS_UNKNOWN: u32 = 2;
+/// Beside one of these: this host sends it.
+const OWN: u32 = 4;
+
+/// The verdict of the rules over the packet that this run has parsed; without rules it passes.
+///
+/// Global to the verifier, which so follows it once, whatever is known where it is
+/// called (Linux 5.6). Such a function gets its context and numbers, nothing else.
 #[inline(never)]
-pub(crate) fn captures_some_port(packet: &Packet) -> bool {
-    classify::captures(&Maps, packet.family, packet.protocol, &packet.source, &packet.destination, None)
+#[unsafe(no_mangle)]
+extern "C" fn tproxy_decide(context: *mut __sk_buff, how: u32) -> u32 {
+    let (Some(packet), Some(image), Some(work)) = (scratch::packet(), POLICY.get(0), WORK.get_ptr_mut(0))
+    else {
+        return Verdict::Pass as u32;
+    };
+    // SAFETY: the entry is valid, belongs to this CPU, and no other run begins before this one ends.
+    let work = unsafe { &mut *work };
+    let facts = Seen { skb: &Skb::from_ptr(context), packet, how };
+    decide(&Rules(image), &facts, work).map_or(Verdict::Pass as u32, |(verdict, _)| verdict)
+}
+
+/// Memory of [`decide`].
+#[btf_map]
+static WORK: PerCpuArray<Work, 1> = PerCpuArray::new();
+
+/// The word by which [`Rules::hidden`] passes numbers on.
+#[btf_map]
+static HIDDEN: PerCpuArray<u32, 1> = PerCpuArray::new();
+
+/// The image that holds when the decision begins holds until it ends.
+struct Rules(&'static PolicyImage);
+
+impl Image for Rules {
+    #[inline(always)]
+    fn line(&self, index: u32) -> Option<&Line> {
+        self.0.get(index)
+    }
+
+    #[inline(always)]
+    fn hidden(&self, number: u32) -> u32 {
+        let Some(word) = HIDDEN.get_ptr_mut(0) else { return 0 };
+        // SAFETY: the entry is valid and belongs to this CPU. The verifier does not
+        // follow what is in maps.
+        unsafe {
+            core::ptr::write_volatile(word, number);
+            core::ptr::read_volatile(word)
+        }
+    }
+
+    #[inline(always)]
+    fn opaque(&self, mut number: u64) -> u64 {
+        // SAFETY: sets a register to itself.
+        unsafe {
+            core::arch::asm!("{0} = {0}", inlateout(reg) number, options(pure, nomem, nostack, preserves_flags));
+        }
+        number
+    }
+}
+
+/// A packet as the rules see it.
+struct Seen<'a> {
+    skb: &'a Skb,
+    packet: &'a Packet,
+    how: u32,
+}
+
+impl Facts for Seen<'_> {
+    #[inline(always)]
+    fn family(&self) -> Family {
+        self.packet.family
+    }
+
+    #[inline(always)]
+    fn source(&self) -> &Addr {
+        &self.packet.source
+    }
+
+    #[inline(always)]
+    fn destination(&self) -> &Addr {
+        &self.packet.destination
+    }
+
+    #[inline(always)]
+    fn ports(&self) -> Known<(u16, u16)> {
+        match self.how & !OWN {
+            PORTS_ABSENT => Known::Absent,
+            PORTS_UNKNOWN => Known::Unknown,
+            _ => Known::Is((self.packet.source_port, self.packet.destination_port)),
+        }
+    }
+
+    #[inline(always)]
+    fn protocol(&self) -> u8 {
+        self.packet.protocol
+    }
+
+    #[inline(always)]
+    fn interface(&self) -> Option<u32> {
+        if self.how & OWN == 0 { Some(self.skb.ifindex()) } else { None }
+    }
 }

@@ -35,3 +35,12 @@ fn entry(index: u32) -> Option<&'static mut Packet> {
         Some(&mut *packet)
     }
 }
+
+/// The packet that [`parsed`] has lent, for a function that gets no references.
+#[inline(always)]
+pub(crate) fn packet() -> Option<&'static Packet> {
+    let packet = PACKETS.get_ptr(0)?;
+    // SAFETY: entries of an array are never unmapped, and this one belongs to this CPU.
+    // A run parses before it decides, so it is a `Packet`, and nobody writes to it meanwhile.
+    unsafe { Some(&*packet) }
+}

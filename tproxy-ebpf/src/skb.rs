@@ -41,6 +41,11 @@ impl Skb {
         Self(ctx.skb.skb)
     }
 
+    /// Of the context that the kernel has handed over.
+    pub(crate) fn from_ptr(context: *mut __sk_buff) -> Self {
+        Self(context)
+    }
+
     pub(crate) fn as_ptr(&self) -> *mut __sk_buff {
         self.0
     }

@@ -107,7 +107,7 @@ impl Side for Uplink {
     }
 
     #[inline(always)]
-    fn might_take(packet: &Packet) -> bool {
+    fn might_take(_: &Skb, packet: &Packet) -> bool {
         let pair = HostPair { client: packet.destination, destination: packet.source };
         packet.protocol == UDP && HOST_PAIRS.get_ptr(&pair).is_some()
     }

@@ -249,7 +249,7 @@ async fn end(
     // It stays until the workers are done: what they let in takes its way by its programs.
     if let Some(steering) = &mut steering {
         steering.stop()?;
-        if config.capture.tcp {
+        if config.capture.scope.tcp {
             patience = HANDSHAKES.min(config.timeouts.drain);
         }
     }

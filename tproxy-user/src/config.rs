@@ -69,11 +69,22 @@ pub enum Attach {
 }
 
 /// Which packets are captured.
-#[expect(clippy::struct_excessive_bools, reason = "five independent choices")]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Capture {
     /// Interface names or globs.
     pub interfaces: Vec<String>,
+    /// Which flows.
+    pub scope: Scope,
+    /// The host's own traffic is captured too.
+    pub own_traffic: bool,
+    /// What happens without a proxy.
+    pub fail: Fail,
+}
+
+/// Which flows are captured: those that are selected in every respect.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "four independent choices")]
+pub struct Scope {
     /// TCP is captured.
     pub tcp: bool,
     /// UDP is captured.
@@ -92,10 +103,23 @@ pub struct Capture {
     pub from: Vec<IpNet>,
     /// Sources to leave alone, whatever `from` says.
     pub not_from: Vec<IpNet>,
-    /// The host's own traffic is captured too.
-    pub own_traffic: bool,
-    /// What happens without a proxy.
-    pub fail: Fail,
+}
+
+impl Default for Scope {
+    /// Every flow.
+    fn default() -> Self {
+        Self {
+            tcp: true,
+            udp: true,
+            v4: true,
+            v6: true,
+            ports: Vec::new(),
+            to: Vec::new(),
+            not_to: Vec::new(),
+            from: Vec::new(),
+            not_from: Vec::new(),
+        }
+    }
 }
 
 /// How captured packets reach the listeners.

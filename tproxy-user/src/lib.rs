@@ -3,6 +3,10 @@
 //! Data flows one way: command line → [`config`] → [`plan`] → applied; packet →
 //! listener → relay → upstream.
 
+// For test code that the tests of this crate share with those beside it.
+#[cfg(test)]
+extern crate self as tproxy_user;
+
 pub mod addr;
 pub mod app;
 pub mod cli;
@@ -20,6 +24,7 @@ pub mod netlink;
 pub mod output;
 pub mod owner;
 pub mod plan;
+pub mod policy;
 pub mod privilege;
 pub mod relay;
 pub mod routing;

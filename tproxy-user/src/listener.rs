@@ -125,13 +125,13 @@ fn bind_worker(config: &Config, index: u32) -> Result<WorkerListeners, BindError
     let udp = |addr| bound("UDP", addr, |addr| sockopt::udp_listener(addr, options), UdpSocket::local_addr);
     let quiet = index > 0;
     Ok(WorkerListeners {
-        tcp4: (capture.tcp && capture.v4).then(|| tcp(v4)).transpose()?,
-        udp4: (capture.udp && capture.v4).then(|| udp(v4)).transpose()?,
-        udp4_df: (capture.udp && capture.v4 && !shared_port)
+        tcp4: (capture.scope.tcp && capture.scope.v4).then(|| tcp(v4)).transpose()?,
+        udp4: (capture.scope.udp && capture.scope.v4).then(|| udp(v4)).transpose()?,
+        udp4_df: (capture.scope.udp && capture.scope.v4 && !shared_port)
             .then(|| udp(SocketAddr::new(v4.ip(), 0)))
             .transpose()?,
-        tcp6: optional((capture.tcp && capture.v6).then(|| tcp(v6)), capture.v4, quiet)?,
-        udp6: optional((capture.udp && capture.v6).then(|| udp(v6)), capture.v4, quiet)?,
+        tcp6: optional((capture.scope.tcp && capture.scope.v6).then(|| tcp(v6)), capture.scope.v4, quiet)?,
+        udp6: optional((capture.scope.udp && capture.scope.v6).then(|| udp(v6)), capture.scope.v4, quiet)?,
     })
 }
 

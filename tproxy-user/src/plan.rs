@@ -9,7 +9,7 @@ use std::net::SocketAddr;
 use tproxy_common::abi::LpmKey;
 
 use crate::cli::is_glob;
-use crate::config::{Config, Handshake, Mark, SourceMode, Steer};
+use crate::config::{Config, Handshake, Mark, Scope, SourceMode, Steer};
 use crate::failure::Failure;
 use crate::interfaces::{Host, Interface};
 use crate::sysctl;
@@ -79,41 +79,6 @@ pub struct Sysctl {
     pub value: &'static str,
 }
 
-/// One bit for every port.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PortSet(pub Box<[u64; 1024]>);
-
-impl PortSet {
-    /// The set of some ranges; of none: all ports.
-    #[must_use]
-    pub fn new(ranges: &[(u16, u16)]) -> Self {
-        let mut words = Box::new([if ranges.is_empty() { u64::MAX } else { 0 }; 1024]);
-        for port in ranges.iter().flat_map(|(first, last)| *first..=*last) {
-            words[usize::from(port >> 6)] |= 1 << (port & 63);
-        }
-        Self(words)
-    }
-
-    /// Whether a port is in it.
-    #[must_use]
-    pub fn contains(&self, port: u16) -> bool {
-        self.0[usize::from(port >> 6)] >> (port & 63) & 1 == 1
-    }
-
-    /// The set as the fewest ranges.
-    #[must_use]
-    pub fn ranges(&self) -> Vec<(u16, u16)> {
-        let mut ranges: Vec<(u16, u16)> = Vec::new();
-        for port in (0..=u16::MAX).filter(|port| self.contains(*port)) {
-            match ranges.last_mut() {
-                Some((_, last)) if port.checked_sub(1) == Some(*last) => *last = port,
-                _ => ranges.push((port, port)),
-            }
-        }
-        ranges
-    }
-}
-
 /// The plan.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Plan {
@@ -133,12 +98,8 @@ pub struct Plan {
     pub sysctls: Vec<Sysctl>,
     /// Keys of the `LOCAL` map.
     pub local: Vec<LpmKey>,
-    /// The `SOURCES` map.
-    pub sources: Vec<(LpmKey, u8)>,
-    /// The `DESTINATIONS` map.
-    pub destinations: Vec<(LpmKey, u8)>,
-    /// The `PORTS` map.
-    pub ports: PortSet,
+    /// Which flows are captured.
+    pub scope: Scope,
     /// Listening sockets of each worker.
     pub sockets: Vec<PlannedSocket>,
     /// Workers.
@@ -163,7 +124,7 @@ impl Plan {
     /// [`Failure::Usage`] for a bad glob, [`Failure::Unsupported`] where only IPv6 is wanted of a host without.
     pub fn new(config: &Config, host: &Host) -> Result<Self, Failure> {
         let steering = config.steering.by == Steer::Ebpf;
-        let (ipv4, ipv6) = (config.capture.v4, config.capture.v6 && host.ipv6);
+        let (ipv4, ipv6) = (config.capture.scope.v4, config.capture.scope.v6 && host.ipv6);
         if !ipv4 && !ipv6 {
             return Err(Failure::unsupported(
                 "-6: this host has no IPv6 (kernel built or booted without, or net.ipv6.conf.lo.disable_ipv6=1)",
@@ -178,9 +139,7 @@ impl Plan {
             routes: Vec::new(),
             sysctls: Vec::new(),
             local: host.local.iter().map(prefixes::key).collect(),
-            sources: prefixes::compile(&config.capture.from, &config.capture.not_from),
-            destinations: prefixes::compile(&config.capture.to, &config.capture.not_to),
-            ports: PortSet::new(&config.capture.ports),
+            scope: Scope { v6: ipv6, ..config.capture.scope.clone() },
             sockets: sockets(config, ipv4, ipv6),
             workers: config.workers,
             missing: Vec::new(),
@@ -334,7 +293,7 @@ fn faces_upstream(interface: &Interface, host: &Host) -> bool {
 
 fn sockets(config: &Config, ipv4: bool, ipv6: bool) -> Vec<PlannedSocket> {
     let mut sockets = Vec::new();
-    for (protocol, captured) in [("tcp", config.capture.tcp), ("udp", config.capture.udp)] {
+    for (protocol, captured) in [("tcp", config.capture.scope.tcp), ("udp", config.capture.scope.udp)] {
         for (v6, captured) in [(false, captured && ipv4), (true, captured && ipv6)] {
             if captured {
                 let address = SocketAddr::new(config.steering.on_ip(v6), config.steering.on_port);

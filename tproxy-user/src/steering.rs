@@ -11,7 +11,7 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use rtnetlink::Handle;
 use tokio::io::unix::AsyncFd;
-use tproxy_common::abi::{ABI_VERSION, ListenerKind, MAX_WORKERS, Settings, listener_index, map};
+use tproxy_common::abi::{ABI_VERSION, ListenerKind, MAX_WORKERS, Settings, listener_index};
 
 use crate::clsact;
 use crate::config::{Attach, Config, Fail, Handshake, SourceMode};
@@ -25,6 +25,7 @@ use crate::instance::{self, Instance};
 use crate::interfaces;
 use crate::listener::WorkerListeners;
 use crate::plan::{Plan, PlannedInterface, Role};
+use crate::policy::compile::compile;
 use crate::privilege;
 use crate::routing;
 use crate::stats::Stats;
@@ -88,7 +89,7 @@ impl Steering {
         }
         instance.claim_routing(table, mark)?;
         bpffs::set_aside(&config.pin)?;
-        let settings = settings(config, plan, features, listeners, tun);
+        let settings = settings(config, features, listeners, tun);
         let mut datapath = Datapath::load(
             &settings,
             features,
@@ -96,9 +97,7 @@ impl Steering {
             &config.pin,
             config.steering.bpf_log,
         )?;
-        datapath.set_ports(&plan.ports.0)?;
-        datapath.set_prefixes(map::SOURCES, &plan.sources)?;
-        datapath.set_prefixes(map::DESTINATIONS, &plan.destinations)?;
+        datapath.set_policy(&compile(&plan.scope.rules())?)?;
         for (worker, listeners) in (0..).zip(listeners) {
             for listener in listeners.iter() {
                 datapath.set_listener(listener.kind, worker, &listener.fd)?;
@@ -172,8 +171,7 @@ impl Steering {
 
     /// Makes the kernel be as the plan says.
     async fn apply(&mut self, instance: &mut Instance) -> anyhow::Result<()> {
-        let local: Vec<_> = self.plan.local.iter().map(|key| (*key, 1)).collect();
-        self.datapath.set_prefixes(map::LOCAL, &local)?;
+        self.datapath.set_local(&self.plan.local)?;
         self.keep_routing().await?;
         self.detach_stale(instance).await;
         self.keep(instance).await
@@ -298,7 +296,6 @@ fn check(config: &Config, features: Features) -> Result<(), Failure> {
 /// The constants of the programs.
 fn settings(
     config: &Config,
-    plan: &Plan,
     features: Features,
     listeners: &[WorkerListeners],
     tun: Option<&Tun>,
@@ -315,16 +312,9 @@ fn settings(
         handshake_ifindex: tun.map_or(0, |tun| tun.link.index),
         listen_v4: steering.on_ip4.octets(),
         listen_v6: steering.on_ip6.octets(),
-        tcp: capture.tcp.into(),
-        udp: capture.udp.into(),
-        v4: plan.ipv4.into(),
-        v6: plan.ipv6.into(),
         fail_open: (capture.fail == Fail::Open).into(),
         listener_by_tuple: (!features.listeners_from_tc()).into(),
         link_headers: features.link_headers().into(),
-        any_port: capture.ports.is_empty().into(),
-        any_source: (capture.from.is_empty() && capture.not_from.is_empty()).into(),
-        any_destination: (capture.to.is_empty() && capture.not_to.is_empty()).into(),
         own_traffic: capture.own_traffic.into(),
         sk_lookup: features.sk_lookup().into(),
         client_port: (config.source == SourceMode::ClientPort).into(),

@@ -1,39 +1,27 @@
 //! Classification and accounting in the plainest way.
 
-use std::cell::Cell;
 use std::net::{Ipv4Addr, Ipv6Addr};
 
-use tproxy_common::abi::{Addr, Family, TCP, UDP, mapped};
-use tproxy_common::classify::{Policy, captures, is_special, on_the_wire, segments};
+use tproxy_common::abi::{Addr, Family, mapped};
+use tproxy_common::classify::{is_special, on_the_wire, segments};
 
 use super::Numbers;
 
-/// Checks which addresses are special and what a policy captures, on any bytes.
+/// Checks which addresses are special, on any bytes.
 ///
 /// # Panics
-/// The real functions and the naive ones disagree.
+/// The real function and the naive one disagree.
 pub fn check_classification(bytes: &[u8]) {
     let mut numbers = Numbers::new(bytes);
-    let policy = Answers::new(numbers.u8());
-    let port = (!numbers.once_in(4)).then(|| numbers.u16());
-    let protocol = numbers.one_of(&[TCP, UDP]);
-    let mut source: Addr = numbers.array();
-    let mut destination: Addr = numbers.array();
-    for address in [&mut source, &mut destination] {
-        if let Some(head) =
-            numbers.one_of(&[None, Some("fe80::"), Some("ff02::"), Some("::"), Some("::ffff:0:0")])
-        {
-            let head: Ipv6Addr = head.parse().expect("an address");
-            let kept = usize::from(numbers.u8()) % 17;
-            address[..kept].copy_from_slice(&head.octets()[..kept]);
-        }
-        check_special(*address);
+    let mut address: Addr = numbers.array();
+    if let Some(head) =
+        numbers.one_of(&[None, Some("fe80::"), Some("ff02::"), Some("::"), Some("::ffff:0:0")])
+    {
+        let head: Ipv6Addr = head.parse().expect("an address");
+        let kept = usize::from(numbers.u8()) % 17;
+        address[..kept].copy_from_slice(&head.octets()[..kept]);
     }
-    for family in [Family::V4, Family::V6] {
-        let captured = captures(&policy, family, protocol, &source, &destination, port);
-        assert_eq!(captured, policy.all_yes(port.is_some()), "{policy:?}");
-        assert!(port.is_some() || !policy.port_asked.get(), "no port, and asked for one");
-    }
+    check_special(address);
 }
 
 fn check_special(address: Addr) {
@@ -50,60 +38,6 @@ fn check_special(address: Addr) {
     let expected =
         tail[0] == 0 || v4.is_loopback() || v4.is_link_local() || v4.is_multicast() || v4.is_broadcast();
     assert_eq!(is_special(&mapped(tail), Family::V4), expected, "{v4}");
-}
-
-/// A policy that answers each question with one bit.
-#[derive(Debug)]
-struct Answers {
-    bits: u8,
-    port_asked: Cell<bool>,
-}
-
-impl Answers {
-    const PROTOCOL: u8 = 1;
-    const FAMILY: u8 = 2;
-    const SOURCE: u8 = 4;
-    const DESTINATION: u8 = 8;
-    const PORT: u8 = 16;
-    const ANY_PORT: u8 = 32;
-
-    /// Most bytes answer most questions with yes.
-    fn new(bits: u8) -> Self {
-        Self { bits: bits | bits.rotate_left(3), port_asked: Cell::new(false) }
-    }
-
-    fn yes(&self, question: u8) -> bool {
-        self.bits & question != 0
-    }
-
-    /// Whether a flow is captured, every question asked.
-    fn all_yes(&self, has_port: bool) -> bool {
-        let port = !has_port || self.yes(Self::PORT) || self.yes(Self::ANY_PORT);
-        let others = [Self::PROTOCOL, Self::FAMILY, Self::SOURCE, Self::DESTINATION];
-        others.iter().all(|question| self.yes(*question)) && port
-    }
-}
-
-impl Policy for Answers {
-    fn protocol(&self, _: u8) -> bool {
-        self.yes(Self::PROTOCOL)
-    }
-    fn family(&self, _: Family) -> bool {
-        self.yes(Self::FAMILY)
-    }
-    fn port(&self, _: u16) -> bool {
-        self.port_asked.set(true);
-        self.yes(Self::PORT)
-    }
-    fn any_port(&self) -> bool {
-        self.yes(Self::ANY_PORT)
-    }
-    fn source(&self, _: &Addr) -> bool {
-        self.yes(Self::SOURCE)
-    }
-    fn destination(&self, _: &Addr) -> bool {
-        self.yes(Self::DESTINATION)
-    }
 }
 
 /// Checks the arithmetic of GRO and GSO packets, on any bytes: cut into the

@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use tproxy_common::abi::{DEFAULT_MAX_FLOWS, MAX_WORKERS};
 
 use super::RunArgs;
-use crate::config::{Capture, Config, Handshake, Limits, Steer, Steering, Timeouts};
+use crate::config::{Capture, Config, Handshake, Limits, Scope, Steer, Steering, Timeouts};
 use crate::failure::Failure;
 
 /// Builds the configuration of `run` and `check`.
@@ -37,15 +37,17 @@ pub fn config(args: &RunArgs) -> Result<Config, Failure> {
     Ok(Config {
         capture: Capture {
             interfaces: capture.interfaces.clone(),
-            tcp,
-            udp: capture.proto.iter().any(|proto| proto == "udp"),
-            v4,
-            v6,
-            ports: capture.dport.clone(),
-            to: capture.to.clone(),
-            not_to: capture.not_to.clone(),
-            from: capture.from.clone(),
-            not_from: capture.not_from.clone(),
+            scope: Scope {
+                tcp,
+                udp: capture.proto.iter().any(|proto| proto == "udp"),
+                v4,
+                v6,
+                ports: capture.dport.clone(),
+                to: capture.to.clone(),
+                not_to: capture.not_to.clone(),
+                from: capture.from.clone(),
+                not_from: capture.not_from.clone(),
+            },
             own_traffic: capture.own_traffic,
             fail: capture.fail,
         },
@@ -147,7 +149,12 @@ mod tests {
     #[test]
     fn defaults() {
         let config = resolve("--iface eth0").expect("valid");
-        assert!(config.capture.tcp && config.capture.udp && config.capture.v4 && config.capture.v6);
+        assert!(
+            config.capture.scope.tcp
+                && config.capture.scope.udp
+                && config.capture.scope.v4
+                && config.capture.scope.v6
+        );
         assert_eq!(config.steering.mark.to_string(), "0x1/0x1");
         assert_eq!((config.steering.own_mark, config.steering.table), (2, 100));
         assert_eq!(config.steering.on_ip(false).to_string(), "127.0.0.1");
@@ -169,9 +176,19 @@ mod tests {
     #[test]
     fn families_and_protocols() {
         let config = resolve("-i eth0 -4 --proto udp").expect("valid");
-        assert!(config.capture.v4 && !config.capture.v6 && !config.capture.tcp && config.capture.udp);
+        assert!(
+            config.capture.scope.v4
+                && !config.capture.scope.v6
+                && !config.capture.scope.tcp
+                && config.capture.scope.udp
+        );
         let config = resolve("-i eth0 -46 --proto tcp --proto udp").expect("valid");
-        assert!(config.capture.v4 && config.capture.v6 && config.capture.tcp && config.capture.udp);
+        assert!(
+            config.capture.scope.v4
+                && config.capture.scope.v6
+                && config.capture.scope.tcp
+                && config.capture.scope.udp
+        );
     }
 
     #[test]
@@ -180,8 +197,8 @@ mod tests {
             resolve("-i a -i b* --dport 53,80 --dport 1000-2000 --to 10.0.0.0/8,fd00::/8 --not-to 10.1.2.3")
                 .expect("valid");
         assert_eq!(config.capture.interfaces, ["a", "b*"]);
-        assert_eq!(config.capture.ports, [(53, 53), (80, 80), (1000, 2000)]);
-        assert_eq!((config.capture.to.len(), config.capture.not_to[0].prefix_len()), (2, 32));
+        assert_eq!(config.capture.scope.ports, [(53, 53), (80, 80), (1000, 2000)]);
+        assert_eq!((config.capture.scope.to.len(), config.capture.scope.not_to[0].prefix_len()), (2, 32));
     }
 
     #[test]

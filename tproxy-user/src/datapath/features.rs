@@ -13,6 +13,8 @@ const LINK_HEADERS: Kernel = Kernel { major: 5, minor: 8 };
 const RING_BUFFER: Kernel = Kernel { major: 5, minor: 8 };
 /// `sk_lookup` programs.
 const SK_LOOKUP: Kernel = Kernel { major: 5, minor: 9 };
+/// Maps in an array of maps may differ in size.
+const INNER_MAPS_OF_ANY_SIZE: Kernel = Kernel { major: 5, minor: 10 };
 /// `bpf_ktime_get_coarse_ns`.
 const COARSE_CLOCK: Kernel = Kernel { major: 5, minor: 11 };
 /// tcx links.
@@ -62,6 +64,12 @@ impl Features {
     #[must_use]
     pub fn link_headers(self) -> bool {
         self.0 >= LINK_HEADERS
+    }
+
+    /// The rules may take as much memory as they need (5.10); without it, 8 MiB.
+    #[must_use]
+    pub fn inner_maps_of_any_size(self) -> bool {
+        self.0 >= INNER_MAPS_OF_ANY_SIZE
     }
 
     /// Programs can read the clock of the timer tick (5.11); without it, times in the

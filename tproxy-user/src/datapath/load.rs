@@ -12,6 +12,7 @@ use tproxy_common::abi::{ListenerKind, Settings, listener_index, map, program};
 
 use super::bpffs;
 use super::features::Features;
+use super::policy;
 
 /// The object of the default build.
 static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tproxy.o"));
@@ -42,6 +43,16 @@ pub enum LoadError {
         name: &'static str,
         /// Why.
         source: aya::maps::MapError,
+    },
+    /// The rules do not fit into the memory that this kernel lets them have.
+    #[error(
+        "the rules take {mib} MiB; before Linux 5.10 they may take {most} MiB: leave networks out, or use a later kernel"
+    )]
+    RulesTooLarge {
+        /// What they take.
+        mib: u64,
+        /// What they may.
+        most: u64,
     },
     /// The object lacks a part: it was built from other sources.
     #[error("the embedded eBPF object has no {0}; build it again: cargo xtask build-ebpf")]
@@ -82,6 +93,7 @@ impl Datapath {
         log: bool,
     ) -> Result<Self, LoadError> {
         bpffs::create(pin)?;
+        policy::create(features, pin)?;
         let mut ebpf = loader(settings, max_flows, Some(pin)).load(if log { OBJECT_LOG } else { OBJECT })?;
         for name in TC_PROGRAMS {
             let needed = match name {
@@ -111,7 +123,18 @@ impl Datapath {
     ///
     /// [`LoadError`].
     pub fn maps_only(settings: &Settings, features: Features, log: bool) -> Result<Self, LoadError> {
-        let ebpf = loader(settings, 1024, None).load(if log { OBJECT_LOG } else { OBJECT })?;
+        let pin = Path::new(bpffs::MOUNT_POINT).join(format!(
+            "tproxy-maps-{}-{:?}",
+            std::process::id(),
+            std::thread::current().id()
+        ));
+        bpffs::create(&pin)?;
+        policy::create(features, &pin)?;
+        let mut loader = loader(settings, 1024, None);
+        loader.map_pin_path(map::POLICY, pin.join(map::POLICY));
+        let ebpf = loader.load(if log { OBJECT_LOG } else { OBJECT });
+        bpffs::remove(&pin)?;
+        let ebpf = ebpf?;
         Ok(Self { ebpf, admit: None, features })
     }
 

@@ -6,5 +6,6 @@ pub mod counters;
 pub mod features;
 pub mod flows;
 pub mod load;
+pub mod local;
 pub mod policy;
 pub mod query;

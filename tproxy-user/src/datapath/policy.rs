@@ -1,54 +1,134 @@
-//! Fills the maps that classification reads.
+//! The map of the rules: an array of maps, of which each may have another size. aya
+//! makes such arrays only for maps that all have the size of the declaration.
 
-use aya::maps::lpm_trie::{Key, LpmTrie};
-use aya::maps::{Array, MapData};
-use tproxy_common::abi::{LpmKey, map};
+use std::io;
+use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::path::Path;
 
+use aya::maps::{Array, ArrayOfMaps, MapData, MapError};
+use tproxy_common::abi::map;
+use tproxy_common::policy::Line;
+
+use super::bpffs::PinError;
+use super::features::Features;
 use super::load::{Datapath, LoadError};
 
-/// Words of the port bitmap: 65,536 ports, 64 in each.
-pub const PORT_WORDS: usize = 1024;
+/// `BPF_F_INNER_MAP`: other maps of the array may have other sizes (Linux 5.10).
+const INNER_MAP: u32 = 1 << 12;
+
+/// Lines of every image before Linux 5.10: 8 MiB.
+const FIXED_LINES: u32 = 65_536;
+
+/// Bytes of a [`Line`].
+const LINE_SIZE: u32 = 128;
+const _: () = assert!(size_of::<Line>() == LINE_SIZE as usize);
+
+/// Flags, and lines where the kernel wants all images to have as many.
+fn kind_of_image(features: Features) -> (u32, Option<u32>) {
+    if features.inner_maps_of_any_size() { (INNER_MAP, None) } else { (0, Some(FIXED_LINES)) }
+}
+
+/// Makes the map and pins it, where the loader finds it.
+///
+/// # Errors
+///
+/// [`LoadError::Map`], [`LoadError::Pin`].
+pub(super) fn create(features: Features, pin: &Path) -> Result<(), LoadError> {
+    let name = map::POLICY;
+    let error = |source| LoadError::Map { name, source };
+    let create =
+        |attributes: &MapCreate| create_map(attributes).map_err(|source| error(MapError::IoError(source)));
+    let (flags, lines) = kind_of_image(features);
+    let template = create(&MapCreate {
+        map_type: ARRAY,
+        value_size: LINE_SIZE,
+        max_entries: lines.unwrap_or(1),
+        map_flags: flags,
+        ..MapCreate::default()
+    })?;
+    let policy = create(&MapCreate {
+        map_type: ARRAY_OF_MAPS,
+        value_size: 4,
+        max_entries: 1,
+        inner_map_fd: template.as_raw_fd().cast_unsigned(),
+        ..MapCreate::default()
+    })?;
+    let path = pin.join(name);
+    let pinned = MapData::from_fd(policy).map_err(error)?.pin(&path);
+    pinned.map_err(|source| LoadError::Pin(PinError::Io { path, source: io::Error::other(source) }))
+}
+
+/// `BPF_MAP_TYPE_ARRAY` and `BPF_MAP_TYPE_ARRAY_OF_MAPS`, of `enum bpf_map_type`.
+const ARRAY: u32 = 2;
+const ARRAY_OF_MAPS: u32 = 12;
+
+/// The first fields of `union bpf_attr`, as `BPF_MAP_CREATE` has them.
+#[repr(C)]
+struct MapCreate {
+    map_type: u32,
+    key_size: u32,
+    value_size: u32,
+    max_entries: u32,
+    map_flags: u32,
+    inner_map_fd: u32,
+    numa_node: u32,
+    map_name: [u8; 16],
+}
+
+impl Default for MapCreate {
+    fn default() -> Self {
+        let mut map_name = [0; 16];
+        map_name[..map::POLICY.len()].copy_from_slice(map::POLICY.as_bytes());
+        Self {
+            map_type: 0,
+            key_size: 4,
+            value_size: 4,
+            max_entries: 1,
+            map_flags: 0,
+            inner_map_fd: 0,
+            numa_node: 0,
+            map_name,
+        }
+    }
+}
+
+fn create_map(attributes: &MapCreate) -> io::Result<OwnedFd> {
+    /// `BPF_MAP_CREATE`, of `enum bpf_cmd`.
+    const MAP_CREATE: libc::c_int = 0;
+    // SAFETY: the kernel reads as many bytes as it is told there are.
+    let fd =
+        unsafe { libc::syscall(libc::SYS_bpf, MAP_CREATE, &raw const *attributes, size_of::<MapCreate>()) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just given it, and nobody else has it.
+    Ok(unsafe { OwnedFd::from_raw_fd(i32::try_from(fd).map_err(io::Error::other)?) })
+}
 
 impl Datapath {
-    /// Writes the port bitmap.
+    /// Makes rules the ones that decide, all at once: a packet is decided by those of before
+    /// or by these. Lasts until no program reads those of before any more.
     ///
     /// # Errors
     ///
-    /// [`LoadError::Map`].
-    pub fn set_ports(&mut self, words: &[u64; PORT_WORDS]) -> Result<(), LoadError> {
-        let name = map::PORTS;
+    /// [`LoadError::Map`]: memory.
+    pub fn set_policy(&mut self, lines: &[Line]) -> Result<(), LoadError> {
+        let name = map::POLICY;
         let error = |source| LoadError::Map { name, source };
+        let (flags, fixed) = kind_of_image(self.features());
+        let count = u32::try_from(lines.len()).unwrap_or(u32::MAX);
+        let size = fixed.unwrap_or(count);
+        if count > size {
+            let mib = |lines: u32| (u64::from(lines) * u64::from(LINE_SIZE)) >> 20;
+            return Err(LoadError::RulesTooLarge { mib: mib(count), most: mib(size) });
+        }
+        let mut image: Array<MapData, Line> = Array::create(size, flags).map_err(error)?;
+        for (index, line) in (0..).zip(lines) {
+            image.set(index, line, 0).map_err(error)?;
+        }
         let map = self.ebpf.map_mut(name).ok_or(LoadError::Missing(name))?;
-        let mut ports: Array<&mut MapData, u64> = Array::try_from(map).map_err(error)?;
-        for (index, word) in (0..).zip(words) {
-            ports.set(index, word, 0).map_err(error)?;
-        }
-        Ok(())
-    }
-
-    /// Makes one of the prefix tables hold exactly these entries. Entries that
-    /// stay are not touched, so a reader never misses one.
-    ///
-    /// # Errors
-    ///
-    /// [`LoadError::Map`].
-    pub fn set_prefixes(&mut self, name: &'static str, entries: &[(LpmKey, u8)]) -> Result<(), LoadError> {
-        let error = |source| LoadError::Map { name, source };
-        let map = self.ebpf.map_mut(name).ok_or(LoadError::Missing(name))?;
-        let mut trie: LpmTrie<&mut MapData, [u8; 16], u8> = LpmTrie::try_from(map).map_err(error)?;
-        for (key, value) in entries {
-            trie.insert(&Key::new(key.prefix_len, key.addr), value, 0).map_err(error)?;
-        }
-        let stale: Vec<_> = trie
-            .keys()
-            .filter_map(Result::ok)
-            .filter(|key| {
-                !entries.iter().any(|(k, _)| (k.prefix_len, k.addr) == (key.prefix_len(), key.data()))
-            })
-            .collect();
-        for key in stale {
-            trie.remove(&key).map_err(error)?;
-        }
-        Ok(())
+        let mut policy: ArrayOfMaps<&mut MapData, Array<MapData, Line>> =
+            ArrayOfMaps::try_from(map).map_err(error)?;
+        policy.set(0, &image, 0).map_err(error)
     }
 }

@@ -32,11 +32,13 @@ pub(super) fn rules_of_others(facts: &Facts) -> Vec<Finding> {
 fn packets(facts: &Facts) -> Vec<(&'static str, Packet<'_>)> {
     let capture = &facts.config.capture;
     let mut packets = Vec::new();
-    for v6 in
-        [(false, capture.v4), (true, facts.plan.ipv6)].into_iter().filter_map(|(v6, on)| on.then_some(v6))
+    for v6 in [(false, capture.scope.v4), (true, facts.plan.ipv6)]
+        .into_iter()
+        .filter_map(|(v6, on)| on.then_some(v6))
     {
-        for protocol in
-            [("tcp", capture.tcp), ("udp", capture.udp)].into_iter().filter_map(|(p, on)| on.then_some(p))
+        for protocol in [("tcp", capture.scope.tcp), ("udp", capture.scope.udp)]
+            .into_iter()
+            .filter_map(|(p, on)| on.then_some(p))
         {
             let base = Packet { v6, protocol, sources: &facts.clients, ..Packet::default() };
             for interface in facts.captured() {

@@ -31,7 +31,7 @@ pub(super) fn answers(facts: &Facts) -> Vec<Finding> {
     let (true, Ok(rules)) = (is_faithful(facts), &facts.nft) else { return Vec::new() };
     let mut findings = Vec::new();
     for interface in facts.captured() {
-        let families = [(facts.config.capture.v4, false), (facts.plan.ipv6, true)];
+        let families = [(facts.config.capture.scope.v4, false), (facts.plan.ipv6, true)];
         for v6 in families.into_iter().filter_map(|(on, v6)| on.then_some(v6)) {
             let reset = Packet {
                 v6,

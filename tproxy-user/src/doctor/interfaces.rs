@@ -84,7 +84,7 @@ pub(super) fn trunks(facts: &Facts) -> Vec<Finding> {
 /// IPv6 on the loopback device, where packets are delivered, and on the captured ones.
 pub(super) fn ipv6(facts: &Facts) -> Vec<Finding> {
     const ID: &str = "ipv6";
-    if !facts.config.capture.v6 {
+    if !facts.config.capture.scope.v6 {
         return Vec::new();
     }
     if !facts.host.ipv6 {
@@ -113,7 +113,7 @@ pub(super) fn forwarding(facts: &Facts) -> Vec<Finding> {
         return Vec::new();
     }
     let families = [
-        (facts.config.capture.v4, "IPv4", facts.forwards.0, "net.ipv4.ip_forward"),
+        (facts.config.capture.scope.v4, "IPv4", facts.forwards.0, "net.ipv4.ip_forward"),
         (facts.plan.ipv6, "IPv6", facts.forwards.1, "net.ipv6.conf.all.forwarding"),
     ];
     families
@@ -148,7 +148,7 @@ pub(super) fn harmless(facts: &Facts) -> Vec<Finding> {
 /// The host's own packets come back in by lo.
 pub(super) fn own_traffic(facts: &Facts) -> Vec<Finding> {
     const ID: &str = "own-traffic";
-    if !facts.config.capture.own_traffic || !facts.config.capture.v4 {
+    if !facts.config.capture.own_traffic || !facts.config.capture.scope.v4 {
         return Vec::new();
     }
     if facts.accept_local.0 == "1" {

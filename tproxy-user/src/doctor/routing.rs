@@ -34,7 +34,7 @@ pub(super) fn earlier_rules(facts: &Facts) -> Vec<Finding> {
     const ID: &str = "rule-order";
     let own = facts.config.steering.rule_priority;
     let mark = facts.config.steering.mark;
-    let families = [(false, facts.config.capture.v4), (true, facts.plan.ipv6)];
+    let families = [(false, facts.config.capture.scope.v4), (true, facts.plan.ipv6)];
     let concerns = |v6: bool, iif: Option<&str>| {
         families.contains(&(v6, true))
             && iif.is_none_or(|iif| facts.plan.interfaces.iter().any(|interface| interface.name == iif))

@@ -1,14 +1,16 @@
 //! The plan as text and as JSON.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
+use ipnet::IpNet;
 use serde_json::{Value, json};
 use tproxy_common::abi::LpmKey;
 
-use crate::config::Handshake;
+use crate::config::{Handshake, Scope};
 use crate::tun;
 
-use super::{LocalRoute, Plan, PlannedSocket, PortSet, Role, Rule, Sysctl, prefixes};
+use super::{LocalRoute, Plan, PlannedSocket, Role, Rule, Sysctl, prefixes};
 
 impl fmt::Display for Rule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -47,16 +49,6 @@ impl fmt::Display for Role {
     }
 }
 
-impl fmt::Display for PortSet {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (index, (first, last)) in self.ranges().into_iter().enumerate() {
-            let comma = if index == 0 { "" } else { "," };
-            if first == last { write!(f, "{comma}{first}")? } else { write!(f, "{comma}{first}-{last}")? }
-        }
-        Ok(())
-    }
-}
-
 fn prefix(key: &LpmKey) -> String {
     prefixes::net(key).map_or_else(|| format!("{key:?}"), |net| net.to_string())
 }
@@ -71,10 +63,24 @@ fn section(f: &mut fmt::Formatter<'_>, title: &str, lines: impl IntoIterator<Ite
     if empty { writeln!(f, "  none") } else { Ok(()) }
 }
 
-fn table(entries: &[(LpmKey, u8)]) -> impl Iterator<Item = String> {
-    entries.iter().map(|(key, value)| {
-        format!("{} {}", prefix(key), if *value == 1 { "captured" } else { "not captured" })
-    })
+/// The respects in which flows are selected.
+fn selection(scope: &Scope) -> [(&'static str, Vec<String>); 7] {
+    let chosen = |all: [(bool, &str); 2]| {
+        all.into_iter().filter(|(chosen, _)| *chosen).map(|(_, name)| name.to_owned()).collect()
+    };
+    let port = |(first, last): &(u16, u16)| {
+        if first == last { first.to_string() } else { format!("{first}-{last}") }
+    };
+    let nets = |nets: &[IpNet]| nets.iter().map(ToString::to_string).collect();
+    [
+        ("families", chosen([(scope.v4, "ipv4"), (scope.v6, "ipv6")])),
+        ("protocols", chosen([(scope.tcp, "tcp"), (scope.udp, "udp")])),
+        ("dport", scope.ports.iter().map(port).collect()),
+        ("from", nets(&scope.from)),
+        ("not_from", nets(&scope.not_from)),
+        ("to", nets(&scope.to)),
+        ("not_to", nets(&scope.not_to)),
+    ]
 }
 
 impl fmt::Display for Plan {
@@ -95,9 +101,12 @@ impl fmt::Display for Plan {
         section(f, "Settings", self.sysctls.iter().map(Sysctl::to_string))?;
         let title = format!("Sockets of each of {} workers (the first has the port shown)", self.workers);
         section(f, &title, self.sockets.iter().map(PlannedSocket::to_string))?;
-        section(f, "Map PORTS", [self.ports.to_string()])?;
-        section(f, "Map SOURCES", table(&self.sources))?;
-        section(f, "Map DESTINATIONS", table(&self.destinations))?;
+        let selected = selection(&self.scope).into_iter().filter(|(_, values)| !values.is_empty());
+        section(
+            f,
+            "Captured flows (all that meet each of these)",
+            selected.map(|(respect, values)| format!("{}: {}", respect.replace('_', " "), values.join(", "))),
+        )?;
         section(f, "Map LOCAL (never captured)", self.local.iter().map(prefix))
     }
 }
@@ -106,12 +115,6 @@ impl Plan {
     /// The plan for `check --json`.
     #[must_use]
     pub fn to_json(&self) -> Value {
-        let table = |entries: &[(LpmKey, u8)]| -> Vec<Value> {
-            entries
-                .iter()
-                .map(|(key, value)| json!({"prefix": prefix(key), "captured": *value == 1}))
-                .collect()
-        };
         json!({
             "interfaces": self.interfaces,
             "handshake": self.handshake,
@@ -129,16 +132,14 @@ impl Plan {
                 "dev": "lo",
                 "table": route.table,
             })).collect::<Vec<_>>(),
-            "sysctls": self.sysctls.iter().map(|s| (s.name, s.value)).collect::<std::collections::BTreeMap<_, _>>(),
+            "sysctls": self.sysctls.iter().map(|s| (s.name, s.value)).collect::<BTreeMap<_, _>>(),
             "workers": self.workers,
             "sockets": self.sockets.iter().map(|socket| json!({
                 "protocol": socket.protocol,
                 "address": socket.address.to_string(),
             })).collect::<Vec<_>>(),
+            "captured": selection(&self.scope).into_iter().collect::<BTreeMap<_, _>>(),
             "maps": {
-                "PORTS": self.ports.to_string(),
-                "SOURCES": table(&self.sources),
-                "DESTINATIONS": table(&self.destinations),
                 "LOCAL": self.local.iter().map(prefix).collect::<Vec<_>>(),
             },
             "warnings": self.warnings,

@@ -1,5 +1,7 @@
 //! What the capture program takes, and what it leaves.
 
+use tproxy_user::config::Scope;
+
 use crate::kernel::{Context, Kernel, PASS, STEERED, capture, usual};
 use crate::packets as p;
 use tproxy_common::abi::{Settings, Verdict, program};
@@ -91,27 +93,27 @@ fn answers_to_the_outside_are_not_captured() {
 }
 
 fn protocols_and_families_are_chosen() {
-    let base = usual();
     let cases = [
-        (Settings { tcp: 0, ..base }, p::syn_v4()),
-        (Settings { udp: 0, ..base }, p::udp_v4(3)),
-        (Settings { v4: 0, ..base }, p::syn_v4()),
-        (Settings { v6: 0, ..base }, p::udp_v6(3)),
+        (Scope { tcp: false, ..Scope::default() }, p::syn_v4()),
+        (Scope { udp: false, ..Scope::default() }, p::udp_v4(3)),
+        (Scope { v4: false, ..Scope::default() }, p::syn_v4()),
+        (Scope { v6: false, ..Scope::default() }, p::udp_v6(3)),
     ];
-    for (settings, packet) in cases {
-        let mut kernel = Kernel::new(&settings);
+    for (scope, packet) in cases {
+        let mut kernel = Kernel::new(&usual());
+        kernel.select(&scope);
         kernel.run(program::CAPTURE, &packet).expect(PASS, "pass_policy");
         assert_eq!(kernel.only_flow().1.verdict, Verdict::Pass as u8);
     }
 }
 
 fn ports_are_chosen() {
-    let settings = Settings { any_port: 0, ..usual() };
     for (ports, steered) in
         [(vec![p::SERVER_PORT], true), (vec![p::SERVER_PORT - 1, p::SERVER_PORT + 1], false)]
     {
-        let mut kernel = Kernel::new(&settings);
-        kernel.set_ports(&ports);
+        let mut kernel = Kernel::new(&usual());
+        let ports = ports.into_iter().map(|port| (port, port)).collect();
+        kernel.select(&Scope { ports, ..Scope::default() });
         let outcome = kernel.run(program::CAPTURE, &p::syn_v4());
         if steered {
             outcome.expect(STEERED, "assign_eopnotsupp");

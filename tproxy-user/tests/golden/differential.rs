@@ -3,6 +3,7 @@
 
 use nix::errno::Errno;
 use tproxy_common::abi::{Settings, program};
+use tproxy_user::config::Scope;
 
 use crate::corpus;
 use crate::kernel::{Kernel, usual};
@@ -15,19 +16,19 @@ const PROGRAMS: [&str; 5] =
     [program::CAPTURE, program::UPLINK, program::REPLY, program::OWN, program::LOOPBACK];
 
 fn everything_captured() {
-    compare(&Model { settings: Settings { own_traffic: 1, ..usual() }, ports: Vec::new() });
+    compare(&Model::new(&Settings { own_traffic: 1, ..usual() }, &Scope::default()));
 }
 
 fn little_captured() {
-    let settings =
-        Settings { own_traffic: 1, tcp: 0, v4: 0, any_port: 0, mark_value: 0x10, mark_mask: 0xf0, ..usual() };
-    compare(&Model { settings, ports: vec![p::SERVER_PORT] });
+    let settings = Settings { own_traffic: 1, mark_value: 0x10, mark_mask: 0xf0, ..usual() };
+    let ports = vec![(p::SERVER_PORT, p::SERVER_PORT)];
+    compare(&Model::new(&settings, &Scope { tcp: false, v4: false, ports, ..Scope::default() }));
 }
 
 /// Runs the whole corpus, and names each packet that is seen differently.
 fn compare(model: &Model) {
     let mut kernel = Kernel::new(&model.settings);
-    kernel.set_ports(&model.ports);
+    kernel.set_rules(&model.rules);
     let corpus = corpus::all();
     let (mut ran, mut wrong) = (0, Vec::new());
     for name in PROGRAMS {

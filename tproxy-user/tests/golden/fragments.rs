@@ -1,5 +1,7 @@
 //! Fragments, in any order.
 
+use tproxy_user::config::Scope;
+
 use crate::kernel::{Kernel, PASS, STEERED, capture, usual};
 use crate::packets::{self as p, fragment_v4, fragment_v6};
 use tproxy_common::abi::{Settings, program};
@@ -34,7 +36,8 @@ fn fragments_are_marked_alike_in_any_order() {
 }
 
 fn fragments_of_what_is_not_captured_pass() {
-    let mut kernel = Kernel::new(&Settings { udp: 0, ..usual() });
+    let mut kernel = Kernel::new(&usual());
+    kernel.select(&Scope { udp: false, ..Scope::default() });
     for fragment in fragment_v4(&p::udp_v4(3000), 1480, 5) {
         let outcome = kernel.run(program::CAPTURE, &fragment);
         assert_eq!((outcome.action, outcome.mark), (PASS, 0));

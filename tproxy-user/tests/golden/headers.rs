@@ -2,9 +2,11 @@
 
 use etherparse::IpNumber;
 
+use tproxy_user::config::Scope;
+
 use crate::kernel::{Kernel, PASS, STEERED, capture, usual};
 use crate::packets::{self as p, Extension};
-use tproxy_common::abi::{Settings, program};
+use tproxy_common::abi::program;
 
 tests![
     what_is_not_for_a_proxy_passes_untouched,
@@ -46,8 +48,8 @@ fn what_is_not_for_a_proxy_passes_untouched() {
 
 fn ip_options_and_extension_headers_do_not_hide_the_ports() {
     for packet in [p::syn_v4_with_options(), p::udp_v6_with_extensions()] {
-        let mut kernel = Kernel::new(&Settings { any_port: 0, ..usual() });
-        kernel.set_ports(&[p::SERVER_PORT]);
+        let mut kernel = Kernel::new(&usual());
+        kernel.select(&Scope { ports: vec![(p::SERVER_PORT, p::SERVER_PORT)], ..Scope::default() });
         kernel.run(program::CAPTURE, &packet).expect(STEERED, "assign_eopnotsupp");
     }
 }

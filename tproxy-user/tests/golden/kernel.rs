@@ -15,10 +15,11 @@ use tproxy_common::abi::{
 use tproxy_common::counter::Counters;
 use tproxy_common::wire::Packet;
 use tproxy_user::config::Kernel as Version;
+use tproxy_user::config::Scope;
 use tproxy_user::datapath::attach::add_clsact;
 use tproxy_user::datapath::features::Features;
 use tproxy_user::datapath::load::Datapath;
-use tproxy_user::datapath::policy::PORT_WORDS;
+use tproxy_user::policy::compile::{RuleSet, compile};
 use tproxy_user::privilege::running_kernel;
 
 use crate::packets::mapped;
@@ -117,15 +118,16 @@ fn enter_namespace() {
     assert!(up.is_ok_and(|status| status.success()), "ip link set lo up failed");
 }
 
-/// The default build or the debugging build, its maps made, no program loaded.
+/// The default build or the debugging build, its maps made, every flow captured, no program loaded.
 pub(crate) fn load(settings: &Settings, log: bool) -> (Datapath, Features) {
     let features =
         Features::of(running_kernel().expect("a kernel version")).expect("a kernel that can steer");
-    let datapath = Datapath::maps_only(settings, features, log).unwrap_or_else(|error| panic!("{error}"));
+    let mut datapath = Datapath::maps_only(settings, features, log).unwrap_or_else(|error| panic!("{error}"));
+    datapath.set_policy(&compile(&Scope::default().rules()).expect("few rules")).expect("rules");
     (datapath, features)
 }
 
-/// Everything captured by one worker.
+/// One worker.
 pub(crate) fn usual() -> Settings {
     Settings {
         abi_version: ABI_VERSION,
@@ -134,14 +136,7 @@ pub(crate) fn usual() -> Settings {
         own_mark: 2,
         workers: 1,
         lo_ifindex: 1,
-        tcp: 1,
-        udp: 1,
-        v4: 1,
-        v6: 1,
         fail_open: 1,
-        any_port: 1,
-        any_source: 1,
-        any_destination: 1,
         sk_lookup: 1,
         link_headers: 1,
         ..Settings::default()
@@ -358,14 +353,14 @@ impl Kernel {
 
     pub(crate) fn add_local(&mut self, v4: [u8; 4]) {
         let key = LpmKey { prefix_len: 128, addr: mapped(v4) };
-        self.datapath.set_prefixes(map::LOCAL, &[(key, 1)]).expect("a prefix");
+        self.datapath.set_local(&[key]).expect("a prefix");
     }
 
-    pub(crate) fn set_ports(&mut self, ports: &[u16]) {
-        let mut words = [0u64; PORT_WORDS];
-        for port in ports {
-            words[usize::from(port / 64)] |= 1 << (port % 64);
-        }
-        self.datapath.set_ports(&words).expect("ports");
+    pub(crate) fn select(&mut self, scope: &Scope) {
+        self.set_rules(&scope.rules());
+    }
+
+    pub(crate) fn set_rules(&mut self, rules: &RuleSet) {
+        self.datapath.set_policy(&compile(rules).expect("rules that fit")).expect("rules");
     }
 }

@@ -25,6 +25,7 @@ mod link;
 mod listeners;
 mod packets;
 mod predict;
+mod rules;
 mod sides;
 mod skip;
 mod verifier;
@@ -40,6 +41,7 @@ fn main() {
         headers::TESTS,
         link::TESTS,
         listeners::TESTS,
+        rules::TESTS,
         sides::TESTS,
         verifier::TESTS,
     ];

@@ -3,6 +3,9 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use etherparse::{IpNumber, PacketBuilder};
+use tproxy_common::abi::{Family, TCP};
+use tproxy_common::policy::Known;
+use tproxy_user::policy::facts;
 
 pub(crate) const CLIENT_V4: [u8; 4] = [192, 0, 2, 2];
 pub(crate) const SERVER_V4: [u8; 4] = [203, 0, 113, 7];
@@ -149,6 +152,25 @@ pub(crate) fn with_options(packet: &[u8], words: usize) -> Vec<u8> {
 }
 
 /// Record route, 40 bytes of options (RFC 791).
+/// The first packet of the flow of which this is known.
+pub(crate) fn opening(seen: &facts::Packet) -> Vec<u8> {
+    let Known::Is((source_port, destination_port)) = seen.ports else { panic!("no ports") };
+    let v4 = seen.family == Family::V4;
+    let mut frame = match (v4, seen.protocol == TCP) {
+        (true, true) => syn_v4(),
+        (true, false) => udp_v4(4),
+        (false, true) => syn_v6(),
+        (false, false) => udp_v6(4),
+    };
+    let (addresses, length, ports) = if v4 { (12, 4, 20) } else { (8, 16, 40) };
+    let mut put = |at: usize, bytes: &[u8]| frame[ETHERNET + at..][..bytes.len()].copy_from_slice(bytes);
+    put(addresses, &seen.source[16 - length..]);
+    put(addresses + length, &seen.destination[16 - length..]);
+    put(ports, &source_port.to_be_bytes());
+    put(ports + 2, &destination_port.to_be_bytes());
+    frame
+}
+
 pub(crate) fn syn_v4_with_options() -> Vec<u8> {
     let mut packet = with_options(&syn_v4(), 10);
     packet[ETHERNET + 20..ETHERNET + 23].copy_from_slice(&[7, 39, 4]);

@@ -1,10 +1,15 @@
 //! What userspace's parser and classification say of a packet that a program
 //! sees first, when nothing is known of any flow.
 
-use tproxy_common::abi::{Addr, Family, FlowKey, Origin, Settings, TCP, UDP, Verdict, program};
-use tproxy_common::classify::{Policy, captures, is_special, on_the_wire, segments};
+use tproxy_common::abi::{FlowKey, Origin, Settings, TCP, UDP, Verdict, program};
+use tproxy_common::classify::{is_special, on_the_wire, segments};
 use tproxy_common::flow::tcp_seen;
+use tproxy_common::policy::Known;
 use tproxy_common::wire::{Fragment, Packet, Skip, parse_v4, parse_v6};
+
+use tproxy_user::config::Scope;
+use tproxy_user::policy::compile::{RuleSet, compile};
+use tproxy_user::policy::facts::{self, Memory};
 
 use crate::corpus::Case;
 use crate::kernel::{Context, PASS, REDIRECTED, STEERED};
@@ -33,34 +38,11 @@ pub(crate) struct SeenFlow {
     pub(crate) seen_up: u8,
 }
 
-/// The model: settings, and the ports that are captured where not all are.
+/// The model: settings and rules.
 pub(crate) struct Model {
     pub(crate) settings: Settings,
-    pub(crate) ports: Vec<u16>,
-}
-
-impl Policy for Model {
-    fn protocol(&self, protocol: u8) -> bool {
-        protocol == TCP && self.settings.tcp == 1 || protocol == UDP && self.settings.udp == 1
-    }
-    fn family(&self, family: Family) -> bool {
-        match family {
-            Family::V4 => self.settings.v4 == 1,
-            Family::V6 => self.settings.v6 == 1,
-        }
-    }
-    fn port(&self, port: u16) -> bool {
-        self.ports.contains(&port)
-    }
-    fn any_port(&self) -> bool {
-        self.settings.any_port == 1
-    }
-    fn source(&self, _: &Addr) -> bool {
-        true
-    }
-    fn destination(&self, _: &Addr) -> bool {
-        true
-    }
+    pub(crate) rules: RuleSet,
+    image: Memory,
 }
 
 /// Parses a frame, as a program does: by the type in its Ethernet header.
@@ -90,6 +72,12 @@ fn counter(skip: Skip) -> &'static str {
 }
 
 impl Model {
+    pub(crate) fn new(settings: &Settings, scope: &Scope) -> Self {
+        let rules = scope.rules();
+        let image = Memory(compile(&rules).expect("few rules"));
+        Self { settings: *settings, rules, image }
+    }
+
     /// What a program does with a packet.
     pub(crate) fn predict(&self, name: &str, case: &Case) -> Seen {
         match name {
@@ -177,8 +165,20 @@ impl Model {
     }
 
     fn captures(&self, packet: &Packet) -> bool {
-        let port = (packet.fragment != Fragment::Later).then_some(packet.destination_port);
-        captures(self, packet.family, packet.protocol, &packet.source, &packet.destination, port)
+        let known = [Known::Is((packet.source_port, packet.destination_port))];
+        let unknown = [Known::Absent, Known::Unknown];
+        let ports: &[_] = if packet.fragment == Fragment::Later { &unknown } else { &known };
+        ports.iter().any(|ports| {
+            let seen = facts::Packet {
+                family: packet.family,
+                source: packet.source,
+                destination: packet.destination,
+                ports: *ports,
+                protocol: packet.protocol,
+                interface: None,
+            };
+            self.image.decide(&seen).0 == Verdict::Proxy as u32
+        })
     }
 }
 

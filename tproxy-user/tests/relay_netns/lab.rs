@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use nix::sched::{CloneFlags, setns};
 use tproxy_user::config::{
-    Attach, Capture, Config, Fail, Handshake, Limits, Mark, SourceMode, Steer, Steering, Timeouts,
+    Attach, Capture, Config, Fail, Handshake, Limits, Mark, Scope, SourceMode, Steer, Steering, Timeouts,
 };
 use tproxy_user::listener;
 use tproxy_user::relay::Shared;
@@ -242,15 +242,7 @@ pub(crate) fn config(source: SourceMode) -> Config {
     Config {
         capture: Capture {
             interfaces: Vec::new(),
-            tcp: true,
-            udp: true,
-            v4: true,
-            v6: true,
-            ports: Vec::new(),
-            to: Vec::new(),
-            not_to: Vec::new(),
-            from: Vec::new(),
-            not_from: Vec::new(),
+            scope: Scope::default(),
             own_traffic: false,
             fail: Fail::Open,
         },

@@ -32,8 +32,8 @@ fn one_port_is_fixed_and_the_others_are_free_ones() {
         .map(|listener| (listener.kind as u32, listener.addr.port()))
         .collect();
     assert_eq!(ports.len(), 3 * ListenerKind::ALL.len());
-    config.capture.udp = false;
-    config.capture.v6 = false;
+    config.capture.scope.udp = false;
+    config.capture.scope.v6 = false;
     config.steering.on_port += 1;
     let workers = lab.on(Host::Router, || listener::bind(&config)).unwrap();
     assert!(

@@ -1,0 +1,285 @@
+//! Ordered rules in compiled form, and the first that matches.
+//!
+//! The cost grows neither with the rules nor with their prefixes. It is the
+//! bit-vector method (Lakshman and Stiliadis, SIGCOMM 1998) with a summary of
+//! each vector (Baboescu and Varghese, SIGCOMM 2001): each dimension of a packet,
+//! such as its source or its port, is looked up by itself and gives a vector of
+//! the rules that this value satisfies. The first bit that all have is the rule.
+//! A value is found in a tree over the ends of intervals, so prefixes, ranges
+//! and single values are one thing, and a million prefixes of one rule are two
+//! million words.
+//!
+//! The compiled form is one image of equal [`Line`]s, which kernel programs read
+//! from a map and userspace from memory; this is the code of both. `tproxy-user`
+//! compiles it.
+
+#![allow(
+    clippy::cast_possible_truncation,
+    reason = "places in a line and dimensions are below 32, and addresses are cut into words"
+)]
+
+mod search;
+
+use crate::abi::{Addr, Family};
+
+/// The unit in which an image is read: two cache lines.
+pub type Line = [u32; LINE];
+
+/// Words of a [`Line`].
+pub const LINE: usize = 32;
+
+/// Rules that an image can hold: words 0 and 1 of a vector's two lines sum the others up.
+pub const MAX_RULES: usize = VECTOR_WORDS * 32;
+
+/// Words of a vector that hold rules, 32 in each.
+pub const VECTOR_WORDS: usize = VECTOR_LINES * LINE - SUMMARY_WORDS;
+
+/// Lines of a vector.
+pub const VECTOR_LINES: usize = 2;
+
+/// Words of a vector that have a bit for each of the others that is not zero.
+pub const SUMMARY_WORDS: usize = 2;
+
+/// The most levels of a tree: 8^7 ends of 128 bits, or 32^4 of 32 bits, are two million.
+pub const MAX_LEVELS: usize = 8;
+
+/// What of a packet rules may ask for. Each is looked up by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(u8)]
+pub enum Dimension {
+    /// Source address of an IPv4 packet, 32 bits.
+    Source4,
+    /// Source address of an IPv6 packet, 128 bits.
+    Source6,
+    /// Destination address of an IPv4 packet.
+    Destination4,
+    /// Destination address of an IPv6 packet.
+    Destination6,
+    /// Source port; unknown in a fragment without ports.
+    SourcePort,
+    /// Destination port; unknown in a fragment without ports.
+    DestinationPort,
+    /// Protocol number.
+    Protocol,
+    /// Index of the interface that the flow arrives on; of own traffic none.
+    Interface,
+}
+
+impl Dimension {
+    /// All, in the order of their numbers.
+    pub const ALL: [Self; 8] = [
+        Self::Source4,
+        Self::Source6,
+        Self::Destination4,
+        Self::Destination6,
+        Self::SourcePort,
+        Self::DestinationPort,
+        Self::Protocol,
+        Self::Interface,
+    ];
+
+    /// Words of a value.
+    #[must_use]
+    pub const fn width(self) -> usize {
+        match self {
+            Self::Source6 | Self::Destination6 => 4,
+            _ => 1,
+        }
+    }
+}
+
+/// Where things are in an image. Line 0 is the header, the lines after it
+/// describe two dimensions each.
+pub mod layout {
+    use super::LINE;
+
+    /// Header: the dimensions that rules ask for, a bit each.
+    pub const USED: usize = 0;
+    /// Header: the first line of verdicts, [`LINE`] in each. After the last rule's
+    /// comes that of a packet which no rule matches.
+    pub const VERDICTS: usize = 1;
+    /// Header: how many rules there are.
+    pub const RULES: usize = 2;
+
+    /// Words that describe a dimension.
+    pub const DESCRIPTION: usize = LINE / 2;
+    /// Description: levels of its tree, 0 where all values are alike.
+    pub const LEVELS: usize = 0;
+    /// Description: the first line of class numbers, one an interval.
+    pub const CLASSES: usize = 1;
+    /// Description: the first line of vectors, one a class.
+    pub const VECTORS: usize = 2;
+    /// Description: the class of a packet that has no such value.
+    pub const ABSENT: usize = 3;
+    /// Description: the class of a packet that may have any value.
+    pub const UNKNOWN: usize = 4;
+    /// Description: the first line of each level, the root first.
+    pub const TREE: usize = 8;
+
+    /// The line that describes a dimension, and where in it.
+    #[must_use]
+    pub const fn description(dimension: usize) -> (usize, usize) {
+        (1 + dimension / 2, dimension % 2 * DESCRIPTION)
+    }
+}
+
+/// An image, in a map or in memory.
+pub trait Image {
+    /// A line; `None` beyond the end.
+    fn line(&self, index: u32) -> Option<&Line>;
+
+    /// The same number, by a way on which the kernel's verifier loses sight of it:
+    /// what it can tell of numbers keeps it from joining the paths that lead to one place.
+    fn hidden(&self, number: u32) -> u32;
+
+    /// The same number, of which the compiler knows nothing: it would make branches
+    /// of arithmetic that stands for them.
+    fn opaque(&self, number: u64) -> u64;
+}
+
+/// What a packet is to the rules. Each is asked for at most once, and only if rules do.
+pub trait Facts {
+    /// The family of its addresses.
+    fn family(&self) -> Family;
+    /// Source address.
+    fn source(&self) -> &Addr;
+    /// Destination address.
+    fn destination(&self) -> &Addr;
+    /// Source and destination port.
+    fn ports(&self) -> Known<(u16, u16)>;
+    /// Protocol number.
+    fn protocol(&self) -> u8;
+    /// Index of the interface that it arrived on; `None` for own traffic.
+    fn interface(&self) -> Option<u32>;
+}
+
+/// Memory for one decision, the lines of the vectors that are to be joined.
+pub type Work = [u32; Dimension::ALL.len()];
+
+/// What is known of a value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Known<V> {
+    /// It is this.
+    Is(V),
+    /// The packet has none: no rule that asks for one matches.
+    Absent,
+    /// It may have any: every rule that asks for one matches.
+    Unknown,
+}
+
+impl<V> Known<V> {
+    #[inline(always)]
+    fn map<W>(self, change: impl FnOnce(V) -> W) -> Known<W> {
+        match self {
+            Self::Is(value) => Known::Is(change(value)),
+            Self::Absent => Known::Absent,
+            Self::Unknown => Known::Unknown,
+        }
+    }
+}
+
+/// The verdict over a packet: the word that was compiled for the first rule that
+/// matches, or the one for packets that no rule matches, and the number of the
+/// rule, from 0 on; that of no rule is how many there are.
+///
+/// `None` where the image is none that the compiler makes.
+#[inline(always)]
+pub fn decide(image: &impl Image, facts: &impl Facts, work: &mut Work) -> Option<(u32, u32)> {
+    let header = image.line(0)?;
+    let used = word(header, layout::USED);
+    let joined = vectors(image, used, facts, work)?;
+    // Rules that ask for nothing match everything: the first is the first of all.
+    let first = if joined == 0 { 0 } else { first_in_all(image, work, joined)? };
+    let rule = first.min(word(header, layout::RULES));
+    let line = image.line(word(header, layout::VERDICTS).wrapping_add(rule / LINE as u32))?;
+    Some((word(line, rule as usize), rule))
+}
+
+/// Looks the dimensions up that rules ask for. How many vectors there are to join.
+#[inline(always)]
+fn vectors(image: &impl Image, used: u32, facts: &impl Facts, work: &mut Work) -> Option<u32> {
+    let mut joined = 0u32;
+    /// Looks one up, if rules ask for it.
+    macro_rules! look_up {
+        ($dimension:ident, $value:expr) => {
+            if used & 1 << Dimension::$dimension as u32 != 0 {
+                let (line, at) = const { layout::description(Dimension::$dimension as usize) };
+                let described = image.line(line as u32)?;
+                let class = match $value {
+                    Known::Is(value) => search::class(image, described, at, value)?,
+                    Known::Absent => word(described, at + layout::ABSENT),
+                    Known::Unknown => word(described, at + layout::UNKNOWN),
+                };
+                let vector = class.wrapping_mul(VECTOR_LINES as u32);
+                work[joined as usize % work.len()] =
+                    word(described, at + layout::VECTORS).wrapping_add(vector);
+                joined = image.hidden(joined + 1);
+            }
+        };
+    }
+    match facts.family() {
+        Family::V4 => {
+            look_up!(Source4, Known::Is(low_word(facts.source())));
+            look_up!(Destination4, Known::Is(low_word(facts.destination())));
+        }
+        Family::V6 => {
+            look_up!(Source6, Known::Is(halves(facts.source())));
+            look_up!(Destination6, Known::Is(halves(facts.destination())));
+        }
+    }
+    look_up!(SourcePort, facts.ports().map(|(source, _)| u32::from(source)));
+    look_up!(DestinationPort, facts.ports().map(|(_, destination)| u32::from(destination)));
+    look_up!(Protocol, Known::Is(u32::from(facts.protocol())));
+    look_up!(Interface, facts.interface().map_or(Known::Absent, Known::Is));
+    Some(joined)
+}
+
+/// No rule is in all vectors.
+const NONE: u32 = u32::MAX;
+
+/// The first bit that all vectors have, [`NONE`] where there is none.
+#[inline(always)]
+fn first_in_all(image: &impl Image, work: &Work, joined: u32) -> Option<u32> {
+    let summary = [in_all(image, work, joined, 0)?, in_all(image, work, joined, 1)?];
+    for chunk in 0..VECTOR_WORDS {
+        // Not all have a bit in there; those that have may have different ones.
+        if summary[chunk / 32] >> (chunk % 32) & 1 == 0 {
+            continue;
+        }
+        let all = in_all(image, work, joined, SUMMARY_WORDS + chunk)?;
+        if all != 0 {
+            return Some(image.hidden(chunk as u32 * 32 + all.trailing_zeros()));
+        }
+    }
+    Some(NONE)
+}
+
+/// The bits of a word that all vectors have.
+#[inline(always)]
+fn in_all(image: &impl Image, work: &Work, joined: u32, place: usize) -> Option<u32> {
+    let mut all = u32::MAX;
+    for vector in work.iter().take(joined as usize) {
+        all &= word(image.line(vector.wrapping_add((place / LINE) as u32))?, place);
+        if all == 0 {
+            break;
+        }
+    }
+    Some(all)
+}
+
+#[inline(always)]
+const fn word(line: &Line, at: usize) -> u32 {
+    line[at % LINE]
+}
+
+/// The low 32 bits: an IPv4 address is given mapped.
+#[inline(always)]
+const fn low_word(addr: &Addr) -> u32 {
+    u32::from_be_bytes([addr[12], addr[13], addr[14], addr[15]])
+}
+
+#[inline(always)]
+const fn halves(addr: &Addr) -> (u64, u64) {
+    let number = u128::from_be_bytes(*addr);
+    ((number >> 64) as u64, number as u64)
+}

@@ -1,0 +1,91 @@
+//! A value's class: its interval by a tree of fixed fan-out, then the interval's class.
+
+use super::layout::{CLASSES, LEVELS, TREE};
+use super::{Image, LINE, Line, MAX_LEVELS, word};
+
+/// A value of a dimension, in the order of numbers.
+///
+/// Comparisons are arithmetic: of a branch the kernel's verifier follows both ways,
+/// and of a tree's every path.
+pub(super) trait Value: Copy {
+    /// Words of one in a line, the highest first.
+    const WIDTH: usize;
+
+    /// 1 where the one at this place of a line is less, else 0.
+    fn exceeds(self, image: &impl Image, line: &Line, place: usize) -> usize;
+}
+
+impl Value for u32 {
+    const WIDTH: usize = 1;
+
+    #[inline(always)]
+    fn exceeds(self, image: &impl Image, line: &Line, place: usize) -> usize {
+        let end = u64::from(word(line, bounded(image, place)));
+        (image.opaque(end.wrapping_sub(u64::from(self))) >> 63) as usize
+    }
+}
+
+/// An IPv6 address, the high half first: BPF has no 128-bit numbers.
+impl Value for (u64, u64) {
+    const WIDTH: usize = 4;
+
+    #[inline(always)]
+    fn exceeds(self, image: &impl Image, line: &Line, place: usize) -> usize {
+        let at = bounded(image, place * Self::WIDTH);
+        let (high, low) = (double_word(line, at), double_word(line, at + 2));
+        (less(image, high, self.0) | (!less(image, self.0, high) & less(image, low, self.1))) as usize
+    }
+}
+
+/// 1 where `a` is less than `b`, else 0: the borrow of their difference.
+#[inline(always)]
+fn less(image: &impl Image, a: u64, b: u64) -> u64 {
+    ((!a & b) | ((!a | b) & image.opaque(a.wrapping_sub(b)))) >> 63
+}
+
+/// The same place of a line. What the compiler can tell of it the verifier of Linux 5.10
+/// cannot, so the compiler must not leave the bound out that [`word`] sets.
+#[inline(always)]
+fn bounded(image: &impl Image, place: usize) -> usize {
+    image.opaque(place as u64) as usize
+}
+
+#[inline(always)]
+fn double_word(line: &Line, at: usize) -> u64 {
+    u64::from(word(line, at)) << 32 | u64::from(word(line, at + 1))
+}
+
+/// How many places of a line hold less than the value. Unused ones hold the
+/// greatest value that there is.
+#[inline(always)]
+fn places_below<V: Value>(image: &impl Image, line: &Line, value: V) -> u32 {
+    let mut below = 0;
+    let mut step = LINE / V::WIDTH / 2;
+    while step > 0 {
+        below += step * value.exceeds(image, line, below + step - 1);
+        step /= 2;
+    }
+    (below + value.exceeds(image, line, below)) as u32
+}
+
+/// The class of a value. `described` is the line of the dimension's description,
+/// which begins at word `at`.
+///
+/// A level is the ends of intervals (the lowest), or the greatest ends of the
+/// lines below; the last of all is not in the tree. So each level says which line
+/// of the next one holds the interval, and the lowest says which interval.
+#[inline(never)]
+pub(super) fn class<V: Value>(image: &impl Image, described: &Line, at: usize, value: V) -> Option<u32> {
+    let fan_out = (LINE / V::WIDTH) as u32;
+    let levels = word(described, at + LEVELS) as usize;
+    let mut place = 0u32;
+    for level in 0..MAX_LEVELS {
+        if level >= levels {
+            break;
+        }
+        let line = image.line(word(described, at + TREE + level).wrapping_add(place))?;
+        place = place.wrapping_mul(fan_out).wrapping_add(places_below(image, line, value));
+    }
+    let line = image.line(word(described, at + CLASSES).wrapping_add(place / LINE as u32))?;
+    Some(word(line, place as usize))
+}
