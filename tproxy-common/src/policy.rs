@@ -6,8 +6,8 @@
 //! such as its source or its port, is looked up by itself and gives a vector of
 //! the rules that this value satisfies. The first bit that all have is the rule.
 //! A value is found in a tree over the ends of intervals, so prefixes, ranges
-//! and single values are one thing, and a million prefixes of one rule are two
-//! million words.
+//! and single values are one thing, and a million IPv4 prefixes of one rule are some
+//! four million words.
 //!
 //! The compiled form is one image of equal [`Line`]s, which kernel programs read
 //! from a map and userspace from memory; this is the code of both. `tproxy-user`
@@ -40,7 +40,8 @@ pub const VECTOR_LINES: usize = 2;
 /// Words of a vector that have a bit for each of the others that is not zero.
 pub const SUMMARY_WORDS: usize = 2;
 
-/// The most levels of a tree: 8^7 ends of 128 bits, or 32^4 of 32 bits, are two million.
+/// The most levels of a tree: 8^7 ends of 128 bits are two million, of 32 bits that
+/// takes 5 levels.
 pub const MAX_LEVELS: usize = 8;
 
 /// What of a packet rules may ask for. Each is looked up by itself.
@@ -137,7 +138,7 @@ pub trait Image {
     fn opaque(&self, number: u64) -> u64;
 }
 
-/// What a packet is to the rules. Each is asked for at most once, and only if rules do.
+/// What a packet is to the rules, which ask for no more than they need.
 pub trait Facts {
     /// The family of its addresses.
     fn family(&self) -> Family;

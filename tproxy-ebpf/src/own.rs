@@ -31,6 +31,7 @@ pub(crate) fn egress(skb: &Skb) -> i32 {
 #[inline(always)]
 fn leaving(skb: &Skb, packet: &mut Packet) -> i32 {
     let known = resolve_ports(packet);
+    let packet: &Packet = packet;
     if known {
         leaves(skb, packet);
     }
@@ -62,7 +63,10 @@ fn own(skb: &Skb, packet: &Packet) -> i32 {
         if !flow.is_proxied() {
             return pass(Counter::PassPolicy);
         }
-        return if sock::listener(skb, packet).is_some() { to_loopback(skb, packet) } else { fail() };
+        // While the proxy drains its connections nobody listens.
+        let taken = sock::listener(skb, packet).is_some()
+            || (packet.protocol != UDP && sock::connection(skb, packet).is_some());
+        return if taken { to_loopback(skb, packet) } else { fail() };
     }
     if packet.protocol == UDP {
         // An answer of a service on this host.

@@ -33,7 +33,8 @@ pub(crate) fn captures_own(skb: &Skb) -> bool {
     is_proxied(skb, PORTS_KNOWN | OWN)
 }
 
-/// Whether they might, were the ports known.
+/// Whether they might, were the ports known. Exact where rules that ask for ports have
+/// one verdict, as those of the flags do.
 #[inline(always)]
 pub(crate) fn captures_some_port(skb: &Skb) -> bool {
     is_proxied(skb, PORTS_ABSENT) || is_proxied(skb, PORTS_UNKNOWN)

@@ -116,7 +116,7 @@ impl Datapath {
         Ok(Self { ebpf, admit: None, features })
     }
 
-    /// Makes the maps alone: pins nothing and loads no program. For tests,
+    /// Makes the maps alone: leaves nothing pinned and loads no program. For tests,
     /// which load what they run.
     ///
     /// # Errors
@@ -129,11 +129,12 @@ impl Datapath {
             std::thread::current().id()
         ));
         bpffs::create(&pin)?;
-        policy::create(features, &pin)?;
+        let policy = policy::create(features, &pin);
         let mut loader = loader(settings, 1024, None);
         loader.map_pin_path(map::POLICY, pin.join(map::POLICY));
         let ebpf = loader.load(if log { OBJECT_LOG } else { OBJECT });
         bpffs::remove(&pin)?;
+        policy?;
         let ebpf = ebpf?;
         Ok(Self { ebpf, admit: None, features })
     }

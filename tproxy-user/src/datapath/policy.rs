@@ -6,6 +6,7 @@ use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::path::Path;
 
 use aya::maps::{Array, ArrayOfMaps, MapData, MapError};
+use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 use tproxy_common::abi::map;
 use tproxy_common::policy::Line;
 
@@ -92,7 +93,19 @@ impl Default for MapCreate {
     }
 }
 
+/// Makes a map. Before Linux 5.11 its memory counts as locked, and is refused where root
+/// has so much already: then without a limit, as aya makes the others.
 fn create_map(attributes: &MapCreate) -> io::Result<OwnedFd> {
+    match try_create_map(attributes) {
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
+            setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY)?;
+            try_create_map(attributes)
+        }
+        made => made,
+    }
+}
+
+fn try_create_map(attributes: &MapCreate) -> io::Result<OwnedFd> {
     /// `BPF_MAP_CREATE`, of `enum bpf_cmd`.
     const MAP_CREATE: libc::c_int = 0;
     // SAFETY: the kernel reads as many bytes as it is told there are.
@@ -119,7 +132,7 @@ impl Datapath {
         let count = u32::try_from(lines.len()).unwrap_or(u32::MAX);
         let size = fixed.unwrap_or(count);
         if count > size {
-            let mib = |lines: u32| (u64::from(lines) * u64::from(LINE_SIZE)) >> 20;
+            let mib = |lines: u32| (u64::from(lines) * u64::from(LINE_SIZE)).div_ceil(1 << 20);
             return Err(LoadError::RulesTooLarge { mib: mib(count), most: mib(size) });
         }
         let mut image: Array<MapData, Line> = Array::create(size, flags).map_err(error)?;

@@ -70,6 +70,8 @@ pub fn compile(set: &RuleSet) -> Result<Vec<Line>, TooManyRules> {
 }
 
 fn condition(rule: &Rule, dimension: Dimension) -> Option<&Ranges> {
+    let of_dimension = rule.conditions.iter().filter(|condition| condition.dimension == dimension);
+    debug_assert!(of_dimension.count() <= 1, "two conditions for {dimension:?}");
     rule.conditions
         .iter()
         .find(|condition| condition.dimension == dimension)
@@ -93,6 +95,11 @@ fn add_dimension(image: &mut Vec<Line>, set: &RuleSet, dimension: Dimension) {
         }
     }
     changes.sort_unstable();
+    let bits = 32 * dimension.width();
+    debug_assert!(
+        changes.last().is_none_or(|(from, _)| bits == 128 || *from <= 1 << bits),
+        "{dimension:?} has {bits} bits"
+    );
     let (mut ends, mut classes) = (Vec::new(), Vec::new());
     let mut satisfied = absent.clone();
     let mut class = vectors.class_of(&satisfied);

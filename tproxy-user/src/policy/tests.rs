@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 use tproxy_common::abi::{Family, mapped};
-use tproxy_common::policy::{Dimension, Known, MAX_RULES};
+use tproxy_common::policy::{Dimension, Known, LINE, MAX_RULES};
 
 use super::compile::{Condition, Rule, RuleSet, TooManyRules, compile};
 use super::facts::{Memory, Packet};
@@ -33,28 +33,46 @@ proptest! {
             prop_assert_eq!(image.decide(&packet), naive(&set, &packet), "{:?}", packet);
         }
     }
+}
 
-    /// Trees of every height, and values at both sides of every end.
-    #[test]
-    fn every_interval_is_found(
-        (dimension, count) in (prop::sample::select(Dimension::ALL.to_vec()), 0_usize..70_000)
-    ) {
-        let most = u128::MAX >> (128 - 32 * dimension.width());
-        let step = most / (count as u128 + 1);
-        prop_assume!(step > 2);
-        let ranges: Vec<_> = (0..count as u128).map(|at| (at * step + 1, at * step + step / 2)).collect();
-        let values = Arc::new(Ranges::new(ranges.clone()));
-        let rule = Rule { conditions: vec![Condition { dimension, values }], verdict: 1 };
-        let set = RuleSet { rules: vec![rule], otherwise: 0 };
-        let image = Memory(compile(&set).expect("one rule"));
-        for (first, last) in ranges.into_iter().step_by(count / 50 + 1) {
-            for (value, verdict) in [(first - 1, 0), (first, 1), (last, 1), (last + 1, 0)] {
-                if let Some(packet) = packet_with(dimension, value) {
-                    prop_assert_eq!(image.decide(&packet).0, verdict, "{} of {:?}", value, (first, last));
-                }
-            }
+/// Numbers of intervals at which a line or a level is just full, and some around each.
+#[test]
+fn every_interval_is_found() {
+    for dimension in [Dimension::Source4, Dimension::Destination6, Dimension::DestinationPort] {
+        let fan_out = LINE / dimension.width();
+        let full = [fan_out, fan_out * fan_out, fan_out * fan_out * fan_out, fan_out * (fan_out + 1)];
+        // Two ends an interval.
+        let counts = full.into_iter().flat_map(|ends| [ends / 2 - 1, ends / 2, ends / 2 + 1]);
+        for count in counts.chain([0, 1, 2, fan_out * fan_out * 8 + 5]) {
+            find_intervals(dimension, count as u128);
         }
     }
+}
+
+/// Looks on both sides of every end of so many intervals, spread over all that packets have.
+fn find_intervals(dimension: Dimension, count: u128) {
+    let bits = if dimension == Dimension::DestinationPort { 16 } else { 32 * dimension.width() };
+    let most = u128::MAX >> (128 - bits);
+    let step = most / (count + 1);
+    if step < 4 {
+        return;
+    }
+    let ranges: Vec<_> = (0..count).map(|at| (at * step + 1, at * step + step / 2)).collect();
+    let values = Arc::new(Ranges::new(ranges.clone()));
+    let rule = Rule { conditions: vec![Condition { dimension, values }], verdict: 1 };
+    let image = Memory(compile(&RuleSet { rules: vec![rule], otherwise: 0 }).expect("one rule"));
+    let verdict = |value| image.decide(&packet_with(dimension, value).expect("a value of packets")).0;
+    for (first, last) in ranges {
+        for (value, expected) in [(first - 1, 0), (first, 1), (last, 1), (last + 1, 0)] {
+            assert_eq!(
+                verdict(value),
+                expected,
+                "{dimension:?}: {value} of {:?}, {count} of them",
+                (first, last)
+            );
+        }
+    }
+    assert_eq!(verdict(most), 0);
 }
 
 /// A packet with this value; `None` where none can have it.
@@ -86,6 +104,24 @@ fn without_rules_the_default_decides() {
     let set = RuleSet { rules: Vec::new(), otherwise: 7777 };
     let packet = packet_with(Dimension::Protocol, 17).expect("UDP");
     assert_eq!(Memory(compile(&set).expect("no rule")).decide(&packet), (7777, 0));
+}
+
+#[test]
+fn the_last_of_all_rules_decides_where_no_other_matches() {
+    let port = |port: u128| Condition {
+        dimension: Dimension::DestinationPort,
+        values: Arc::new(Ranges::new(vec![(port, port)])),
+    };
+    let rules = (0..MAX_RULES).map(|number| Rule {
+        conditions: vec![port(number as u128)],
+        verdict: u32::try_from(number).expect("few"),
+    });
+    let image = Memory(compile(&RuleSet { rules: rules.collect(), otherwise: 7777 }).expect("all that fit"));
+    let last = u32::try_from(MAX_RULES - 1).expect("few");
+    for (port, expected) in [(0, (0, 0)), (last, (last, last)), (last + 1, (7777, last + 1))] {
+        let packet = packet_with(Dimension::DestinationPort, port.into()).expect("a port");
+        assert_eq!(image.decide(&packet), expected);
+    }
 }
 
 #[test]

@@ -151,7 +151,6 @@ pub(crate) fn with_options(packet: &[u8], words: usize) -> Vec<u8> {
     packet
 }
 
-/// Record route, 40 bytes of options (RFC 791).
 /// The first packet of the flow of which this is known.
 pub(crate) fn opening(seen: &facts::Packet) -> Vec<u8> {
     let Known::Is((source_port, destination_port)) = seen.ports else { panic!("no ports") };
@@ -171,6 +170,7 @@ pub(crate) fn opening(seen: &facts::Packet) -> Vec<u8> {
     frame
 }
 
+/// Record route, 40 bytes of options (RFC 791).
 pub(crate) fn syn_v4_with_options() -> Vec<u8> {
     let mut packet = with_options(&syn_v4(), 10);
     packet[ETHERNET + 20..ETHERNET + 23].copy_from_slice(&[7, 39, 4]);

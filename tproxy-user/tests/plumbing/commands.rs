@@ -55,7 +55,7 @@ fn check_prints_the_plan() -> Outcome {
         run(&["check", "-i", "lan0", "--dport", "53", "--not-to", "10.0.0.0/8", PIN]);
     ensure!(exit == Some(0) && stderr.is_empty(), "exit {exit:?}: {stderr}");
     for part in
-        ["lan0 (index 2): capture", "iif lan0 fwmark 0x1/0x1 lookup 100", "10.0.0.0/8 not captured", "  53\n"]
+        ["lan0 (index 2): capture", "iif lan0 fwmark 0x1/0x1 lookup 100", "not to: 10.0.0.0/8", "dport: 53\n"]
     {
         ensure!(stdout.contains(part), "{part} not in {stdout}");
     }

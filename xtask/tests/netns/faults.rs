@@ -12,7 +12,7 @@ use xtask::lab::load::{Load, LoadServer, Report};
 use xtask::lab::pace::{self, patience};
 use xtask::lab::peer;
 use xtask::lab::proxy::{self, Launch};
-use xtask::lab::{Family, Lab};
+use xtask::lab::{Family, Lab, Namespace};
 
 use crate::common::{
     SERVICE_PORT, Scenarios, Skip, at, expect_service, expect_tcp_service, needs_proxy, service, start_proxy,
@@ -35,7 +35,10 @@ pub(crate) const SCENARIOS: Scenarios = &[
     ("F10_sigint_under_load", |lab, family| {
         terminated(lab, family, "--iface lan --own-traffic", Signal::SIGINT)
     }),
-    ("F10_open_connections_are_drained", drained),
+    ("F10_open_connections_are_drained", |lab, family| drained(lab, family, &lab.client, "--iface lan")),
+    ("F10_own_connections_are_drained", |lab, family| {
+        drained(lab, family, &lab.router, "--iface lan --own-traffic")
+    }),
     ("F10_handshakes_under_way_are_served", handshake),
     ("F10_a_second_signal_ends_at_once", second_signal),
     ("clsact_F2_kill_9_under_load_fail_open", |lab, family| {
@@ -228,12 +231,12 @@ pub(crate) fn terminated(lab: &Lab, family: Family, flags: &str, signal: Signal)
 }
 
 /// A connection that is open at SIGTERM goes on until its end; the proxy then ends.
-fn drained(lab: &Lab, family: Family) -> Result<()> {
+fn drained(lab: &Lab, family: Family, from: &Namespace, flags: &str) -> Result<()> {
     let _service = service(lab, family)?;
     let before = Snapshot::take(lab)?;
-    let mut proxy = start_proxy(lab, "--iface lan --drain-timeout 10s")?;
+    let mut proxy = start_proxy(lab, &format!("{flags} --drain-timeout 10s"))?;
     let to = at(family.anywhere(7), crate::common::SERVICE_PORT);
-    let mut stream = peer::connect(&lab.client, None, to, Duration::from_secs(5))?;
+    let mut stream = peer::connect(from, None, to, Duration::from_secs(5))?;
     peer::ask(&mut stream, "before")?;
     proxy.daemon.signal(Signal::SIGTERM)?;
     for _ in 0..5 {
