@@ -24,6 +24,9 @@ const RESPONSE: [u8; 64] = [b'a'; 64];
 /// How long one connection may take.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// How often a load looks whether it is to stop.
+const GLANCE: Duration = Duration::from_secs(1);
+
 fn runtime() -> io::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()
 }
@@ -190,6 +193,7 @@ impl Load {
         let started = Instant::now();
         let mut report = Report::default();
         let mut running = JoinSet::new();
+        let mut stopped = None;
         let mut begun = 0_u64;
         let mut targets = self.targets.iter().copied().cycle();
         loop {
@@ -202,7 +206,19 @@ impl Load {
                 begun += 1;
                 continue;
             }
-            match running.join_next().await {
+            let Ok(ended) = timeout(GLANCE, running.join_next()).await else {
+                // Told to stop, it does not wait for those that nobody answers any more.
+                if stop.load(Ordering::Relaxed)
+                    && stopped.get_or_insert_with(Instant::now).elapsed() > PATIENCE
+                {
+                    report
+                        .failed
+                        .insert("not done when the load was stopped".to_owned(), running.len() as u64);
+                    break;
+                }
+                continue;
+            };
+            match ended {
                 None => break,
                 Some(Ok(Ok(times))) => {
                     report.completed += 1;
