@@ -202,7 +202,13 @@ fn iptables(lab: &Lab) -> Result<()> {
 /// the table that `conntrack -L` lists.
 fn count_flows(lab: &Lab) -> Result<()> {
     lab.router.sh("iptables -A INPUT -m conntrack --ctstate ESTABLISHED -j ACCEPT")?;
-    lab.router.set_sysctls(&[("net/netfilter/nf_conntrack_acct", "1")])?;
+    // Ended connections leave its table at once: full, it would drop new ones.
+    lab.router.set_sysctls(&[
+        ("net/netfilter/nf_conntrack_acct", "1"),
+        ("net/netfilter/nf_conntrack_tcp_timeout_time_wait", "1"),
+        ("net/netfilter/nf_conntrack_tcp_timeout_close", "1"),
+        ("net/netfilter/nf_conntrack_tcp_timeout_last_ack", "1"),
+    ])?;
     Ok(())
 }
 
