@@ -1,4 +1,4 @@
-//! Any addresses, ports and answers of a policy.
+//! Any address.
 
 #![no_main]
 

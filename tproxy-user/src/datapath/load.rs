@@ -10,6 +10,8 @@ use aya::{Ebpf, EbpfLoader, include_bytes_aligned};
 use aya_log::EbpfLogger;
 use tproxy_common::abi::{ListenerKind, Settings, listener_index, map, program};
 
+use crate::failure::Failure;
+
 use super::bpffs;
 use super::features::Features;
 use super::policy;
@@ -45,15 +47,8 @@ pub enum LoadError {
         source: aya::maps::MapError,
     },
     /// The rules do not fit into the memory that this kernel lets them have.
-    #[error(
-        "the rules take {mib} MiB; before Linux 5.10 they may take {most} MiB: leave networks out, or use a later kernel"
-    )]
-    RulesTooLarge {
-        /// What they take.
-        mib: u64,
-        /// What they may.
-        most: u64,
-    },
+    #[error("map POLICY")]
+    RulesTooLarge(#[source] Failure),
     /// The object lacks a part: it was built from other sources.
     #[error("the embedded eBPF object has no {0}; build it again: cargo xtask build-ebpf")]
     Missing(&'static str),

@@ -10,6 +10,8 @@ use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 use tproxy_common::abi::map;
 use tproxy_common::policy::Line;
 
+use crate::failure::Failure;
+
 use super::bpffs::PinError;
 use super::features::Features;
 use super::load::{Datapath, LoadError};
@@ -124,7 +126,7 @@ impl Datapath {
     ///
     /// # Errors
     ///
-    /// [`LoadError::Map`]: memory.
+    /// [`LoadError::Map`]: memory; [`LoadError::RulesTooLarge`] before Linux 5.10.
     pub fn set_policy(&mut self, lines: &[Line]) -> Result<(), LoadError> {
         let name = map::POLICY;
         let error = |source| LoadError::Map { name, source };
@@ -133,7 +135,11 @@ impl Datapath {
         let size = fixed.unwrap_or(count);
         if count > size {
             let mib = |lines: u32| (u64::from(lines) * u64::from(LINE_SIZE)).div_ceil(1 << 20);
-            return Err(LoadError::RulesTooLarge { mib: mib(count), most: mib(size) });
+            return Err(LoadError::RulesTooLarge(Failure::unsupported(format_args!(
+                "the rules take {} MiB, and before Linux 5.10 they may take {}: leave networks out, or use a later kernel",
+                mib(count),
+                mib(size)
+            ))));
         }
         let mut image: Array<MapData, Line> = Array::create(size, flags).map_err(error)?;
         for (index, line) in (0..).zip(lines) {
