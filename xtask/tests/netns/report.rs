@@ -19,6 +19,7 @@ pub(crate) const SCENARIOS: Scenarios = &[
     ("no_packet_filter_rule_anywhere", no_firewall),
     ("attach_clsact_is_told_and_chosen", |lab, family| attach(lab, family, "clsact")),
     ("attach_tcx_is_told_and_chosen", attach_tcx),
+    ("all_goes_as_on_linux_5_7", oldest),
 ];
 
 fn flows(lab: &Lab, family: Family) -> Result<()> {
@@ -196,6 +197,22 @@ fn no_firewall(lab: &Lab, family: Family) -> Result<()> {
 fn attach_tcx(lab: &Lab, family: Family) -> Result<()> {
     needs_linux(TCX, "tcx")?;
     attach(lab, family, "tcx")
+}
+
+/// What the oldest kernel would have: filters, listeners by port, no `sk_lookup`, rules in
+/// a map of fixed size, which must capture what is asked for and nothing else.
+fn oldest(lab: &Lab, family: Family) -> Result<()> {
+    let _service = service(lab, family)?;
+    for (port, captured) in [(crate::common::SERVICE_PORT, true), (crate::common::SERVICE_PORT + 1, false)] {
+        let proxy = start_proxy(lab, &format!("--iface lan --assume-kernel 5.7 --dport {port}"))?;
+        expect_service(lab, family)?;
+        for counter in ["steered_tcp_new", "steered_udp"] {
+            let count = proxy.counter(counter)?;
+            ensure!((count > 0) == captured, "with --dport {port} {counter} is {count}");
+        }
+        proxy.terminate(Duration::from_secs(10))?;
+    }
+    Ok(())
 }
 
 fn attach(lab: &Lab, family: Family, wanted: &str) -> Result<()> {
