@@ -20,6 +20,9 @@ use super::pace::patience;
 /// How long a read or write of a peer waits.
 pub const PATIENCE: Duration = Duration::from_secs(10);
 
+/// The longest that a program which is being started may hold our sockets.
+const FORK_TO_EXEC: Duration = Duration::from_secs(1);
+
 /// How often a server looks whether it is to stop.
 const TICK: u16 = 50;
 
@@ -162,7 +165,7 @@ fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     if address.is_ipv6() {
         socket.set_only_v6(true)?;
     }
-    socket.bind(&address.into())?;
+    bind(&socket, address)?;
     socket.listen(4096)?;
     Ok(socket.into())
 }
@@ -173,8 +176,23 @@ fn bind_udp(address: SocketAddr) -> io::Result<UdpSocket> {
         socket.set_only_v6(true)?;
     }
     socket.set_recv_buffer_size(4 << 20)?;
-    socket.bind(&address.into())?;
+    bind(&socket, address)?;
     Ok(socket.into())
+}
+
+/// Binds a socket, also to an address that was freed just now: a program that
+/// another thread starts holds all our sockets from its fork to its exec, which
+/// on a busy guest lasts long enough to be seen.
+fn bind(socket: &Socket, address: SocketAddr) -> io::Result<()> {
+    let deadline = Instant::now() + patience(FORK_TO_EXEC);
+    loop {
+        match socket.bind(&address.into()) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            outcome => return outcome,
+        }
+    }
 }
 
 fn patient(stream: &TcpStream) -> io::Result<()> {
@@ -301,4 +319,23 @@ pub fn pattern(length: usize) -> Vec<u8> {
     })
     .take(length)
     .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_can_be_used_again_although_a_child_still_holds_it() {
+        let listener = listen("127.0.0.1:0".parse().unwrap()).unwrap();
+        let address = listener.local_addr().unwrap();
+        let of_a_child = listener.try_clone().unwrap();
+        let child = std::thread::spawn(move || {
+            std::thread::sleep(FORK_TO_EXEC / 10);
+            drop(of_a_child);
+        });
+        drop(listener);
+        listen(address).expect("free once the child has let go of it");
+        child.join().unwrap();
+    }
 }
