@@ -3,6 +3,8 @@
 //! [`Config`] is built from the command line by `cli.rs`; a value of it cannot
 //! say something that contradicts itself, so nothing behind it checks again.
 
+pub mod rule;
+
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -75,6 +77,8 @@ pub struct Capture {
     pub interfaces: Vec<String>,
     /// Which flows.
     pub scope: Scope,
+    /// What becomes of them, where not all are proxied.
+    pub rules: Vec<rule::Rule>,
     /// The host's own traffic is captured too.
     pub own_traffic: bool,
     /// What happens without a proxy.

@@ -48,6 +48,7 @@ pub fn config(args: &RunArgs) -> Result<Config, Failure> {
                 from: capture.from.clone(),
                 not_from: capture.not_from.clone(),
             },
+            rules: Vec::new(),
             own_traffic: capture.own_traffic,
             fail: capture.fail,
         },

@@ -243,6 +243,7 @@ pub(crate) fn config(source: SourceMode) -> Config {
         capture: Capture {
             interfaces: Vec::new(),
             scope: Scope::default(),
+            rules: Vec::new(),
             own_traffic: false,
             fail: Fail::Open,
         },
