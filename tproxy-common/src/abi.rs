@@ -5,7 +5,7 @@
 //! reads maps that another version may have pinned.
 
 /// Version of everything in this module.
-pub const ABI_VERSION: u32 = 5;
+pub const ABI_VERSION: u32 = 6;
 
 /// Most workers (listeners of one kind) that [`map::LISTENERS`] holds.
 pub const MAX_WORKERS: u32 = 64;
@@ -155,17 +155,98 @@ pub enum Verdict {
     Pass = 1,
     /// It goes to the proxy.
     Proxy = 2,
+    /// It goes to the proxy, and from there to a target of the rule's.
+    Divert = 3,
+    /// It is refused: TCP by a reset, UDP by the proxy's ICMP error.
+    Reject = 4,
+    /// It is thrown away.
+    Drop = 5,
 }
 
 impl Verdict {
     /// Reads the number that a map holds.
+    #[inline(always)]
     #[must_use]
     pub const fn from_raw(raw: u8) -> Option<Self> {
         match raw {
             1 => Some(Self::Pass),
             2 => Some(Self::Proxy),
+            3 => Some(Self::Divert),
+            4 => Some(Self::Reject),
+            5 => Some(Self::Drop),
             _ => None,
         }
+    }
+
+    /// Whether packets of a flow are handed to the proxy. `raw` as a map holds it.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_for_proxy(raw: u8, protocol: u8) -> bool {
+        raw == Self::Proxy as u8
+            || raw == Self::Divert as u8
+            || (raw == Self::Reject as u8 && protocol == UDP)
+    }
+}
+
+/// What the rules say of a flow, in the word that an image of them holds: the
+/// [`Verdict`], the number of the rule, and that of its target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Decision(u32);
+
+#[allow(clippy::cast_possible_truncation, reason = "a word is taken apart")]
+impl Decision {
+    /// Numbers of rules and of targets are below this.
+    pub const NUMBERS: u16 = 1 << 12;
+
+    /// A decision that is no rule's.
+    #[inline(always)]
+    #[must_use]
+    pub const fn by_default(verdict: Verdict) -> Self {
+        Self(verdict as u32)
+    }
+
+    /// A decision with its parts as a map holds them: the verdict, the rule, counted from 1 on,
+    /// and the target, which is of [`Divert`](Verdict::Divert) alone. Both are below
+    /// [`NUMBERS`](Self::NUMBERS).
+    #[inline(always)]
+    #[must_use]
+    pub const fn of(verdict: u8, rule: u16, target: u16) -> Self {
+        Self(verdict as u32 | (rule as u32) << 8 | (target as u32) << 20)
+    }
+
+    /// Reads a word.
+    #[inline(always)]
+    #[must_use]
+    pub const fn from_word(word: u32) -> Self {
+        Self(word)
+    }
+
+    /// The word.
+    #[inline(always)]
+    #[must_use]
+    pub const fn word(self) -> u32 {
+        self.0
+    }
+
+    /// The verdict, as a map holds it.
+    #[inline(always)]
+    #[must_use]
+    pub const fn raw_verdict(self) -> u8 {
+        self.0 as u8
+    }
+
+    /// Number of the rule; 0 where none decided.
+    #[inline(always)]
+    #[must_use]
+    pub const fn rule(self) -> u16 {
+        (self.0 >> 8) as u16 % Self::NUMBERS
+    }
+
+    /// Number of the target.
+    #[inline(always)]
+    #[must_use]
+    pub const fn target(self) -> u16 {
+        (self.0 >> 20) as u16
     }
 }
 
@@ -209,8 +290,10 @@ pub struct Flow {
     pub seen_up: u8,
     /// [`tcp_seen`](crate::flow::tcp_seen) bits of the replies.
     pub seen_down: u8,
+    /// Number of the target that it is diverted to.
+    pub target: u16,
     /// Zero.
-    pub pad: [u8; 6],
+    pub pad: [u8; 4],
 }
 
 /// Key of an LPM trie over both families. IPv4 prefixes are 96 bits longer.
@@ -305,6 +388,8 @@ pub struct Settings {
     pub listen_v4: [u8; 4],
     /// IPv6 address of the listeners; for `listener_by_tuple`.
     pub listen_v6: Addr,
+    /// Nanoseconds after which a quiet UDP flow is decided over anew.
+    pub udp_timeout: u64,
     /// 1: new flows pass while no proxy listens; 0: they are dropped.
     pub fail_open: u8,
     /// 1: [`map::LISTENERS`] cannot be read from TC (before Linux 5.8): find listeners by address and port.
@@ -344,7 +429,7 @@ const _: () = {
     assert!(size_of::<FragmentInfo>() == 24);
     assert!(size_of::<HostPair>() == 32);
     assert!(size_of::<Endpoint>() == 20);
-    assert!(size_of::<Settings>() == 28 + 20 + 8 + 2 * MAX_LISTENERS as usize);
+    assert!(size_of::<Settings>() == 28 + 20 + 8 + 8 + 2 * MAX_LISTENERS as usize);
 };
 
 /// Userspace copies these types in and out of maps.

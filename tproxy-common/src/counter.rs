@@ -75,8 +75,12 @@ counters! {
     PassSpecial => pass_special,
     /// Passed: the destination is an address of this host.
     PassLocal => pass_local,
-    /// Passed: the policy (protocol, port, source or destination prefix) does not match.
+    /// Passed: the rules say so.
     PassPolicy => pass_policy,
+    /// Dropped: the rules say so.
+    PolicyDropped => policy_dropped,
+    /// Refused with a reset: the rules say so. Datagrams that they refuse go to the proxy, which sends the ICMP error.
+    PolicyReset => policy_reset,
     /// Passed: the first packet seen belongs to a connection that is older than the proxy.
     PassMidstream => pass_midstream,
     /// Passed: a reply of a server behind this host to a client outside.

@@ -6,7 +6,7 @@ use core::intrinsics::{AtomicOrdering, atomic_xadd};
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use aya_ebpf::helpers::bpf_ktime_get_ns;
 use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
-use tproxy_common::abi::{Flow, FlowKey, Origin, UDP, Verdict};
+use tproxy_common::abi::{Decision, Flow, FlowKey, Origin, UDP, Verdict};
 use tproxy_common::classify::is_reopened;
 use tproxy_common::counter::Counter;
 use tproxy_common::flow::tcp_seen;
@@ -55,12 +55,12 @@ impl FlowRef {
     }
 
     /// Enters a new flow, or finds the one that another CPU has just entered.
-    /// A TCP entry that is over is begun again.
+    /// An entry with another verdict, and a TCP entry that is over, is begun again.
     #[inline(never)]
-    pub(crate) fn open(skb: &Skb, key: &FlowKey, verdict: Verdict, origin: Origin) -> Option<Self> {
+    pub(crate) fn open(skb: &Skb, key: &FlowKey, decision: Decision, origin: Origin) -> Option<Self> {
         let existing = Self::find(key);
         let flags = match &existing {
-            Some(flow) if flow.verdict() == verdict as u8 && !flow.is_reopened(key.protocol) => {
+            Some(flow) if flow.is_decided(decision) && !flow.is_reopened(key.protocol) => {
                 return existing;
             }
             Some(_) => BPF_ANY,
@@ -77,7 +77,9 @@ impl FlowRef {
             bytes_down: zero,
             first_seen: now(),
             ifindex: skb.ifindex(),
-            verdict: verdict as u8,
+            rule: decision.rule(),
+            target: decision.target(),
+            verdict: decision.raw_verdict(),
             origin: origin as u8,
             ..Flow::default()
         };
@@ -104,10 +106,31 @@ impl FlowRef {
         unsafe { (*self.0).verdict }
     }
 
-    /// Whether the flow goes to the proxy.
+    /// What was decided of it.
     #[inline(always)]
-    pub(crate) fn is_proxied(&self) -> bool {
-        self.verdict() == Verdict::Proxy as u8
+    pub(crate) fn decision(&self) -> Decision {
+        // SAFETY: see `FlowRef`.
+        let (verdict, rule, target) = unsafe { ((*self.0).verdict, (*self.0).rule, (*self.0).target) };
+        Decision::of(verdict, rule, target)
+    }
+
+    /// Whether this was decided of it.
+    #[inline(always)]
+    fn is_decided(&self, decision: Decision) -> bool {
+        self.decision() == decision
+    }
+
+    /// Whether the flow, of this protocol, goes to the proxy.
+    #[inline(always)]
+    pub(crate) fn is_proxied(&self, protocol: u8) -> bool {
+        Verdict::is_for_proxy(self.verdict(), protocol)
+    }
+
+    /// Whether a UDP flow has been quiet for so long that it is over.
+    #[inline(always)]
+    pub(crate) fn is_stale(&self) -> bool {
+        // SAFETY: see `FlowRef`.
+        now().saturating_sub(unsafe { (*self.0).last_seen }) > settings::udp_timeout()
     }
 
     /// Whether it came in on an upstream-facing interface.
@@ -285,7 +308,7 @@ fn note_request_from_outside(skb: &Skb, packet: &Packet) {
     if FlowRef::find(&key).is_some_and(|flow| !flow.is_from_uplink()) {
         return;
     }
-    if let Some(flow) = FlowRef::open(skb, &key, Verdict::Pass, Origin::Uplink) {
+    if let Some(flow) = FlowRef::open(skb, &key, Decision::by_default(Verdict::Pass), Origin::Uplink) {
         flow.up(skb, packet);
         note_host_pair(packet);
     }

@@ -1,6 +1,6 @@
 //! TC ingress of captured interfaces: classify a new flow once, steer.
 
-use tproxy_common::abi::{HostPair, Origin, UDP, Verdict};
+use tproxy_common::abi::{Decision, HostPair, Origin, TCP, UDP, Verdict};
 use tproxy_common::classify::is_special;
 use tproxy_common::counter::Counter;
 use tproxy_common::wire::{Fragment, Packet, Skip};
@@ -12,6 +12,7 @@ use crate::icmp;
 use crate::maps::HOST_PAIRS;
 use crate::nat;
 use crate::policy;
+use crate::reset;
 use crate::scratch;
 use crate::settings;
 use crate::skb::Skb;
@@ -66,7 +67,7 @@ pub(crate) fn admitted(skb: &Skb, decide: impl FnOnce(&Packet) -> i32) -> i32 {
 fn tcp(skb: &Skb, packet: &Packet) -> i32 {
     let key = up_key(packet);
     let flow = FlowRef::find(&key);
-    let proxied = flow.is_some_and(|flow| flow.is_proxied());
+    let proxied = flow.is_some_and(|flow| flow.is_proxied(TCP));
     if let Some(flow) = flow
         && !packet.is_syn()
     {
@@ -74,7 +75,7 @@ fn tcp(skb: &Skb, packet: &Packet) -> i32 {
             return known(skb, packet, flow);
         }
         flow.up(skb, packet);
-        return pass(Counter::PassPolicy);
+        return unproxied(flow.verdict());
     }
     if !proxied && policy::is_local(&packet.destination) {
         return natted(skb, packet, Counter::PassLocal);
@@ -89,11 +90,16 @@ fn tcp(skb: &Skb, packet: &Packet) -> i32 {
     if !packet.is_syn() {
         return natted(skb, packet, Counter::PassMidstream);
     }
-    if !policy::captures(skb) {
-        if let Some(flow) = FlowRef::open(skb, &key, Verdict::Pass, Origin::Captured) {
+    let decision = policy::decision(skb);
+    if !Verdict::is_for_proxy(decision.raw_verdict(), TCP) {
+        if let Some(flow) = FlowRef::open(skb, &key, decision, Origin::Captured) {
             flow.up(skb, packet);
         }
-        return pass(Counter::PassPolicy);
+        return if decision.raw_verdict() == Verdict::Reject as u8 {
+            reset::answer(skb, packet)
+        } else {
+            unproxied(decision.raw_verdict())
+        };
     }
     // One that was set aside was counted then.
     let let_in = handshake::take_admission(skb);
@@ -101,11 +107,11 @@ fn tcp(skb: &Skb, packet: &Packet) -> i32 {
         // An entry of an earlier, proxied connection would have the packets
         // that follow answered with a reset.
         if proxied && settings::fail_open() == 1 {
-            FlowRef::open(skb, &key, Verdict::Pass, Origin::Captured);
+            FlowRef::open(skb, &key, Decision::by_default(Verdict::Pass), Origin::Captured);
         }
         return fail();
     };
-    if let Some(flow) = FlowRef::open(skb, &key, Verdict::Proxy, Origin::Captured)
+    if let Some(flow) = FlowRef::open(skb, &key, decision, Origin::Captured)
         && !let_in
     {
         flow.arrives_on(skb);
@@ -118,6 +124,16 @@ fn tcp(skb: &Skb, packet: &Packet) -> i32 {
     // sequence number, then looks for a listener, where `tproxy_lookup` answers.
     // The listener instead would refuse the duplicate and time the client out.
     to_socket(skb, time_wait.unwrap_or(listener), Mark::Tproxy, Counter::SteeredTcpNew)
+}
+
+/// A packet that does not go to the proxy, by the verdict over its flow.
+#[inline(always)]
+pub(crate) fn unproxied(verdict: u8) -> i32 {
+    if verdict == Verdict::Drop as u8 || verdict == Verdict::Reject as u8 {
+        drop(Counter::PolicyDropped)
+    } else {
+        pass(Counter::PassPolicy)
+    }
 }
 
 /// A packet of a proxied connection that is no SYN. Where the connection has ended,
@@ -150,11 +166,11 @@ fn natted(skb: &Skb, packet: &Packet, reason: Counter) -> i32 {
 #[inline(never)]
 fn udp(skb: &Skb, packet: &Packet) -> i32 {
     let key = up_key(packet);
-    let flow = match FlowRef::find(&key) {
-        Some(flow) if flow.is_proxied() => flow,
+    let flow = match FlowRef::find(&key).filter(|flow| !flow.is_stale()) {
+        Some(flow) if flow.is_proxied(UDP) => flow,
         Some(flow) => {
             flow.up(skb, packet);
-            return pass(Counter::PassPolicy);
+            return unproxied(flow.verdict());
         }
         None => {
             // One interface may be captured and upstream-facing at once.
@@ -173,11 +189,12 @@ fn udp(skb: &Skb, packet: &Packet) -> i32 {
                 request.down(skb, packet);
                 return pass(Counter::PassReply);
             }
-            if !policy::captures(skb) {
-                if let Some(flow) = FlowRef::open(skb, &key, Verdict::Pass, Origin::Captured) {
+            let decision = policy::decision(skb);
+            if !Verdict::is_for_proxy(decision.raw_verdict(), UDP) {
+                if let Some(flow) = FlowRef::open(skb, &key, decision, Origin::Captured) {
                     flow.up(skb, packet);
                 }
-                return pass(Counter::PassPolicy);
+                return unproxied(decision.raw_verdict());
             }
             let Some(sock) = sock::listener(skb, packet) else { return fail() };
             // The route of its destination leads back in here. Taken again it
@@ -186,7 +203,7 @@ fn udp(skb: &Skb, packet: &Packet) -> i32 {
                 return drop(Counter::LoopDropped);
             }
             note_host_pair(packet);
-            if let Some(flow) = FlowRef::open(skb, &key, Verdict::Proxy, Origin::Captured) {
+            if let Some(flow) = FlowRef::open(skb, &key, decision, Origin::Captured) {
                 flow.up(skb, packet);
             }
             return to_socket(skb, sock, Mark::Tproxy, Counter::SteeredUdp);
@@ -214,7 +231,8 @@ pub(crate) fn note_request_to_host(skb: &Skb, packet: &Packet) {
     {
         return;
     }
-    if let Some(flow) = FlowRef::open(skb, &up_key(packet), Verdict::Pass, Origin::Uplink) {
+    let decision = Decision::by_default(Verdict::Pass);
+    if let Some(flow) = FlowRef::open(skb, &up_key(packet), decision, Origin::Uplink) {
         flow.up(skb, packet);
     }
 }
@@ -235,15 +253,23 @@ impl Side for Captured {
     const COUNTS: bool = true;
 
     #[inline(always)]
-    fn takes(skb: &Skb, packet: &Packet) -> bool {
-        match FlowRef::find(&up_key(packet)) {
-            Some(flow) if packet.protocol == UDP || !packet.is_syn() => flow.is_proxied(),
-            _ if packet.protocol == UDP => {
-                sock::own_udp(skb, packet).is_some()
-                    || (answered_request(packet).is_none() && policy::captures(skb))
-            }
-            _ => sock::connection(skb, packet).is_some() || (packet.is_syn() && policy::captures(skb)),
+    fn decision(skb: &Skb, packet: &Packet) -> Decision {
+        let (proxy, pass) = (Decision::by_default(Verdict::Proxy), Decision::by_default(Verdict::Pass));
+        if let Some(flow) = FlowRef::find(&up_key(packet))
+            && ((packet.protocol == UDP && !flow.is_stale()) || (packet.protocol != UDP && !packet.is_syn()))
+        {
+            return flow.decision();
         }
+        if packet.protocol == UDP {
+            if sock::own_udp(skb, packet).is_some() {
+                return proxy;
+            }
+            return if answered_request(packet).is_some() { pass } else { policy::decision(skb) };
+        }
+        if sock::connection(skb, packet).is_some() {
+            return proxy;
+        }
+        if packet.is_syn() { policy::decision(skb) } else { pass }
     }
 
     #[inline(always)]
@@ -252,6 +278,6 @@ impl Side for Captured {
         let answers = HostPair { client: packet.destination, destination: packet.source };
         // Between two hosts that have asked each other it is more likely a client's.
         (HOST_PAIRS.get_ptr(&answers).is_none() || HOST_PAIRS.get_ptr(&asks).is_some())
-            && policy::captures_some_port(skb)
+            && policy::might_not_pass(skb)
     }
 }

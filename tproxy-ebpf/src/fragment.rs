@@ -2,12 +2,12 @@
 //! lost at reassembly. So all fragments of a datagram are marked alike, this
 //! host reassembles it, and `tproxy_lookup` picks the socket.
 
-use tproxy_common::abi::{FragmentInfo, FragmentKey, Origin, UDP, Verdict};
+use tproxy_common::abi::{Decision, FragmentInfo, FragmentKey, Origin, UDP, Verdict};
 use tproxy_common::counter::Counter;
 use tproxy_common::wire::{Fragment, Packet};
 
 use crate::account::{FlowRef, count, up_key};
-use crate::capture::{answered_request, note_host_pair, note_request_to_host};
+use crate::capture::{answered_request, note_host_pair, note_request_to_host, unproxied};
 use crate::maps::FRAGMENTS;
 use crate::nat;
 use crate::policy;
@@ -22,10 +22,10 @@ use crate::steer::{Mark, fail, pass, to_stack};
 pub(crate) trait Side {
     /// Whether the packets are counted in the flow table.
     const COUNTS: bool;
-    /// Whether the datagram, told by its first fragment, belongs to the proxy.
-    fn takes(skb: &Skb, packet: &Packet) -> bool;
-    /// The same before the ports are known. A wrong yes takes a flow that the
-    /// policy would pass; a wrong no loses a datagram.
+    /// What becomes of the datagram, told by its first fragment.
+    fn decision(skb: &Skb, packet: &Packet) -> Decision;
+    /// Whether it belongs to the proxy, before the ports are known. A wrong yes takes a flow
+    /// that the rules would pass; a wrong no loses a datagram.
     fn might_take(skb: &Skb, packet: &Packet) -> bool;
 }
 
@@ -61,13 +61,16 @@ pub(crate) fn ingress<S: Side>(skb: &Skb, packet: &Packet) -> i32 {
     }
     let key = key(packet);
     let known = FRAGMENTS.get_ptr_mut(&key);
-    let proxied =
+    let verdict =
         if is_first { first::<S>(skb, packet, &key, known) } else { later::<S>(skb, packet, &key, known) };
+    if !Verdict::is_for_proxy(verdict, packet.protocol) {
+        return unproxied(verdict);
+    }
     // All workers listen, or none does: the port does not matter here.
-    if proxied && S::COUNTS && sock::listener(skb, packet).is_none() {
+    if S::COUNTS && sock::listener(skb, packet).is_none() {
         return fail();
     }
-    if proxied { to_stack(skb, Mark::Tproxy, Counter::SteeredFragment) } else { pass(Counter::PassPolicy) }
+    to_stack(skb, Mark::Tproxy, Counter::SteeredFragment)
 }
 
 /// The request from outside that a datagram answers which is no flow of a client.
@@ -80,8 +83,9 @@ fn request_of(packet: &Packet) -> Option<FlowRef> {
     }
 }
 
+/// Answers with a [`Verdict`] as maps hold it.
 #[inline(never)]
-fn first<S: Side>(skb: &Skb, packet: &Packet, key: &FragmentKey, known: Option<*mut FragmentInfo>) -> bool {
+fn first<S: Side>(skb: &Skb, packet: &Packet, key: &FragmentKey, known: Option<*mut FragmentInfo>) -> u8 {
     let (mut pending_packets, mut pending_bytes) = (0, 0);
     let mut early = false;
     if let Some(info) = known {
@@ -95,13 +99,17 @@ fn first<S: Side>(skb: &Skb, packet: &Packet, key: &FragmentKey, known: Option<*
         }
     }
     // The later ones are here already and wait for this one.
-    let proxied = early || S::takes(skb, packet);
-    let verdict = if proxied { Verdict::Proxy } else { Verdict::Pass };
+    let mut decision = S::decision(skb, packet);
+    if early && decision.raw_verdict() == Verdict::Pass as u8 {
+        decision = Decision::by_default(Verdict::Proxy);
+    }
+    let verdict = decision.raw_verdict();
+    let proxied = Verdict::is_for_proxy(verdict, packet.protocol);
     let info = FragmentInfo {
         source_port: packet.source_port,
         destination_port: packet.destination_port,
         has_ports: 1,
-        verdict: verdict as u8,
+        verdict,
         ..FragmentInfo::default()
     };
     if FRAGMENTS.insert(key, &info, 0).is_err() {
@@ -116,21 +124,21 @@ fn first<S: Side>(skb: &Skb, packet: &Packet, key: &FragmentKey, known: Option<*
         {
             request.down(skb, packet);
             request.add_down(pending_packets, pending_bytes, 0);
-        } else if let Some(flow) = FlowRef::open(skb, &up_key(packet), verdict, Origin::Captured) {
+        } else if let Some(flow) = FlowRef::open(skb, &up_key(packet), decision, Origin::Captured) {
             flow.up(skb, packet);
             flow.add_up(pending_packets, pending_bytes, 0);
         }
     }
-    proxied
+    verdict
 }
 
+/// Likewise.
 #[inline(never)]
-fn later<S: Side>(skb: &Skb, packet: &Packet, key: &FragmentKey, known: Option<*mut FragmentInfo>) -> bool {
+fn later<S: Side>(skb: &Skb, packet: &Packet, key: &FragmentKey, known: Option<*mut FragmentInfo>) -> u8 {
     let (packets, bytes) = skb.on_the_wire(packet);
     let Some(info) = known else {
         count(Counter::FragmentUnknown);
-        let proxied = S::might_take(skb, packet);
-        let verdict = if proxied { Verdict::Proxy } else { Verdict::Pass };
+        let verdict = if S::might_take(skb, packet) { Verdict::Proxy } else { Verdict::Pass };
         let info = FragmentInfo {
             pending_packets: packets,
             pending_bytes: bytes,
@@ -140,7 +148,7 @@ fn later<S: Side>(skb: &Skb, packet: &Packet, key: &FragmentKey, known: Option<*
         if FRAGMENTS.insert(key, &info, 0).is_err() {
             count(Counter::FlowInsertFailed);
         }
-        return proxied;
+        return verdict as u8;
     };
     // SAFETY: entries of an LRU map are never unmapped while a program runs.
     // The fragments of one datagram follow each other on one CPU.
@@ -149,7 +157,7 @@ fn later<S: Side>(skb: &Skb, packet: &Packet, key: &FragmentKey, known: Option<*
             (*info).pending_packets += packets;
             (*info).pending_bytes += bytes;
         } else if S::COUNTS {
-            let Some(whole) = scratch::altered() else { return false };
+            let Some(whole) = scratch::altered() else { return Verdict::Pass as u8 };
             *whole = *packet;
             whole.source_port = (*info).source_port;
             whole.destination_port = (*info).destination_port;
@@ -159,7 +167,7 @@ fn later<S: Side>(skb: &Skb, packet: &Packet, key: &FragmentKey, known: Option<*
                 flow.add_up(packets, bytes, 0);
             }
         }
-        (*info).verdict == Verdict::Proxy as u8
+        (*info).verdict
     }
 }
 

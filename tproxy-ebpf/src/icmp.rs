@@ -33,6 +33,6 @@ fn is_answer(skb: &Skb, answer: &Packet) -> bool {
         return sock::connection(skb, answer).is_some();
     }
     // A passed flow of a client, see `uplink`.
-    FlowRef::find(&down_key(answer)).is_none_or(|flow| flow.is_proxied())
+    FlowRef::find(&down_key(answer)).is_none_or(|flow| flow.is_proxied(UDP))
         && sock::own_udp(skb, answer).is_some()
 }

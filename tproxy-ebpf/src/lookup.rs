@@ -62,7 +62,7 @@ fn key(sk: *const bpf_sk_lookup, remote: Addr, local: Addr) -> FlowKey {
 
 #[inline(never)]
 fn assign(ctx: &SkLookupContext, family: Family, key: &FlowKey) {
-    if FlowRef::find(key).is_some_and(|flow| flow.is_proxied()) {
+    if FlowRef::find(key).is_some_and(|flow| flow.is_proxied(key.protocol)) {
         // A datagram without a socket was reassembled: its sender allows fragments.
         let index = listener_index_of(family, key.protocol, false, &key.client, key.client_port);
         if LISTENERS.redirect_sk_lookup(ctx, index, 0).is_ok() {

@@ -42,6 +42,7 @@ mod maps;
 mod nat;
 mod own;
 mod policy;
+mod reset;
 mod scratch;
 mod settings;
 mod skb;

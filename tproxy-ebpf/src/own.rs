@@ -2,15 +2,17 @@
 //! ingress of `lo` steers them. The application keeps its source address, and
 //! no packet filter takes part.
 
-use tproxy_common::abi::{Origin, UDP, Verdict};
+use tproxy_common::abi::{Decision, Origin, UDP, Verdict};
 use tproxy_common::classify::is_special;
 use tproxy_common::counter::Counter;
 use tproxy_common::wire::{Fragment, Packet};
 
 use crate::account::{FlowRef, down_key, leaves, skip_counter, up_key};
+use crate::capture::unproxied;
 use crate::fragment::resolve_ports;
 use crate::handshake;
 use crate::policy;
+use crate::reset;
 use crate::scratch;
 use crate::settings;
 use crate::skb::Skb;
@@ -58,10 +60,11 @@ fn own(skb: &Skb, packet: &Packet) -> i32 {
     let key = up_key(packet);
     if let Some(flow) = FlowRef::find(&key)
         && !packet.is_syn()
+        && (packet.protocol != UDP || !flow.is_stale())
     {
         flow.up(skb, packet);
-        if !flow.is_proxied() {
-            return pass(Counter::PassPolicy);
+        if !flow.is_proxied(packet.protocol) {
+            return unproxied(flow.verdict());
         }
         // While the proxy drains its connections nobody listens.
         let taken = sock::listener(skb, packet).is_some()
@@ -85,19 +88,25 @@ fn own(skb: &Skb, packet: &Packet) -> i32 {
     if policy::is_local(&packet.destination) {
         return pass(Counter::PassLocal);
     }
-    let captured = policy::captures_own(skb);
+    let decision = policy::decision_on_own(skb);
+    let captured = Verdict::is_for_proxy(decision.raw_verdict(), packet.protocol);
     if captured && sock::listener(skb, packet).is_none() {
         // See `capture`: an entry of an earlier, proxied connection.
         if FlowRef::find(&key).is_some() && settings::fail_open() == 1 {
-            FlowRef::open(skb, &key, Verdict::Pass, Origin::Own);
+            FlowRef::open(skb, &key, Decision::by_default(Verdict::Pass), Origin::Own);
         }
         return fail();
     }
-    let verdict = if captured { Verdict::Proxy } else { Verdict::Pass };
-    if let Some(flow) = FlowRef::open(skb, &key, verdict, Origin::Own) {
+    if let Some(flow) = FlowRef::open(skb, &key, decision, Origin::Own) {
         flow.up(skb, packet);
     }
-    if captured { to_loopback(skb, packet) } else { pass(Counter::PassPolicy) }
+    if captured {
+        to_loopback(skb, packet)
+    } else if decision.raw_verdict() == Verdict::Reject as u8 {
+        reset::answer_own(skb, packet)
+    } else {
+        unproxied(decision.raw_verdict())
+    }
 }
 
 /// TC ingress of `lo`. Packets for addresses of this host are plain loopback

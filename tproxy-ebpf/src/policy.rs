@@ -4,7 +4,7 @@ use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::btf_maps::PerCpuArray;
 use aya_ebpf::btf_maps::lpm_trie::Key;
 use aya_ebpf::macros::btf_map;
-use tproxy_common::abi::{Addr, Family, Verdict};
+use tproxy_common::abi::{Addr, Decision, Family, Verdict};
 use tproxy_common::policy::{Facts, Image, Known, Line, Work, decide};
 use tproxy_common::wire::Packet;
 
@@ -20,29 +20,29 @@ pub(crate) fn is_local(addr: &Addr) -> bool {
     LOCAL.get(&Key::new(128, *addr)).map_or(0, |value| *value) == 1
 }
 
-/// Whether the rules send the flow to the proxy that the packet opens, the one which
-/// this run has parsed.
+/// What the rules say of the flow that the packet opens, the one which this run has parsed.
 #[inline(always)]
-pub(crate) fn captures(skb: &Skb) -> bool {
-    is_proxied(skb, PORTS_KNOWN)
+pub(crate) fn decision(skb: &Skb) -> Decision {
+    Decision::from_word(tproxy_decide(skb.as_ptr(), PORTS_KNOWN))
 }
 
 /// The same of a packet of this host itself.
 #[inline(always)]
-pub(crate) fn captures_own(skb: &Skb) -> bool {
-    is_proxied(skb, PORTS_KNOWN | OWN)
+pub(crate) fn decision_on_own(skb: &Skb) -> Decision {
+    Decision::from_word(tproxy_decide(skb.as_ptr(), PORTS_KNOWN | OWN))
 }
 
-/// Whether they might, were the ports known. Exact where rules that ask for ports have
-/// one verdict, as those of the flags do.
+/// Whether they might not let the packet pass, were its ports known. Where rules that ask for
+/// ports have several verdicts it may be wrong: only the first and the last of the
+/// rules that may match are asked.
 #[inline(always)]
-pub(crate) fn captures_some_port(skb: &Skb) -> bool {
-    is_proxied(skb, PORTS_ABSENT) || is_proxied(skb, PORTS_UNKNOWN)
+pub(crate) fn might_not_pass(skb: &Skb) -> bool {
+    !passes(skb, PORTS_ABSENT) || !passes(skb, PORTS_UNKNOWN)
 }
 
 #[inline(always)]
-fn is_proxied(skb: &Skb, how: u32) -> bool {
-    tproxy_decide(skb.as_ptr(), how) == Verdict::Proxy as u32
+fn passes(skb: &Skb, how: u32) -> bool {
+    Decision::from_word(tproxy_decide(skb.as_ptr(), how)).raw_verdict() == Verdict::Pass as u8
 }
 
 /// The packet has its ports.
@@ -54,7 +54,7 @@ const PORTS_UNKNOWN: u32 = 2;
 /// Beside one of these: this host sends it.
 const OWN: u32 = 4;
 
-/// The verdict of the rules over the packet that this run has parsed; without rules it passes.
+/// The [`Decision`] of the rules over the packet that this run has parsed; without rules it passes.
 ///
 /// Global to the verifier, which so follows it once, whatever is known where it is
 /// called (Linux 5.6). Such a function gets its context and numbers, nothing else.

@@ -16,7 +16,8 @@ const FROM_NETWORK_HEADER: u32 = 1;
 const PACKET_HOST: u32 = 0;
 const ETH_P_IP: u32 = 0x0800;
 const ETH_P_IPV6: u32 = 0x86dd;
-const ETHERNET_HEADER: u32 = 14;
+/// Bytes of an Ethernet header.
+pub(crate) const ETHERNET_HEADER: u32 = 14;
 
 /// A packet on its way through TC.
 pub(crate) struct Skb(*mut __sk_buff);

@@ -1,4 +1,4 @@
-//! What becomes of a packet: the only file that changes one.
+//! What becomes of a packet: with [`reset`](crate::reset) the only file that changes one.
 
 use aya_ebpf::bindings::{BPF_F_INGRESS, TC_ACT_OK, TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::helpers::generated::{
@@ -9,7 +9,7 @@ use tproxy_common::wire::Packet;
 
 use crate::account::count;
 use crate::settings;
-use crate::skb::Skb;
+use crate::skb::{ETHERNET_HEADER, Skb};
 use crate::sock::Sock;
 
 /// On to the next program of the interface, or into the stack (`TCX_NEXT`;
@@ -152,7 +152,6 @@ fn has_link_header(skb: &Skb, packet: &Packet) -> bool {
 /// as long as the device's MTU.
 #[inline(always)]
 pub(crate) fn add_link_header(skb: &Skb) -> bool {
-    const ETHERNET_HEADER: u32 = 14;
     const ETHERTYPE_AT: u32 = 12;
     let ethertype = skb.protocol() as u16;
     // SAFETY: the context is valid, no pointer into the packet is kept, and the

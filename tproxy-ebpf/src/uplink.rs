@@ -2,7 +2,7 @@
 //! servers answer to the client's address, and the answers belong to sockets
 //! of the proxy, also where NAT stands between. Everything else passes.
 
-use tproxy_common::abi::{HostPair, UDP};
+use tproxy_common::abi::{Decision, HostPair, UDP, Verdict};
 use tproxy_common::counter::Counter;
 use tproxy_common::wire::{Fragment, Packet};
 
@@ -81,7 +81,7 @@ fn udp(skb: &Skb, packet: &Packet) -> i32 {
     // A passed flow of a client keeps its replies, even if a socket of the
     // proxy happens to have the client's port.
     if let Some(flow) = FlowRef::find(&down_key(packet))
-        && !flow.is_proxied()
+        && !flow.is_proxied(UDP)
     {
         return pass(Counter::PassNoSocket);
     }
@@ -98,12 +98,13 @@ impl Side for Uplink {
     const COUNTS: bool = false;
 
     #[inline(always)]
-    fn takes(skb: &Skb, packet: &Packet) -> bool {
-        if packet.protocol == UDP {
+    fn decision(skb: &Skb, packet: &Packet) -> Decision {
+        let proxied = if packet.protocol == UDP {
             sock::own_udp(skb, packet).is_some()
         } else {
             !packet.is_syn() && sock::connection(skb, packet).is_some()
-        }
+        };
+        Decision::by_default(if proxied { Verdict::Proxy } else { Verdict::Pass })
     }
 
     #[inline(always)]

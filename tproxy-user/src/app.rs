@@ -16,7 +16,8 @@ use crate::instance::{Instance, control};
 use crate::listener::{self, BindError, WorkerListeners};
 use crate::owner;
 use crate::plan::Plan;
-use crate::relay::Shared;
+use crate::policy::targets::Targets;
+use crate::relay::{Routes, Shared};
 use crate::shutdown::{self, Controller, Signals};
 use crate::stats::Stats;
 use crate::steering::Steering;
@@ -70,15 +71,17 @@ async fn serve(
         Handshake::Faithful => Some(Tun::create(config.workers, handle).await?),
         Handshake::Eager => None,
     };
+    let targets = Targets::default();
     let mut steering = match config.steering.by {
         Steer::Ebpf => {
-            Some(Steering::prepare(config, &plan, &listeners, tun.as_ref(), handle, instance, &stats).await?)
+            let parts = (&listeners[..], tun.as_ref());
+            Some(Steering::prepare(config, &plan, parts, handle, instance, &stats, &targets).await?)
         }
         Steer::None => None,
     };
     let control = control::bind(&instance.paths().control()).context("cannot make the control socket")?;
     let addresses = addresses(&listeners);
-    let (controller, workers) = start_workers(config, listeners, tun, &stats)?;
+    let (controller, workers) = start_workers(config, listeners, tun, &stats, targets)?;
     // Last of all: from here on packets come.
     if let Some(steering) = &mut steering {
         steering.start(instance).await?;
@@ -156,9 +159,14 @@ fn start_workers(
     listeners: Vec<WorkerListeners>,
     tun: Option<Tun>,
     stats: &Arc<Stats>,
+    targets: Targets,
 ) -> anyhow::Result<(Controller, Vec<WorkerHandle>)> {
     let (controller, shutdown) = shutdown::channel();
-    let shared = Shared::new(config, &listeners, Arc::clone(stats));
+    let routes = match config.steering.by {
+        Steer::Ebpf => Routes::new(&config.pin, targets).context("cannot read the flow table")?,
+        Steer::None => Routes::direct(),
+    };
+    let shared = Shared::new(config, &listeners, Arc::clone(stats), routes);
     let mut queues = tun.into_iter().flat_map(Tun::into_queues);
     let workers = listeners
         .into_iter()

@@ -7,6 +7,7 @@ pub mod rule;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use ipnet::IpNet;
@@ -78,7 +79,7 @@ pub struct Capture {
     /// Which flows.
     pub scope: Scope,
     /// What becomes of them, where not all are proxied.
-    pub rules: Vec<rule::Rule>,
+    pub rules: Arc<[rule::Rule]>,
     /// The host's own traffic is captured too.
     pub own_traffic: bool,
     /// What happens without a proxy.

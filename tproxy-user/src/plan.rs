@@ -5,11 +5,12 @@ mod print;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use tproxy_common::abi::LpmKey;
 
 use crate::cli::is_glob;
-use crate::config::{Config, Handshake, Mark, Scope, SourceMode, Steer};
+use crate::config::{Config, Handshake, Mark, Scope, SourceMode, Steer, rule};
 use crate::failure::Failure;
 use crate::interfaces::{Host, Interface};
 use crate::sysctl;
@@ -100,6 +101,10 @@ pub struct Plan {
     pub local: Vec<LpmKey>,
     /// Which flows are captured.
     pub scope: Scope,
+    /// What becomes of them.
+    pub policy: Arc<[rule::Rule]>,
+    /// All interfaces, index and name, by which rules may tell flows apart.
+    pub names: Vec<(u32, String)>,
     /// Listening sockets of each worker.
     pub sockets: Vec<PlannedSocket>,
     /// Workers.
@@ -140,6 +145,12 @@ impl Plan {
             sysctls: Vec::new(),
             local: host.local.iter().map(prefixes::key).collect(),
             scope: Scope { v6: ipv6, ..config.capture.scope.clone() },
+            policy: Arc::clone(&config.capture.rules),
+            names: host
+                .interfaces
+                .iter()
+                .map(|interface| (interface.index, interface.name.clone()))
+                .collect(),
             sockets: sockets(config, ipv4, ipv6),
             workers: config.workers,
             missing: Vec::new(),

@@ -5,6 +5,8 @@ pub mod facts;
 #[cfg(test)]
 mod model;
 pub mod ranges;
+pub mod rules;
 mod scope;
+pub mod targets;
 #[cfg(test)]
 mod tests;

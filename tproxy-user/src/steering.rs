@@ -25,7 +25,9 @@ use crate::instance::{self, Instance};
 use crate::interfaces;
 use crate::listener::WorkerListeners;
 use crate::plan::{Plan, PlannedInterface, Role};
-use crate::policy::compile::compile;
+use crate::policy::compile::{RuleSet, compile};
+use crate::policy::rules::rule_set;
+use crate::policy::targets::Targets;
 use crate::privilege;
 use crate::routing;
 use crate::stats::Stats;
@@ -40,6 +42,9 @@ pub struct Steering {
     config: Config,
     plan: Plan,
     datapath: Datapath,
+    /// The rules by which the kernel decides.
+    policy: Option<RuleSet>,
+    targets: Targets,
     handle: Handle,
     /// By index: what is attached now.
     attached: BTreeMap<u32, Attached>,
@@ -71,11 +76,11 @@ impl Steering {
     pub async fn prepare(
         config: &Config,
         plan: &Plan,
-        listeners: &[WorkerListeners],
-        tun: Option<&Tun>,
+        (listeners, tun): (&[WorkerListeners], Option<&Tun>),
         handle: &Handle,
         instance: &mut Instance,
         stats: &Arc<Stats>,
+        targets: &Targets,
     ) -> anyhow::Result<Self> {
         let features = Features::of(privilege::kernel(config)?)?;
         check(config, features)?;
@@ -97,7 +102,6 @@ impl Steering {
             &config.pin,
             config.steering.bpf_log,
         )?;
-        datapath.set_policy(&compile(&plan.scope.rules())?)?;
         for (worker, listeners) in (0..).zip(listeners) {
             for listener in listeners.iter() {
                 datapath.set_listener(listener.kind, worker, &listener.fd)?;
@@ -107,11 +111,14 @@ impl Steering {
             config: config.clone(),
             plan: plan.clone(),
             datapath,
+            policy: None,
+            targets: targets.clone(),
             handle: handle.clone(),
             attached: BTreeMap::new(),
             tun: tun.map(|tun| tun.link.clone()),
             upkeep: Upkeep::new(Arc::clone(stats)),
         };
+        steering.keep_policy()?;
         if let Some(tun) = tun {
             let hook = steering.hook();
             steering.datapath.attach_handshakes(tun, hook)?;
@@ -169,8 +176,22 @@ impl Steering {
         self.keep(instance).await
     }
 
+    /// Has the kernel decide by the rules of the plan, by one write.
+    fn keep_policy(&mut self) -> anyhow::Result<()> {
+        let set = rule_set(&self.plan.scope, &self.plan.policy, &self.plan.names, &self.targets)?;
+        if !self.plan.policy.is_empty() {
+            self.targets.ask_for();
+        }
+        if self.policy.as_ref() != Some(&set) {
+            self.datapath.set_policy(&compile(&set)?)?;
+            self.policy = Some(set);
+        }
+        Ok(())
+    }
+
     /// Makes the kernel be as the plan says.
     async fn apply(&mut self, instance: &mut Instance) -> anyhow::Result<()> {
+        self.keep_policy()?;
         self.datapath.set_local(&self.plan.local)?;
         self.keep_routing().await?;
         self.detach_stale(instance).await;
@@ -312,6 +333,7 @@ fn settings(
         handshake_ifindex: tun.map_or(0, |tun| tun.link.index),
         listen_v4: steering.on_ip4.octets(),
         listen_v6: steering.on_ip6.octets(),
+        udp_timeout: u64::try_from(config.timeouts.udp.as_nanos()).unwrap_or(u64::MAX),
         fail_open: (capture.fail == Fail::Open).into(),
         listener_by_tuple: (!features.listeners_from_tc()).into(),
         link_headers: features.link_headers().into(),

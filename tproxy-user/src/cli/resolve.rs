@@ -1,6 +1,7 @@
 //! What was typed → the configuration. Pure.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
 
 use tproxy_common::abi::{DEFAULT_MAX_FLOWS, MAX_WORKERS};
 
@@ -48,7 +49,7 @@ pub fn config(args: &RunArgs) -> Result<Config, Failure> {
                 from: capture.from.clone(),
                 not_from: capture.not_from.clone(),
             },
-            rules: Vec::new(),
+            rules: Arc::default(),
             own_traffic: capture.own_traffic,
             fail: capture.fail,
         },

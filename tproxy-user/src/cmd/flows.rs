@@ -149,6 +149,9 @@ impl Row {
     fn new(key: &FlowKey, flow: &Flow, clock: &Clock, name: impl Fn(u32) -> String) -> Self {
         let (action, upstream) = match Verdict::from_raw(flow.verdict) {
             Some(Verdict::Pass) => ("pass", None),
+            Some(Verdict::Reject) => ("reject", None),
+            Some(Verdict::Drop) => ("drop", None),
+            Some(Verdict::Divert) => ("divert", None),
             // The kernel program writes no other; one of a later version is not a reason to fail.
             Some(Verdict::Proxy) | None => ("proxy", Some("direct")),
         };
@@ -190,6 +193,7 @@ fn table(flows: &[Row], now: SystemTime) -> String {
         ("DESTINATION", Left),
         ("IFACE", Left),
         ("ACTION", Left),
+        ("RULE", Right),
         ("STATE", Left),
         ("PKTS UP", Right),
         ("UP", Right),
@@ -204,6 +208,7 @@ fn table(flows: &[Row], now: SystemTime) -> String {
             flow.destination.to_string(),
             flow.iface.clone(),
             flow.action.to_owned(),
+            flow.rule.map_or_else(|| "-".to_owned(), |rule| rule.to_string()),
             flow.state.to_owned(),
             flow.packets_up.to_string(),
             bytes(flow.bytes_up),

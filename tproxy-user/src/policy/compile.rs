@@ -10,7 +10,7 @@ use tproxy_common::policy::{
 use super::ranges::Ranges;
 
 /// One rule: it matches a packet that meets all its conditions.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rule {
     /// At most one for a dimension.
     pub conditions: Vec<Condition>,
@@ -19,7 +19,7 @@ pub struct Rule {
 }
 
 /// What a rule wants a value to be.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Condition {
     /// Which value. One of an address has a second condition for the other family,
     /// with an empty set where no packet of that family is to match.
@@ -29,7 +29,7 @@ pub struct Condition {
 }
 
 /// Rules in their order, and what they leave open.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RuleSet {
     /// The first that matches decides.
     pub rules: Vec<Rule>,

@@ -10,6 +10,7 @@ use crate::config::Scope;
 
 use super::compile::{Condition, Rule, RuleSet};
 use super::ranges::Ranges;
+use super::rules::range;
 
 impl Scope {
     /// The rules, one for each respect in which a packet may not be selected.
@@ -65,14 +66,6 @@ fn unselected(
             (dimension, Ranges::new(selected).complement(most).union(Ranges::new(of_family(excluded, v4))))
         })
         .collect()
-}
-
-/// First and last address of a network, as numbers of its family.
-fn range(net: &IpNet) -> (u128, u128) {
-    match net {
-        IpNet::V4(net) => (net.network().to_bits().into(), net.broadcast().to_bits().into()),
-        IpNet::V6(net) => (net.network().to_bits(), net.broadcast().to_bits()),
-    }
 }
 
 #[cfg(test)]

@@ -2,9 +2,12 @@
 //!
 //! A flow has one socket towards upstream, so every server sees the same source, and
 //! a reply from any of them finds its way (endpoint-independent mapping, RFC 4787).
+//! What is diverted has one for each destination: a target's reply does not tell which
+//! of them the client had asked.
 
 use std::cell::{Cell, RefCell};
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::pin::pin;
 use std::rc::Rc;
@@ -16,6 +19,7 @@ use tokio::net::UdpSocket;
 use tokio::sync::Notify;
 use tokio::task::{spawn_local, yield_now};
 use tokio::time::{Instant, sleep_until};
+use tproxy_common::abi::UDP;
 
 use super::Worker;
 use super::errors::{self, IcmpError, Queued};
@@ -23,9 +27,10 @@ use super::icmp::Budget;
 use super::raw::ReplySender;
 use super::receive::{Received, Receiver};
 use super::record::{End, Protocol, Record};
+use super::route::{Route, Way};
 use super::send::send;
 use super::udp::BATCH;
-use crate::addr::{ClientAddr, OrigDst};
+use crate::addr::{ClientAddr, OrigDst, UpstreamAddr};
 use crate::limits::ClientSlot;
 use crate::sockopt::{self, Fragments};
 use crate::upstream::Reason;
@@ -41,8 +46,11 @@ pub(crate) struct Flows {
     receiver: RefCell<Receiver>,
     icmp: Budget,
     /// The least recently used goes first where room is needed.
-    table: RefCell<LruCache<ClientAddr, Rc<Flow>>>,
+    table: RefCell<LruCache<Key, Rc<Flow>>>,
 }
+
+/// By whom a flow is; of one that is diverted also to where it was sent.
+type Key = (ClientAddr, Option<OrigDst>);
 
 /// What was in the error queue of a flow.
 #[derive(Default)]
@@ -56,6 +64,8 @@ struct Errors {
 /// One flow.
 struct Flow {
     client: ClientAddr,
+    /// Of one that is diverted: the target, and the destination that it stands for.
+    diverted: Option<(UpstreamAddr, OrigDst)>,
     socket: UdpSocket,
     /// Whether the socket fragments what it sends.
     fragments: Cell<Fragments>,
@@ -70,6 +80,19 @@ struct Flow {
 }
 
 impl Flow {
+    fn key(&self) -> Key {
+        (self.client, self.diverted.map(|(_, destination)| destination))
+    }
+
+    /// Who answers, as the client knows it; `None`: a stranger to a diverted flow.
+    fn source(&self, server: SocketAddr) -> Option<SocketAddr> {
+        match self.diverted {
+            None => Some(server),
+            Some((target, destination)) if target == server.into() => Some(destination.get()),
+            Some(_) => None,
+        }
+    }
+
     /// Has the next datagram sent with the DF bit or without.
     fn set_fragments(&self, dont_fragment: bool) {
         let wanted = self.fragments.get().next(dont_fragment);
@@ -101,15 +124,20 @@ impl Flows {
         let Some(destination) = datagram.destination else {
             return stats.udp_no_destination.inc();
         };
-        if self.worker.shared.own.contains(destination) {
+        let client = ClientAddr::from(datagram.sender);
+        let route = self.worker.shared.routes.of(UDP, client, destination);
+        let Some((_, to)) = self.worker.shared.upstream(route.way, destination) else {
+            return self.refuse(client, destination, payload);
+        };
+        if self.worker.shared.own.takes(to) {
             return stats.loops_prevented.inc();
         }
-        let client = ClientAddr::from(datagram.sender);
-        let known = self.table.borrow_mut().get(&client).map(Rc::clone);
-        let Some(flow) = known.or_else(|| self.open(client, destination)) else { return };
+        let diverted = matches!(route.way, Way::Divert(_)).then_some(destination);
+        let known = self.table.borrow_mut().get(&(client, diverted)).map(Rc::clone);
+        let Some(flow) = known.or_else(|| self.open(client, destination, route)) else { return };
         flow.last.set(Instant::now());
         flow.set_fragments(dont_fragment);
-        let to = destination.get();
+        let to = to.get();
         // Not by way of the runtime: it believes a new socket unready until its first event, and
         // the first datagram would be lost.
         let attempt = || send(flow.socket.as_fd(), to, [payload], datagram.class.control(to.is_ipv6()));
@@ -143,8 +171,9 @@ impl Flows {
     }
 
     /// A new flow, unless a limit forbids it.
-    fn open(self: &Rc<Self>, client: ClientAddr, destination: OrigDst) -> Option<Rc<Flow>> {
+    fn open(self: &Rc<Self>, client: ClientAddr, destination: OrigDst, route: Route) -> Option<Rc<Flow>> {
         let (shared, stats) = (&self.worker.shared, self.worker.stats());
+        let (direct, to) = shared.upstream(route.way, destination)?;
         let Some(slot) = shared.clients.admit(client.ip()) else {
             stats.client_limit_udp.inc();
             return None;
@@ -152,7 +181,7 @@ impl Flows {
         if self.table.borrow().len() >= shared.flows_per_worker.max(1) {
             self.evict();
         }
-        let socket = match shared.direct.udp(client, stats) {
+        let socket = match direct.udp(client, to, stats) {
             Ok(socket) => socket,
             Err(error) => {
                 stats.udp_no_socket.inc();
@@ -168,16 +197,17 @@ impl Flows {
         shared.report_recovery();
         let flow = Rc::new(Flow {
             client,
+            diverted: matches!(route.way, Way::Divert(_)).then_some((to, destination)),
             socket,
             fragments: Cell::new(Fragments::Allowed),
             last: Cell::new(Instant::now()),
             replied: Cell::new(false),
             evicted: Cell::new(false),
             changed: Notify::new(),
-            record: Record::new(&self.worker, Protocol::Udp, client, destination),
+            record: Record::new(&self.worker, Protocol::Udp, client, destination, route.rule),
             _slot: slot,
         });
-        self.table.borrow_mut().put(client, Rc::clone(&flow));
+        self.table.borrow_mut().put(flow.key(), Rc::clone(&flow));
         spawn_local(Rc::clone(self).run(Rc::clone(&flow)));
         Some(flow)
     }
@@ -242,6 +272,7 @@ impl Flows {
             match errors::receive(flow.socket.as_fd(), &mut quote) {
                 Ok(Queued::Icmp { destination, error, len }) => {
                     if self.may_report() {
+                        let destination = flow.diverted.map_or(destination, |(_, asked)| asked);
                         self.report(flow.client, destination, &error, &quote[..len]);
                     }
                 }
@@ -252,6 +283,14 @@ impl Flows {
             errors.count += 1;
         }
         errors
+    }
+
+    /// Tells the client that nobody listens there, as its destination would: a rule says so.
+    fn refuse(&self, client: ClientAddr, destination: OrigDst, payload: &[u8]) {
+        if self.may_report() {
+            let error = IcmpError::port_unreachable(destination.ip());
+            self.report(client, destination, &error, payload);
+        }
     }
 
     /// Tells the client that there is no way for its datagram, as a router would.
@@ -299,11 +338,12 @@ impl Flows {
         let stats = self.worker.stats();
         let mut buffer = self.worker.datagram.borrow_mut();
         let mut receiver = self.receiver.borrow_mut();
-        self.table.borrow_mut().promote(&flow.client);
+        self.table.borrow_mut().promote(&flow.key());
         for _ in 0..BATCH {
             let mut receive = || receiver.receive(flow.socket.as_fd(), &mut buffer);
             match flow.socket.try_io(Interest::READABLE, &mut receive) {
                 Ok(Received { len, sender: server, class, .. }) => {
+                    let Some(server) = flow.source(server) else { continue };
                     flow.last.set(Instant::now());
                     flow.replied.set(true);
                     match self.replies.send(server, flow.client, class, &buffer[..len]) {
@@ -341,8 +381,9 @@ impl Flows {
     fn remove(&self, flow: &Rc<Flow>) {
         let mut table = self.table.borrow_mut();
         // After an eviction the place may be a newer flow's.
-        if table.peek(&flow.client).is_some_and(|other| Rc::ptr_eq(other, flow)) {
-            table.pop(&flow.client);
+        let key = flow.key();
+        if table.peek(&key).is_some_and(|other| Rc::ptr_eq(other, flow)) {
+            table.pop(&key);
         }
     }
 }

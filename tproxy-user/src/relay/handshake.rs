@@ -19,6 +19,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use tokio::task::{spawn_local, yield_now};
 use tokio::time::Instant;
+use tproxy_common::abi::TCP;
 
 use super::Worker;
 use super::record::{End, Protocol, Record};
@@ -27,6 +28,7 @@ use super::syn::Syn;
 use super::tcp::{Connection, relay};
 use crate::addr::{ClientAddr, OrigDst, UpstreamAddr};
 use crate::limits::{Alarm, ClientSlot};
+use crate::upstream::direct::Direct;
 use crate::upstream::{ConnectError, Reason};
 
 /// SYNs read in a row before other connections get their turn.
@@ -157,7 +159,11 @@ fn arrived(worker: &Rc<Worker>, handshakes: &Handshakes, packet: Box<[u8]>) {
         return;
     }
     let (shared, stats) = (&worker.shared, worker.stats());
-    if shared.own.contains(syn.destination) {
+    let route = shared.routes.of(TCP, syn.client, syn.destination);
+    let Some((direct, to)) = shared.upstream(route.way, syn.destination) else {
+        return handshakes.refuse(Refusal::Reset, &syn, &packet, worker);
+    };
+    if shared.own.takes(to) {
         stats.loops_prevented.inc();
         return handshakes.refuse(Refusal::Reset, &syn, &packet, worker);
     }
@@ -174,8 +180,9 @@ fn arrived(worker: &Rc<Worker>, handshakes: &Handshakes, packet: Box<[u8]>) {
         claim: RefCell::new(Some(claim)),
     });
     handshakes.open.borrow_mut().insert(key, Rc::clone(&handshake));
-    let record = Record::new(worker, Protocol::Tcp, syn.client, syn.destination);
-    drop(spawn_local(serve(Rc::clone(worker), Open { handshake, key }, record, claimed, (permit, slot))));
+    let record = Record::new(worker, Protocol::Tcp, syn.client, syn.destination, route.rule);
+    let open = Open { handshake, key, direct: *direct, to };
+    drop(spawn_local(serve(Rc::clone(worker), open, record, claimed, (permit, slot))));
 }
 
 /// One of the `max-connections`, where one is free and this worker may open
@@ -202,10 +209,9 @@ async fn serve(
     _shares: (OwnedSemaphorePermit, ClientSlot),
 ) {
     let Some(handshakes) = &worker.handshakes else { return };
-    let (client, destination) = open.key;
-    let to = UpstreamAddr::from(destination);
+    let ((client, _), to) = (open.key, open.to);
     let connected = tokio::select! {
-        connected = worker.shared.direct.connect(client, to, worker.stats()) => connected,
+        connected = open.direct.connect(client, to, worker.stats()) => connected,
         // Nobody can claim what was not let in: the run is over.
         _ = &mut claimed => return,
     };
@@ -240,10 +246,12 @@ fn failed(worker: &Worker, handshakes: &Handshakes, handshake: &Handshake, error
     }
 }
 
-/// A handshake and where it is found.
+/// A handshake, where it is found, and where it goes.
 struct Open {
     handshake: Rc<Handshake>,
     key: Key,
+    direct: Direct,
+    to: UpstreamAddr,
 }
 
 impl Open {

@@ -41,6 +41,12 @@ impl IcmpError {
         Some(Self { offender: here, kind, code, info: 0 })
     }
 
+    /// What a host says of a datagram to a port at which nobody listens (RFC 792, RFC 4443).
+    pub(crate) fn port_unreachable(host: IpAddr) -> Self {
+        let (kind, code) = if host.is_ipv4() { (UNREACHABLE_V4, 3) } else { (UNREACHABLE_V6, 4) };
+        Self { offender: host, kind, code, info: 0 }
+    }
+
     /// What a router says of a datagram over IPv4 with DF for which its own link is too
     /// small. None over IPv6, where the kernel fragments what it sends.
     pub(crate) fn too_long(mtu: u32, here: IpAddr) -> Option<Self> {

@@ -11,6 +11,7 @@ pub mod raw;
 mod receive;
 mod record;
 pub(crate) mod refusal;
+mod route;
 mod send;
 mod syn;
 pub(crate) mod tcp;
@@ -18,6 +19,7 @@ pub(crate) mod udp;
 
 pub(crate) use flow::Flows;
 pub(crate) use handshake::Handshakes;
+pub use route::Routes;
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashSet;
@@ -28,19 +30,23 @@ use std::sync::Arc;
 
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
-use crate::addr::OrigDst;
-use crate::config::{Config, Limits, Timeouts};
+use crate::addr::{OrigDst, UpstreamAddr};
+use crate::config::{Config, Limits, SourceMode, Timeouts};
 use crate::limits::{self, Alarm, ClientLimits};
 use crate::listener::WorkerListeners;
 use crate::sockopt::{self, OwnMark};
 use crate::stats::{Stats, WorkerStats};
 use crate::upstream::direct::Direct;
 use pool::Pool;
+use route::Way;
 
 /// What all workers of one run share. Nothing in it is locked for data.
 #[derive(Debug)]
 pub struct Shared {
+    routes: Routes,
     direct: Direct,
+    /// To targets, of which one on this host could not answer a client's address.
+    divert: Direct,
     timeouts: Timeouts,
     limits: Limits,
     flows_per_worker: usize,
@@ -59,14 +65,22 @@ impl Shared {
     /// UDP flows are divided among the workers, whose clients the kernel spreads
     /// evenly: each can then make room by its own least recently used flow.
     #[must_use]
-    pub fn new(config: &Config, listeners: &[WorkerListeners], stats: Arc<Stats>) -> Arc<Self> {
+    pub fn new(
+        config: &Config,
+        listeners: &[WorkerListeners],
+        stats: Arc<Stats>,
+        routes: Routes,
+    ) -> Arc<Self> {
         let workers = listeners.len().max(1);
+        let direct = Direct {
+            source: config.source,
+            mark: OwnMark(config.steering.own_mark),
+            timeout: config.timeouts.connect,
+        };
         Arc::new(Self {
-            direct: Direct {
-                source: config.source,
-                mark: OwnMark(config.steering.own_mark),
-                timeout: config.timeouts.connect,
-            },
+            routes,
+            direct,
+            divert: Direct { source: SourceMode::Proxy, ..direct },
             timeouts: config.timeouts,
             limits: config.limits,
             flows_per_worker: (config.limits.udp_flows as usize).div_ceil(workers),
@@ -77,6 +91,15 @@ impl Shared {
             exhausted: Alarm::default(),
             full: Alarm::default(),
         })
+    }
+
+    /// How to go, and where to; `None`: nowhere.
+    fn upstream(&self, way: Way, destination: OrigDst) -> Option<(&Direct, UpstreamAddr)> {
+        match way {
+            Way::Direct => Some((&self.direct, destination.into())),
+            Way::Divert(target) => Some((&self.divert, target.into())),
+            Way::Reject => None,
+        }
     }
 
     /// The mark of the proxy's sockets.
@@ -183,8 +206,9 @@ impl OwnAddresses {
         Self { ports, exact, wildcard }
     }
 
-    fn contains(&self, destination: OrigDst) -> bool {
-        let addr = destination.get();
+    /// Whether a flow that goes there comes back.
+    fn takes(&self, to: UpstreamAddr) -> bool {
+        let addr = to.get();
         if self.ports.binary_search(&addr.port()).is_err() {
             return false;
         }
@@ -209,7 +233,7 @@ mod tests {
     }
 
     fn asks(own: &OwnAddresses, destination: &str) -> bool {
-        own.contains(OrigDst::from(destination.parse::<SocketAddr>().expect("an address")))
+        own.takes(UpstreamAddr::from(destination.parse::<SocketAddr>().expect("an address")))
     }
 
     #[test]

@@ -63,6 +63,8 @@ pub(crate) struct Record {
     client: ClientAddr,
     /// Of a UDP flow the first.
     destination: OrigDst,
+    /// The rule that says where it goes; of a UDP flow the first.
+    rule: Option<u16>,
     begun: Instant,
     upstream: Cell<Option<(UpstreamAddr, Duration)>>,
     end: Cell<End>,
@@ -76,6 +78,7 @@ impl Record {
         protocol: Protocol,
         client: ClientAddr,
         destination: OrigDst,
+        rule: Option<u16>,
     ) -> Self {
         let stats = worker.stats();
         match protocol {
@@ -93,6 +96,7 @@ impl Record {
             protocol,
             client,
             destination,
+            rule,
             begun: Instant::now(),
             upstream: Cell::new(None),
             end: Cell::new(End::Cut),
@@ -151,6 +155,7 @@ impl Drop for Record {
             client = %self.client,
             destination = %self.destination,
             upstream = upstream.map(|(addr, _)| tracing::field::display(addr)),
+            rule = self.rule,
             bytes_up = self.traffic.up.get(),
             bytes_down = self.traffic.down.get(),
             duration_ms = millis(self.begun.elapsed()),

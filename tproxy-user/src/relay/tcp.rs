@@ -12,6 +12,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::net::TcpStream;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::task::{spawn_local, yield_now};
+use tproxy_common::abi::TCP;
 
 use super::Worker;
 use super::copy::{Ending, Patience, copy, reset};
@@ -20,6 +21,7 @@ use crate::addr::{ClientAddr, OrigDst, UpstreamAddr};
 use crate::limits::ClientSlot;
 use crate::sockopt;
 use crate::upstream::Reason;
+use crate::upstream::direct::Direct;
 
 /// Connections accepted in a row before those already open get their turn.
 const BATCH: usize = 32;
@@ -131,11 +133,16 @@ fn admit(
     let Ok(destination) = stream.local_addr().map(OrigDst::from) else {
         return stats.accept_errors.inc();
     };
-    if worker.shared.own.contains(destination) {
+    let route = worker.shared.routes.of(TCP, client, destination);
+    let Some((direct, to)) = worker.shared.upstream(route.way, destination) else {
+        return sockopt::reset_on_close(&stream);
+    };
+    if worker.shared.own.takes(to) {
         stats.loops_prevented.inc();
-        tracing::debug!("{client} asked for the proxy's own listener {destination}: refused");
+        tracing::debug!("{client} asked for the proxy's own listener {to}: refused");
         return sockopt::reset_on_close(&stream);
     }
+    let direct = *direct;
     let mut stream = match TcpStream::from_std(stream) {
         Ok(stream) => Connection::new(stream),
         Err(error) => {
@@ -156,8 +163,8 @@ fn admit(
         return tracing::debug!("{client} has its share of connections (--max-per-client): refused");
     };
     let Some(permit) = permit.or_else(|| worker.try_permit()) else { return };
-    let record = Record::new(worker, Protocol::Tcp, client, destination);
-    let task = serve(Rc::clone(worker), stream, record, (client, destination), (permit, slot));
+    let record = Record::new(worker, Protocol::Tcp, client, destination, route.rule);
+    let task = serve(Rc::clone(worker), stream, record, (client, direct, to), (permit, slot));
     drop(spawn_local(task));
 }
 
@@ -166,13 +173,12 @@ async fn serve(
     worker: Rc<Worker>,
     client_side: Connection,
     record: Record,
-    (client, destination): (ClientAddr, OrigDst),
+    (client, direct, to): (ClientAddr, Direct, UpstreamAddr),
     _shares: (OwnedSemaphorePermit, ClientSlot),
 ) {
-    let to = UpstreamAddr::from(destination);
     let stats = worker.stats();
     let connected = tokio::select! {
-        connected = worker.shared.direct.connect(client, to, stats) => connected,
+        connected = direct.connect(client, to, stats) => connected,
         () = reset(&client_side) => return record.ends(End::ClientGone),
     };
     let upstream_side = match connected {
@@ -181,7 +187,7 @@ async fn serve(
             if error.reason == Reason::Exhausted {
                 worker.shared.report_exhaustion("cannot connect", &error.source.source);
             }
-            tracing::debug!("{client} to {destination}: {error}");
+            tracing::debug!("{client} to {to}: {error}");
             return record.ends(End::NotConnected(error.reason));
         }
     };

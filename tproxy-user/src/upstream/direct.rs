@@ -61,12 +61,17 @@ impl Direct {
         })
     }
 
-    /// A socket for the datagrams of `client`, open to replies from anywhere.
+    /// A socket for the datagrams of `client`, open to replies from anywhere; of the family of `to`.
     ///
     /// # Errors
     /// [`ConnectError`] with the reason. Must be called within a tokio runtime.
-    pub fn udp(&self, client: ClientAddr, stats: &WorkerStats) -> Result<UdpSocket, ConnectError> {
-        let socket = UpstreamSocket::udp(client.get(), self.mark)?;
+    pub fn udp(
+        &self,
+        client: ClientAddr,
+        to: UpstreamAddr,
+        stats: &WorkerStats,
+    ) -> Result<UdpSocket, ConnectError> {
+        let socket = UpstreamSocket::udp(to.get(), self.mark)?;
         if self.source != SourceMode::Proxy {
             let mut result = socket.bind_udp_source(self.preferred(client)).map_err(ConnectError::from);
             let mut others = self.alternatives(client);

@@ -139,6 +139,7 @@ pub(crate) fn usual() -> Settings {
         fail_open: 1,
         sk_lookup: 1,
         link_headers: 1,
+        udp_timeout: 180_000_000_000,
         ..Settings::default()
     }
 }

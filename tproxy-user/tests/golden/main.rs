@@ -28,6 +28,7 @@ mod predict;
 mod rules;
 mod sides;
 mod skip;
+mod verdicts;
 mod verifier;
 
 use libtest_mimic::{Arguments, Trial};
@@ -43,6 +44,7 @@ fn main() {
         listeners::TESTS,
         rules::TESTS,
         sides::TESTS,
+        verdicts::TESTS,
         verifier::TESTS,
     ];
     let trials = modules

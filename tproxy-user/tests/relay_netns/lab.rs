@@ -12,7 +12,7 @@ use tproxy_user::config::{
     Attach, Capture, Config, Fail, Handshake, Limits, Mark, Scope, SourceMode, Steer, Steering, Timeouts,
 };
 use tproxy_user::listener;
-use tproxy_user::relay::Shared;
+use tproxy_user::relay::{Routes, Shared};
 use tproxy_user::shutdown::{self, Controller};
 use tproxy_user::stats::{Snapshot, Stats};
 use tproxy_user::worker::{self, WorkerHandle};
@@ -190,7 +190,7 @@ impl Proxy {
     fn start(config: &Config) -> Self {
         let listeners = listener::bind(config).expect("listeners");
         let stats = Arc::new(Stats::new(listeners.len()));
-        let shared = Shared::new(config, &listeners, Arc::clone(&stats));
+        let shared = Shared::new(config, &listeners, Arc::clone(&stats), Routes::direct());
         let (controller, shutdown) = shutdown::channel();
         let workers = listeners
             .into_iter()
@@ -243,7 +243,7 @@ pub(crate) fn config(source: SourceMode) -> Config {
         capture: Capture {
             interfaces: Vec::new(),
             scope: Scope::default(),
-            rules: Vec::new(),
+            rules: Arc::default(),
             own_traffic: false,
             fail: Fail::Open,
         },

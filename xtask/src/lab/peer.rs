@@ -327,15 +327,15 @@ mod tests {
 
     #[test]
     fn an_address_can_be_used_again_although_a_child_still_holds_it() {
-        let listener = listen("127.0.0.1:0".parse().unwrap()).unwrap();
-        let address = listener.local_addr().unwrap();
-        let of_a_child = listener.try_clone().unwrap();
+        let listener = listen((std::net::Ipv4Addr::LOCALHOST, 0).into()).expect("a port");
+        let address = listener.local_addr().expect("bound");
+        let of_a_child = listener.try_clone().expect("a duplicate");
         let child = std::thread::spawn(move || {
             std::thread::sleep(FORK_TO_EXEC / 10);
             drop(of_a_child);
         });
         drop(listener);
         listen(address).expect("free once the child has let go of it");
-        child.join().unwrap();
+        child.join().expect("no panic");
     }
 }
