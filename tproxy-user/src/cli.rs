@@ -1,12 +1,14 @@
 //! The command line. Help, man pages and completions all come from here.
 //!
-//! [`Cli`] is what was typed; [`resolve::config`] turns it into the
-//! [`Config`](crate::config::Config) that everything else reads.
+//! [`Cli`] is what was typed; [`merge::config_file`] adds what a config file says,
+//! and [`resolve::config`] turns both into the [`Config`](crate::config::Config)
+//! that everything else reads.
 
 #![expect(clippy::doc_markdown, reason = "the doc comments here are help texts, which have no markup")]
 
-mod parse;
+pub(crate) mod parse;
 pub(crate) use parse::is_glob;
+pub mod merge;
 pub mod resolve;
 
 use std::net::IpAddr;
@@ -18,6 +20,7 @@ use clap::{ArgAction, Args, Parser, Subcommand};
 use clap_complete::Shell;
 use ipnet::IpNet;
 
+use crate::config::rule::Rule;
 use crate::config::{AccessLog, Attach, Fail, Handshake, Kernel, Mark, SourceMode, Steer};
 
 /// Defaults that several commands share.
@@ -35,6 +38,8 @@ Examples:
         Two kinds of interface, and private networks left to the kernel.
   tproxy-user --iface eth0 --proto udp --dport 53,853 --source proxy
         DNS only, and servers see this host's address.
+  tproxy-user --config /etc/tproxy/tproxy.toml
+        What that file says, and rules for single networks, ports, users and more.
   tproxy-user check --iface eth0
         Print what that would set up, and change nothing (needs no root).
   tproxy-user doctor --iface eth0
@@ -116,6 +121,10 @@ pub enum Command {
         /// bash, zsh, fish, elvish or powershell
         shell: Shell,
     },
+    /// Print the JSON schema of the config file
+    ///
+    /// For editors and for programs that write such files.
+    Schema,
     /// Write man pages, one a command
     #[command(hide = true)]
     Man {
@@ -154,6 +163,11 @@ pub struct LoggingArgs {
 /// Flags of `run`, `check` and `doctor`.
 #[derive(Clone, Debug, Args)]
 pub struct RunArgs {
+    /// Config file (TOML): a key for each of these flags, and rules; flags given here go before it
+    ///
+    /// `tproxy-user schema` prints what it may have.
+    #[arg(short, long, value_name = "FILE", help_heading = "Configuration")]
+    pub config: Option<PathBuf>,
     /// The `Capture` group.
     #[command(flatten)]
     pub capture: CaptureArgs,
@@ -215,6 +229,9 @@ pub struct CaptureArgs {
           value_parser = PossibleValuesParser::new(["open", "closed"])
               .map(|how| if how == "open" { Fail::Open } else { Fail::Closed }))]
     pub fail: Fail,
+    /// Rules of the config file.
+    #[arg(skip)]
+    pub rules: Vec<Rule>,
 }
 
 /// How captured packets reach the proxy.
@@ -265,7 +282,7 @@ pub struct SteeringArgs {
     ///
     /// The default puts them before the rules of VPNs (Tailscale 5210, wg-quick below
     /// 32766) and VRFs (1000): a captured packet must not be routed by those.
-    #[arg(long, value_name = "NUMBER", default_value = "100", value_parser = clap::value_parser!(u32).range(1..=32765))]
+    #[arg(long, value_name = "NUMBER", default_value = "100", value_parser = parse::priority)]
     pub rule_priority: u32,
     /// Directory of the pinned maps and programs, on a bpf filesystem; its last part names this instance
     #[arg(long, value_name = "DIR", default_value = default::PIN, value_parser = parse::pin)]
@@ -348,23 +365,22 @@ pub struct LimitArgs {
     /// TCP connections at one time; each takes two descriptors
     ///
     /// With --handshake faithful those that wait for their server count, too.
-    #[arg(long, value_name = "NUMBER", default_value = "65536", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "NUMBER", default_value = "65536", value_parser = parse::count)]
     pub max_connections: u32,
     /// TCP connections and UDP flows of one client address at one time; 0: no bound of its own
     ///
     /// The default leaves half of the UDP flows to the others. A network that
     /// hides behind one address needs more.
-    #[arg(long, value_name = "NUMBER", default_value = "8192")]
+    #[arg(long, value_name = "NUMBER", default_value = "8192", value_parser = parse::count_or_zero)]
     pub max_per_client: u32,
     /// UDP flows (one a client's address and port) at one time; each takes a descriptor
-    #[arg(long, value_name = "NUMBER", default_value = "16384", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "NUMBER", default_value = "16384", value_parser = parse::count)]
     pub max_udp_flows: u32,
     /// Entries of the flow table that `flows` shows; the oldest give way (104 bytes each) [default: 131072]
-    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1024..=16_777_216))]
+    #[arg(long, value_name = "NUMBER", value_parser = parse::flow_entries)]
     pub max_flows: Option<u32>,
     /// Worker threads, 1 to 64 [default: one a core]
-    #[arg(long, value_name = "NUMBER",
-          value_parser = clap::value_parser!(u32).range(1..=i64::from(tproxy_common::abi::MAX_WORKERS)))]
+    #[arg(long, value_name = "NUMBER", value_parser = parse::workers)]
     pub workers: Option<u32>,
 }
 

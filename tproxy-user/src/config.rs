@@ -1,8 +1,10 @@
 //! The resolved configuration: what every other part of the program reads.
 //!
-//! [`Config`] is built from the command line by `cli.rs`; a value of it cannot
-//! say something that contradicts itself, so nothing behind it checks again.
+//! [`Config`] is built from the command line and the config [`file`] by `cli.rs`;
+//! a value of it cannot say something that contradicts itself, so nothing behind
+//! it checks again.
 
+pub mod file;
 pub mod rule;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -11,6 +13,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ipnet::IpNet;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 
 /// A packet mark and the bits of it that count, as `ip rule fwmark` has them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,7 +26,8 @@ pub struct Mark {
 }
 
 /// How packets reach the listeners.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
 pub enum Steer {
     /// The eBPF programs of this project.
     Ebpf,
@@ -31,7 +36,8 @@ pub enum Steer {
 }
 
 /// Whose address the server sees.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
 pub enum SourceMode {
     /// The client's address, a port of the proxy's choice.
     Client,
@@ -42,8 +48,8 @@ pub enum SourceMode {
 }
 
 /// When a client's TCP handshake is completed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
 pub enum Handshake {
     /// At once.
     Eager,
@@ -52,7 +58,8 @@ pub enum Handshake {
 }
 
 /// What happens to matching new flows while no proxy is there to take them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
 pub enum Fail {
     /// They are forwarded as if nothing was captured.
     Open,
@@ -61,7 +68,8 @@ pub enum Fail {
 }
 
 /// How programs are attached to interfaces.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
 pub enum Attach {
     /// tcx where the kernel has it (6.6), else clsact.
     Auto,
@@ -186,7 +194,8 @@ pub struct Limits {
 }
 
 /// Where the line about each ended connection goes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
 pub enum AccessLog {
     /// Nowhere.
     Off,

@@ -1,7 +1,6 @@
 //! What was typed → the configuration. Pure.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::sync::Arc;
 
 use tproxy_common::abi::{DEFAULT_MAX_FLOWS, MAX_WORKERS};
 
@@ -30,6 +29,11 @@ pub fn config(args: &RunArgs) -> Result<Config, Failure> {
             "--handshake faithful is done by the eBPF programs, but with --steer none rules of yours steer: leave out one of the two",
         ));
     }
+    if steering.steer == Steer::None && !capture.rules.is_empty() {
+        return Err(Failure::usage(
+            "the rules of the config file are carried out by the eBPF programs, but with --steer none rules of yours steer: leave out one of the two",
+        ));
+    }
     check_marks(args)?;
     let (on_ip4, on_ip6) = listen_addresses(&steering.on_ip, steering.steer)?;
     // Neither flag and both mean the same: both families.
@@ -49,7 +53,7 @@ pub fn config(args: &RunArgs) -> Result<Config, Failure> {
                 from: capture.from.clone(),
                 not_from: capture.not_from.clone(),
             },
-            rules: Arc::default(),
+            rules: capture.rules.clone().into(),
             own_traffic: capture.own_traffic,
             fail: capture.fail,
         },

@@ -7,14 +7,15 @@ pub mod doctor;
 pub mod flows;
 pub mod man;
 pub mod run;
+pub mod schema;
 pub mod status;
 
 use std::process::ExitCode;
 
-use clap::Parser as _;
 use clap::error::ErrorKind;
+use clap::{CommandFactory as _, FromArgMatches as _};
 
-use crate::cli::{Cli, Command, RunArgs, resolve};
+use crate::cli::{Cli, Command, RunArgs, merge, resolve};
 use crate::config::AccessLog;
 use crate::failure::Failure;
 use crate::{instance, privilege, telemetry};
@@ -22,10 +23,19 @@ use crate::{instance, privilege, telemetry};
 /// Parses the command line, does what it says, and tells how that ended.
 #[must_use]
 pub fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
-        Ok(cli) => cli,
+    let parsed = Cli::command().try_get_matches().and_then(|matches| {
+        let cli = Cli::from_arg_matches(&matches)?;
+        Ok((cli, matches))
+    });
+    let (mut cli, matches) = match parsed {
+        Ok(parsed) => parsed,
         Err(error) => return usage(&error),
     };
+    // Before logging starts: the file says how.
+    if let Err(failure) = merge::config_file(&mut cli, &matches) {
+        complain(&failure.to_string());
+        return failure.exit_code().into();
+    }
     let access_log = match &cli.command {
         None => cli.run.source.access_log,
         Some(Command::Run(run)) => run.source.access_log,
@@ -51,6 +61,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Some(Command::Status(args)) => status::run(&args),
         Some(Command::Cleanup { pin }) => cleanup::run(&pin),
         Some(Command::Completions { shell }) => completions::run(shell),
+        Some(Command::Schema) => schema::run(),
         Some(Command::Man { dir }) => man::run(&dir),
     };
     done.map(|()| ExitCode::SUCCESS)
@@ -110,6 +121,7 @@ fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
 mod tests {
     use super::*;
     use anyhow::Context as _;
+    use clap::Parser as _;
 
     #[test]
     fn exit_codes_survive_context() {

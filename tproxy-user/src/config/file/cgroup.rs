@@ -1,0 +1,47 @@
+//! From a systemd unit to its control group.
+
+use std::collections::VecDeque;
+use std::fs;
+use std::path::Path;
+
+/// Where control groups are, of version 2.
+pub(super) const ROOT: &str = "/sys/fs/cgroup";
+
+/// Directories that are looked into for a unit. A host has some hundreds; containers add
+/// some each, and are not where units of the host are.
+const MOST: usize = 10_000;
+
+/// The control group that is meant, as a path below `root`.
+///
+/// A unit is where systemd has put it, or where it would put a system service.
+pub(super) fn resolve(root: &Path, name: &str) -> String {
+    let below = name.strip_prefix(ROOT).unwrap_or(name).trim_matches('/');
+    if name.contains('/') || !is_unit(name) || root.join(name).is_dir() {
+        return below.to_owned();
+    }
+    find(root, name).unwrap_or_else(|| format!("system.slice/{name}"))
+}
+
+/// Whether systemd has control groups of such names (systemd.unit(5)).
+fn is_unit(name: &str) -> bool {
+    name.rsplit_once('.')
+        .is_some_and(|(_, kind)| matches!(kind, "service" | "scope" | "slice" | "socket" | "mount" | "swap"))
+}
+
+/// The directory of this name that is nearest to the root.
+fn find(root: &Path, name: &str) -> Option<String> {
+    let mut left = VecDeque::from([root.to_owned()]);
+    for _ in 0..MOST {
+        let directory = left.pop_front()?;
+        if directory.ends_with(name) {
+            return Some(directory.strip_prefix(root).ok()?.to_str()?.to_owned());
+        }
+        // One that has gone, or may not be read, has none to find.
+        let Ok(entries) = fs::read_dir(&directory) else { continue };
+        let directories = entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+        let mut below: Vec<_> = directories.map(|entry| entry.path()).collect();
+        below.sort_unstable();
+        left.extend(below);
+    }
+    None
+}

@@ -1,0 +1,121 @@
+//! From rules as they are written to rules as the rest reads them.
+
+use std::path::{Path, PathBuf};
+
+use nix::unistd::User;
+use tproxy_common::abi::{TCP, UDP};
+
+use super::error::Mistake;
+use super::list::List;
+use super::prefixes::{self, Files};
+use super::value::{Network, Protocol, Uid, Uids};
+use super::{cgroup, rule};
+use crate::config::rule::{Action, Addresses, Conditions, PrefixFile, Rule};
+
+/// Resolves rules; `directory` is what paths are relative to.
+pub(super) fn rules(rules: &[rule::Rule], directory: &Path) -> Result<Vec<Rule>, Mistake> {
+    let mut files = Files::default();
+    let resolve =
+        |(index, rule)| Resolve { key: format!("rule[{index}]"), directory, files: &mut files }.rule(rule);
+    rules.iter().cloned().enumerate().map(resolve).collect()
+}
+
+/// What resolves one rule.
+struct Resolve<'a> {
+    /// Where the rule is.
+    key: String,
+    directory: &'a Path,
+    files: &'a mut Files,
+}
+
+impl Resolve<'_> {
+    fn mistake(&self, key: &str, message: impl Into<String>) -> Mistake {
+        Mistake::Key(format!("{}{key}", self.key), message.into())
+    }
+
+    fn rule(&mut self, rule: rule::Rule) -> Result<Rule, Mistake> {
+        let action = self.action(&rule)?;
+        let conditions = Conditions {
+            protocols: values(rule.protocol, |protocol| match protocol {
+                Protocol::Tcp => TCP,
+                Protocol::Udp => UDP,
+            }),
+            from: Addresses {
+                nets: networks(rule.from),
+                files: self.files("from_file", rule.from_file)?,
+                not: networks(rule.not_from),
+            },
+            to: Addresses {
+                nets: networks(rule.to),
+                files: self.files("to_file", rule.to_file)?,
+                not: networks(rule.not_to),
+            },
+            from_ports: values(rule.from_port, Into::into),
+            to_ports: values(rule.to_port, Into::into),
+            interfaces: values(rule.iface, Into::into),
+            macs: values(rule.mac, Into::into),
+            dscps: values(rule.dscp, Into::into),
+            marks: values(rule.mark, Into::into),
+            uids: self.uids(rule.uid)?,
+            cgroups: values(rule.cgroup, |name| cgroup::resolve(Path::new(cgroup::ROOT), &name.0)),
+        };
+        Ok(Rule { conditions, action })
+    }
+
+    fn action(&self, rule: &rule::Rule) -> Result<Action, Mistake> {
+        if rule.target.is_some() && rule.action != rule::Action::Divert {
+            return Err(self.mistake(".target", "only a rule with action = \"divert\" has a target"));
+        }
+        if rule.upstream.is_some() && rule.action != rule::Action::Proxy {
+            return Err(self.mistake(".upstream", "only a rule with action = \"proxy\" has an upstream"));
+        }
+        Ok(match (rule.action, &rule.target) {
+            (rule::Action::Proxy, _) => Action::Proxy,
+            (rule::Action::Divert, Some(target)) => Action::Divert(target.0),
+            (rule::Action::Divert, None) => {
+                let message = "action = \"divert\" needs a target, such as target = \"127.0.0.53:53\"";
+                return Err(self.mistake("", message));
+            }
+            (rule::Action::Pass, _) => Action::Pass,
+            (rule::Action::Reject, _) => Action::Reject,
+            (rule::Action::Drop, _) => Action::Drop,
+        })
+    }
+
+    fn files(&mut self, key: &str, paths: Option<List<PathBuf>>) -> Result<Vec<PrefixFile>, Mistake> {
+        let read = |path: PathBuf| {
+            let path = self.directory.join(path);
+            self.files.read(path.clone()).map_err(|error| match error {
+                prefixes::Error::Io(error) => {
+                    self.mistake(&format!(".{key}"), format!("cannot read {}: {error}", path.display()))
+                }
+                prefixes::Error::Content(failure) => Mistake::Elsewhere(failure),
+            })
+        };
+        paths.into_iter().flatten().map(read).collect()
+    }
+
+    fn uids(&self, uids: Option<List<Uid>>) -> Result<Vec<(u32, u32)>, Mistake> {
+        let resolve = |uid: Uid| match uid.0 {
+            Uids::Range(first, last) => Ok((first, last)),
+            Uids::Name(name) => match User::from_name(&name) {
+                Ok(Some(user)) => Ok((user.uid.as_raw(), user.uid.as_raw())),
+                Ok(None) => {
+                    Err(self.mistake(".uid", format!("'{name}': this host has no user of this name")))
+                }
+                Err(error) => {
+                    Err(self.mistake(".uid", format!("'{name}': cannot look up the user: {error}")))
+                }
+            },
+        };
+        uids.into_iter().flatten().map(resolve).collect()
+    }
+}
+
+fn values<T, V>(list: Option<List<T>>, value: impl FnMut(T) -> V) -> Vec<V> {
+    list.into_iter().flatten().map(value).collect()
+}
+
+fn networks(list: Option<List<Network>>) -> Vec<ipnet::IpNet> {
+    values(list, Into::into)
+}

@@ -1,0 +1,85 @@
+//! A rule, as it is written.
+
+use std::path::PathBuf;
+
+use schemars::JsonSchema;
+use serde::de::Error;
+use serde::{Deserialize, Deserializer, Serialize};
+
+use super::List;
+use super::value::{AnyMark, Cgroup, Dscp, Interface, Mac, Network, Ports, Protocol, Target, Uid, Upstream};
+
+/// What becomes of flows that meet all conditions; each may be one value or a list, of which one is met.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, expecting = "a table")]
+pub struct Rule {
+    /// Protocols.
+    pub protocol: Option<List<Protocol>>,
+    /// Source networks.
+    pub from: Option<List<Network>>,
+    /// Source networks that are not meant, whatever `from` and `from_file` say.
+    pub not_from: Option<List<Network>>,
+    /// Files of source networks, one a line; relative to the config file.
+    pub from_file: Option<List<PathBuf>>,
+    /// Source ports.
+    pub from_port: Option<List<Ports>>,
+    /// Destination networks.
+    pub to: Option<List<Network>>,
+    /// Destination networks that are not meant, whatever `to` and `to_file` say.
+    pub not_to: Option<List<Network>>,
+    /// Files of destination networks, one a line; relative to the config file.
+    pub to_file: Option<List<PathBuf>>,
+    /// Destination ports.
+    pub to_port: Option<List<Ports>>,
+    /// Interfaces that flows arrive on; globs too.
+    pub iface: Option<List<Interface>>,
+    /// Link-layer addresses that flows come from.
+    pub mac: Option<List<Mac>>,
+    /// Differentiated services codepoints.
+    pub dscp: Option<List<Dscp>>,
+    /// Marks that packets arrive with.
+    pub mark: Option<List<AnyMark>>,
+    /// Users whose sockets send; of the host's own traffic alone.
+    pub uid: Option<List<Uid>>,
+    /// Control groups whose sockets send; of the host's own traffic alone.
+    pub cgroup: Option<List<Cgroup>>,
+    /// Not supported yet.
+    #[schemars(skip)]
+    pub gid: Option<NotYet>,
+    /// Not supported yet.
+    #[schemars(skip)]
+    pub domain: Option<NotYet>,
+    /// What becomes of them.
+    pub action: Action,
+    /// Where they are diverted to; with the action `divert` alone.
+    pub target: Option<Target>,
+    /// Where they are proxied to; with the action `proxy` alone.
+    pub upstream: Option<Upstream>,
+}
+
+/// What becomes of flows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Action {
+    /// They are relayed to their destination.
+    #[default]
+    Proxy,
+    /// They are relayed to `target` instead.
+    Divert,
+    /// The kernel forwards them.
+    Pass,
+    /// They are refused: TCP by a reset, UDP by an ICMP error.
+    Reject,
+    /// They are thrown away.
+    Drop,
+}
+
+/// The value of a key that is known, but has no meaning yet. There is none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub enum NotYet {}
+
+impl<'de> Deserialize<'de> for NotYet {
+    fn deserialize<D: Deserializer<'de>>(_: D) -> Result<Self, D::Error> {
+        Err(D::Error::custom("not supported yet; leave the key out"))
+    }
+}
