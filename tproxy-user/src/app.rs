@@ -6,38 +6,46 @@ use std::time::Duration;
 use anyhow::Context as _;
 use futures_util::stream::{FuturesUnordered, StreamExt as _};
 use rtnetlink::Handle;
+use serde_json::{Value, json};
 use tokio::net::UnixListener;
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::MissedTickBehavior;
 use tproxy_common::abi::ListenerKind;
 
 use crate::config::{Config, Handshake, Steer};
 use crate::failure::Failure;
-use crate::instance::{Instance, control};
+use crate::instance::Instance;
+use crate::instance::control::{self, Request};
 use crate::listener::{self, BindError, WorkerListeners};
 use crate::owner;
 use crate::plan::Plan;
 use crate::policy::targets::Targets;
 use crate::relay::{Routes, Shared};
-use crate::shutdown::{self, Controller, Signals};
+use crate::reload::{Reloaded, Watched};
+use crate::shutdown::{self, Asked, Controller, Signals};
 use crate::stats::Stats;
 use crate::steering::Steering;
 use crate::tun::Tun;
 use crate::worker::{self, WorkerError, WorkerHandle};
-use crate::{interfaces, limits, netlink, status, undo};
+use crate::{cmd, interfaces, limits, netlink, status, undo};
 
-/// Sets up, relays until a signal, drains, and undoes everything.
+/// Reads the configuration again.
+pub type Reread<'a> = &'a dyn Fn() -> anyhow::Result<Config>;
+
+/// Sets up, relays until a signal, drains, and undoes everything. `reread` is for
+/// reloads; without, there are none.
 ///
 /// # Errors
 ///
 /// Where something cannot be set up, or undone; what can be undone is.
-pub fn run(config: &Config) -> anyhow::Result<()> {
+pub fn run(config: &Config, reread: Option<Reread<'_>>) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         // From here on a signal ends the run in an orderly way.
         let mut signals = Signals::new().context("cannot handle signals")?;
         let handle = netlink::connect()?;
         let mut instance = Instance::acquire(config)?;
-        let outcome = serve(config, &handle, &mut instance, &mut signals).await;
+        let outcome = serve(config, reread, &handle, &mut instance, &mut signals).await;
         let undone = undo::everything(instance.state(), &handle).await;
         tracing::debug!(removed = ?undone.done, "undone");
         let undone = undone.into_result().context("cannot undo everything; try: tproxy-user cleanup");
@@ -50,6 +58,7 @@ pub fn run(config: &Config) -> anyhow::Result<()> {
 
 async fn serve(
     config: &Config,
+    reread: Option<Reread<'_>>,
     handle: &Handle,
     instance: &mut Instance,
     signals: &mut Signals,
@@ -93,7 +102,8 @@ async fn serve(
         reporter.note(steering);
     }
     let mut workers: FuturesUnordered<_> = workers.into_iter().map(WorkerHandle::finished).collect();
-    let told = Box::pin(until_a_signal(signals, &mut watch, &mut steering, instance, control, &reporter));
+    let mut upkeep = Upkeep { config: config.clone(), reread, steering: &mut steering, instance, reporter };
+    let told = Box::pin(upkeep.until_a_signal(signals, &mut watch, control));
     // A worker ends before that only by a fault of this program. Its share of
     // the clients would find nobody: rather start afresh.
     let died = tokio::select! {
@@ -195,48 +205,121 @@ const AGAIN: Duration = Duration::from_secs(5);
 /// program (clsact: three dumps).
 const CHECK: Duration = Duration::from_secs(1);
 
-/// Serves the control socket and follows the network until a signal comes.
-async fn until_a_signal(
-    signals: &mut Signals,
-    watch: &mut netlink::Watch,
-    steering: &mut Option<Steering>,
-    instance: &mut Instance,
-    control: UnixListener,
-    reporter: &status::Reporter,
-) {
-    let mut answers =
-        std::pin::pin!(control::serve(control, |request| async move { reporter.answer(request) }));
-    let mut behind = false;
-    let mut ticks = tokio::time::interval(CHECK);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    loop {
-        tokio::select! {
-            signal = signals.recv() => {
-                tracing::info!("{signal}: draining");
-                return;
-            }
-            () = watch.changed() => {}
-            () = tokio::time::sleep(AGAIN), if behind => {}
-            () = &mut answers => continue,
-            _ = ticks.tick(), if !behind => {
-                if let Some(steering) = steering {
-                    // What fails here fails in `follow` as well, which tells.
-                    behind = steering.check(instance).await.is_err();
+/// What goes on while the workers relay.
+struct Upkeep<'a> {
+    config: Config,
+    reread: Option<Reread<'a>>,
+    steering: &'a mut Option<Steering>,
+    instance: &'a mut Instance,
+    reporter: status::Reporter,
+}
+
+impl Upkeep<'_> {
+    /// Serves the control socket and follows the network and the configuration until a
+    /// signal comes.
+    async fn until_a_signal(
+        &mut self,
+        signals: &mut Signals,
+        watch: &mut netlink::Watch,
+        control: UnixListener,
+    ) {
+        let (asks, mut asked) = mpsc::channel(1);
+        let reporter = self.reporter.clone();
+        let answer = |request| {
+            let (asks, reporter) = (asks.clone(), reporter.clone());
+            async move {
+                match request {
+                    Request::Status => reporter.status(),
+                    Request::Reload => reload_by(asks).await,
                 }
-                continue;
             }
-        }
-        if let Some(steering) = steering {
-            let followed = steering.follow(instance).await;
-            if let Err(error) = &followed
-                && !behind
-            {
-                tracing::warn!("cannot follow a change of the network, trying again: {error:#}");
+        };
+        let mut answers = std::pin::pin!(control::serve(control, answer));
+        let mut files = Watched::new(&self.config.files);
+        let mut behind = false;
+        let mut ticks = tokio::time::interval(CHECK);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                signal = signals.next(self.reread.is_some()) => match signal {
+                    Asked::End(name) => return tracing::info!("{name}: draining"),
+                    Asked::Reload => drop(self.reload(&mut files).await),
+                },
+                Some(reply) = asked.recv() => {
+                    let reply: oneshot::Sender<Value> = reply;
+                    // Who asked may be gone.
+                    drop(reply.send(self.reload(&mut files).await));
+                }
+                () = watch.changed() => behind = self.follow(behind).await,
+                () = tokio::time::sleep(AGAIN), if behind => behind = self.follow(behind).await,
+                () = &mut answers => {}
+                _ = ticks.tick(), if !behind => {
+                    if let Some(steering) = self.steering.as_mut() {
+                        // What fails here fails in `follow` as well, which tells.
+                        behind = steering.check(self.instance).await.is_err();
+                    }
+                    if self.config.watch && files.changed() {
+                        self.reload(&mut files).await;
+                    }
+                }
             }
-            behind = followed.is_err();
-            reporter.note(steering);
         }
     }
+
+    /// Follows a change of the network. Whether that is to be tried again; said once.
+    async fn follow(&mut self, behind: bool) -> bool {
+        let Some(steering) = self.steering.as_mut() else { return false };
+        let followed = steering.follow(self.instance).await;
+        if let Err(error) = &followed
+            && !behind
+        {
+            tracing::warn!("cannot follow a change of the network, trying again: {error:#}");
+        }
+        self.reporter.note(steering);
+        followed.is_err()
+    }
+
+    /// Reads the configuration again and takes what can change. What came of it.
+    async fn reload(&mut self, files: &mut Watched) -> Value {
+        match self.try_reload().await {
+            Ok(restart) => {
+                *files = Watched::new(&self.config.files);
+                tracing::info!("reloaded: {} rules", self.config.capture.rules.len());
+                for key in &restart {
+                    tracing::warn!("{key} has changed, which a restart alone can follow");
+                }
+                json!({"rules": self.config.capture.rules.len(), "restart": restart})
+            }
+            Err(error) => {
+                tracing::error!("cannot reload, all stays as it is: {error:#}");
+                json!({"error": format!("{error:#}"), "exit_code": cmd::exit_code(&error)})
+            }
+        }
+    }
+
+    async fn try_reload(&mut self) -> anyhow::Result<Vec<&'static str>> {
+        let Some(reread) = self.reread else {
+            return Err(
+                Failure::usage("there is no config file to read again: it runs by its flags alone").into()
+            );
+        };
+        let reloaded = Reloaded::new(&self.config, &reread()?);
+        if let Some(steering) = self.steering.as_mut() {
+            steering.reload(reloaded.config.clone(), self.instance).await?;
+            self.reporter.note(steering);
+        }
+        self.config = reloaded.config;
+        Ok(reloaded.restart)
+    }
+}
+
+/// Has the proxy reload, and waits for what came of it.
+async fn reload_by(asks: mpsc::Sender<oneshot::Sender<Value>>) -> Value {
+    let (reply, answer) = oneshot::channel();
+    if asks.send(reply).await.is_err() {
+        return json!({"error": "the proxy is ending"});
+    }
+    answer.await.unwrap_or_else(|_| json!({"error": "the proxy is ending"}))
 }
 
 /// How long the listeners stay open once no SYN reaches them any more: clients

@@ -114,6 +114,11 @@ pub enum Command {
         #[arg(long, value_name = "DIR", default_value = default::PIN, value_parser = parse::pin)]
         pin: PathBuf,
     },
+    /// Have the running proxy read its config file again: interfaces, ports, networks and rules
+    ///
+    /// All of it is checked first; with a mistake nothing changes (exit code 2). Flows that
+    /// run go on as they are. What only a restart can change is named.
+    Reload(DataArgs),
     /// Print shell completions
     ///
     /// For example: tproxy-user completions bash > /etc/bash_completion.d/tproxy-user
@@ -168,6 +173,9 @@ pub struct RunArgs {
     /// `tproxy-user schema` prints what it may have.
     #[arg(short, long, value_name = "FILE", help_heading = "Configuration")]
     pub config: Option<PathBuf>,
+    /// Reload when the config file changes, or a file of networks that it names
+    #[arg(long, help_heading = "Configuration")]
+    pub watch: bool,
     /// The `Capture` group.
     #[command(flatten)]
     pub capture: CaptureArgs,

@@ -239,6 +239,10 @@ pub struct Config {
     pub pin: PathBuf,
     /// The line about each ended connection.
     pub access_log: AccessLog,
+    /// Where it was written: the config file, and what its rules name.
+    pub files: Vec<PathBuf>,
+    /// A change of these files reloads.
+    pub watch: bool,
     /// Kernel to take this one for when features are chosen; `None`: the one that runs.
     pub assume_kernel: Option<Kernel>,
 }

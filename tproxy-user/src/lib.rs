@@ -27,6 +27,7 @@ pub mod plan;
 pub mod policy;
 pub mod privilege;
 pub mod relay;
+pub mod reload;
 pub mod routing;
 pub mod shutdown;
 pub mod sockopt;

@@ -86,14 +86,24 @@ impl Shutdown {
     }
 }
 
-/// SIGTERM, SIGINT, and SIGHUP: a terminal that is closed must not leave
-/// programs and rules behind.
+/// SIGTERM, SIGINT, and SIGHUP, which asks for a reload, or tells that the terminal was
+/// closed: that must not leave programs and rules behind.
 #[derive(Debug)]
 pub struct Signals {
     terminate: Signal,
     interrupt: Signal,
     /// None where it was ignored from the start, as `nohup` has it.
     hangup: Option<Signal>,
+    has_terminal: bool,
+}
+
+/// What a signal asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Asked {
+    /// The end, by a signal of this name.
+    End(&'static str),
+    /// A reload.
+    Reload,
 }
 
 impl Signals {
@@ -107,7 +117,16 @@ impl Signals {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
             hangup,
+            has_terminal: has_terminal(),
         })
+    }
+
+    /// Waits for the next one where there is something to `reload`.
+    pub async fn next(&mut self, reload: bool) -> Asked {
+        match self.recv().await {
+            "SIGHUP" if reload && has_terminal() == self.has_terminal => Asked::Reload,
+            name => Asked::End(name),
+        }
     }
 
     /// Waits for the next one and names it.
@@ -124,6 +143,11 @@ impl Signals {
             _ = hangup => "SIGHUP",
         }
     }
+}
+
+/// Whether this process has a terminal, which ends with its session.
+fn has_terminal() -> bool {
+    std::fs::File::open("/dev/tty").is_ok()
 }
 
 /// Whether this process ignores a signal; where there is no `/proc`, it does not.

@@ -1,6 +1,7 @@
 //! What the running proxy tells of itself.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
 use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
@@ -9,70 +10,80 @@ use crate::cmd;
 use crate::config::Config;
 use crate::datapath::counters::CounterMap;
 use crate::instance::Instance;
-use crate::instance::control::Request;
 use crate::stats::Stats;
 use crate::steering::{Attached, Steering};
 
-/// Answers requests at the control socket.
+/// Answers at the control socket. Clones tell the same.
+#[derive(Clone, Debug)]
+pub struct Reporter(Rc<Inner>);
+
 #[derive(Debug)]
-pub struct Reporter {
+struct Inner {
     basics: Map<String, Value>,
     /// Opened at the start: later there may be no descriptor left.
     counters: Option<CounterMap>,
     listeners: Vec<String>,
     stats: Arc<Stats>,
     attached: RefCell<Vec<Attached>>,
+    /// Rules, and the bytes of their image.
+    policy: Cell<(usize, usize)>,
 }
 
 impl Reporter {
     /// A reporter of this run.
     #[must_use]
     pub fn new(config: &Config, instance: &Instance, listeners: Vec<String>, stats: Arc<Stats>) -> Self {
-        Self {
+        Self(Rc::new(Inner {
             basics: cmd::status::basics(instance),
             // Without steering there are no programs that count.
             counters: CounterMap::open(&config.pin).ok(),
             listeners,
             stats,
             attached: RefCell::default(),
-        }
+            policy: Cell::default(),
+        }))
     }
 
-    /// Notes what is attached now.
+    /// Notes what is attached now, and by which rules is decided.
     pub fn note(&self, steering: &Steering) {
-        self.attached.replace(steering.attached().cloned().collect());
+        self.0.attached.replace(steering.attached().cloned().collect());
+        self.0.policy.set(steering.policy());
     }
 
-    /// The answer to a request.
+    /// For `status`.
     #[must_use]
-    pub fn answer(&self, request: Request) -> Value {
-        match request {
-            Request::Status => self.status(),
-        }
-    }
-
-    fn status(&self) -> Value {
-        let mut status = self.basics.clone();
-        let snapshot = self.stats.snapshot();
-        let interfaces: Vec<_> = self
+    pub fn status(&self) -> Value {
+        let inner = &*self.0;
+        let mut status = inner.basics.clone();
+        let snapshot = inner.stats.snapshot();
+        let interfaces: Vec<_> = inner
             .attached
             .borrow()
             .iter()
             .map(|a| json!({"name": a.name, "index": a.index, "attach": a.hook, "role": a.role}))
             .collect();
         let mut all = Map::new();
-        if let Some(Ok(kernel)) = self.counters.as_ref().map(CounterMap::read) {
+        if let Some(Ok(kernel)) = inner.counters.as_ref().map(CounterMap::read) {
             all.extend(kernel.entries().map(|(name, value, _)| (name.to_owned(), value.into())));
         }
         all.extend(snapshot.entries().map(|entry| (entry.name.to_owned(), entry.value.into())));
         status.insert("interfaces".to_owned(), interfaces.into());
-        status.insert("listeners".to_owned(), json!(self.listeners));
+        status.insert("listeners".to_owned(), json!(inner.listeners));
         status.insert("upstreams".to_owned(), json!([{"name": "direct", "up": true, "latency_ms": null}]));
         status.insert(
             "connections".to_owned(),
             json!({"tcp": snapshot.tcp_active, "udp": snapshot.udp_active}),
         );
+        let (rules, bytes) = inner.policy.get();
+        status.insert("policy".to_owned(), json!({"rules": rules, "bytes": bytes}));
+        status.insert("memory_bytes".to_owned(), memory().into());
         status.insert("counters".to_owned(), all.into());
         status.into()
     }
+}
+
+/// Resident bytes of this process.
+fn memory() -> Option<u64> {
+    let status = procfs::process::Process::myself().and_then(|process| process.status()).ok()?;
+    status.vmrss.map(|kib| kib * 1024)
 }

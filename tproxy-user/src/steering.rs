@@ -42,8 +42,8 @@ pub struct Steering {
     config: Config,
     plan: Plan,
     datapath: Datapath,
-    /// The rules by which the kernel decides.
-    policy: Option<RuleSet>,
+    /// The rules by which the kernel decides, and the bytes of their image.
+    policy: Option<(RuleSet, usize)>,
     targets: Targets,
     handle: Handle,
     /// By index: what is attached now.
@@ -118,7 +118,7 @@ impl Steering {
             tun: tun.map(|tun| tun.link.clone()),
             upkeep: Upkeep::new(Arc::clone(stats)),
         };
-        steering.keep_policy()?;
+        steering.set_policy(steering.rules(plan)?)?;
         if let Some(tun) = tun {
             let hook = steering.hook();
             steering.datapath.attach_handshakes(tun, hook)?;
@@ -176,22 +176,49 @@ impl Steering {
         self.keep(instance).await
     }
 
-    /// Has the kernel decide by the rules of the plan, by one write.
-    fn keep_policy(&mut self) -> anyhow::Result<()> {
-        let set = rule_set(&self.plan.scope, &self.plan.policy, &self.plan.names, &self.targets)?;
-        if !self.plan.policy.is_empty() {
+    /// Takes another configuration, which differs in what can change while the programs run.
+    ///
+    /// # Errors
+    ///
+    /// Before anything changes: [`Failure::Usage`] for a name or rule that cannot be had. What
+    /// fails later is tried again by the next [`follow`](Self::follow).
+    pub async fn reload(&mut self, config: Config, instance: &mut Instance) -> anyhow::Result<()> {
+        let host = interfaces::snapshot(&self.handle, config.steering.table).await?;
+        let plan = Plan::new(&config, &host)?;
+        // One that was named before may be gone for a while.
+        let before = &self.config.capture.interfaces;
+        if plan.missing.iter().any(|name| !before.contains(name)) {
+            plan.require_interfaces(&host)?;
+        }
+        for warning in &plan.warnings {
+            tracing::warn!("{warning}");
+        }
+        self.set_policy(self.rules(&plan)?)?;
+        self.config = config;
+        self.plan = plan;
+        self.apply(instance).await
+    }
+
+    fn rules(&self, plan: &Plan) -> anyhow::Result<RuleSet> {
+        if !plan.policy.is_empty() {
             self.targets.ask_for();
         }
-        if self.policy.as_ref() != Some(&set) {
-            self.datapath.set_policy(&compile(&set)?)?;
-            self.policy = Some(set);
+        Ok(rule_set(&plan.scope, &plan.policy, &plan.names, &self.targets)?)
+    }
+
+    /// Has the kernel decide by rules, by one write.
+    fn set_policy(&mut self, set: RuleSet) -> anyhow::Result<()> {
+        if self.policy.as_ref().map(|(set, _)| set) != Some(&set) {
+            let image = compile(&set).map_err(Failure::usage)?;
+            self.datapath.set_policy(&image)?;
+            self.policy = Some((set, size_of_val(&*image)));
         }
         Ok(())
     }
 
     /// Makes the kernel be as the plan says.
     async fn apply(&mut self, instance: &mut Instance) -> anyhow::Result<()> {
-        self.keep_policy()?;
+        self.set_policy(self.rules(&self.plan)?)?;
         self.datapath.set_local(&self.plan.local)?;
         self.keep_routing().await?;
         self.detach_stale(instance).await;
@@ -279,6 +306,12 @@ impl Steering {
             self.datapath.clear_listeners(kind, self.config.workers)?;
         }
         Ok(())
+    }
+
+    /// Rules of the configuration, and bytes that their image takes in the kernel.
+    #[must_use]
+    pub fn policy(&self) -> (usize, usize) {
+        (self.plan.policy.len(), self.policy.as_ref().map_or(0, |(_, bytes)| *bytes))
     }
 
     /// What is attached, for `status`.

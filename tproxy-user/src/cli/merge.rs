@@ -50,7 +50,8 @@ impl Unsaid<'_> {
     }
 
     fn take(&self, file: file::File, run: &mut RunArgs, logging: &mut LoggingArgs) {
-        let file::File { capture, steer, source, log, timeouts, limits, rules: _ } = file;
+        let file::File { watch, capture, steer, source, log, timeouts, limits, rules: _ } = file;
+        self.one("watch", &mut run.watch, watch);
         self.capture(capture, &mut run.capture);
         self.steering(steer, &mut run.steering);
         self.source(&source, &mut run.source);

@@ -1,6 +1,7 @@
 //! What was typed → the configuration. Pure.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::PathBuf;
 
 use tproxy_common::abi::{DEFAULT_MAX_FLOWS, MAX_WORKERS};
 
@@ -27,6 +28,11 @@ pub fn config(args: &RunArgs) -> Result<Config, Failure> {
     if steering.steer == Steer::None && steering.handshake == Handshake::Faithful {
         return Err(Failure::usage(
             "--handshake faithful is done by the eBPF programs, but with --steer none rules of yours steer: leave out one of the two",
+        ));
+    }
+    if args.watch && args.config.is_none() {
+        return Err(Failure::usage(
+            "--watch looks after the config file and what it names: name one with --config",
         ));
     }
     if steering.steer == Steer::None && !capture.rules.is_empty() {
@@ -88,8 +94,21 @@ pub fn config(args: &RunArgs) -> Result<Config, Failure> {
         workers: limits.workers.unwrap_or_else(cores),
         pin: steering.pin.clone(),
         access_log: args.source.access_log,
+        files: files(args),
+        watch: args.watch,
         assume_kernel: steering.assume_kernel,
     })
+}
+
+fn files(args: &RunArgs) -> Vec<PathBuf> {
+    let of_rules = args.capture.rules.iter().flat_map(|rule| {
+        let conditions = &rule.conditions;
+        conditions.from.files.iter().chain(&conditions.to.files).map(|file| file.path.clone())
+    });
+    let mut files: Vec<_> = args.config.iter().cloned().chain(of_rules).collect();
+    files.sort_unstable();
+    files.dedup();
+    files
 }
 
 /// Own packets must not look captured (they would come back to the proxy), and

@@ -6,28 +6,24 @@ pub mod completions;
 pub mod doctor;
 pub mod flows;
 pub mod man;
-pub mod run;
+pub mod reload;
 pub mod schema;
 pub mod status;
 
 use std::process::ExitCode;
 
 use clap::error::ErrorKind;
-use clap::{CommandFactory as _, FromArgMatches as _};
+use clap::{ArgMatches, CommandFactory as _, FromArgMatches as _};
 
 use crate::cli::{Cli, Command, RunArgs, merge, resolve};
-use crate::config::AccessLog;
+use crate::config::{AccessLog, Config};
 use crate::failure::Failure;
-use crate::{instance, privilege, telemetry};
+use crate::{app, instance, privilege, telemetry};
 
 /// Parses the command line, does what it says, and tells how that ended.
 #[must_use]
 pub fn main() -> ExitCode {
-    let parsed = Cli::command().try_get_matches().and_then(|matches| {
-        let cli = Cli::from_arg_matches(&matches)?;
-        Ok((cli, matches))
-    });
-    let (mut cli, matches) = match parsed {
+    let (mut cli, matches) = match parse() {
         Ok(parsed) => parsed,
         Err(error) => return usage(&error),
     };
@@ -51,6 +47,11 @@ pub fn main() -> ExitCode {
     }
 }
 
+fn parse() -> Result<(Cli, ArgMatches), clap::Error> {
+    let matches = Cli::command().try_get_matches()?;
+    Ok((Cli::from_arg_matches(&matches)?, matches))
+}
+
 fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
     let done = match cli.command {
         None => start(&cli.run),
@@ -59,6 +60,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Some(Command::Doctor { run, json }) => return doctor::run(&resolve::config(&run)?, json),
         Some(Command::Flows(args)) => flows::run(&args),
         Some(Command::Status(args)) => status::run(&args),
+        Some(Command::Reload(args)) => return reload::run(&args),
         Some(Command::Cleanup { pin }) => cleanup::run(&pin),
         Some(Command::Completions { shell }) => completions::run(shell),
         Some(Command::Schema) => schema::run(),
@@ -70,7 +72,19 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
 fn start(args: &RunArgs) -> anyhow::Result<()> {
     let config = resolve::config(args)?;
     privilege::require(&config)?;
-    run::run(&config)
+    let reread: app::Reread<'_> = &reread;
+    app::run(&config, args.config.is_some().then_some(reread))
+}
+
+/// The configuration by the same command line, and the file as it is now.
+fn reread() -> anyhow::Result<Config> {
+    let (mut cli, matches) = parse()?;
+    merge::config_file(&mut cli, &matches)?;
+    let run = match cli.command {
+        Some(Command::Run(run)) => *run,
+        _ => cli.run,
+    };
+    Ok(resolve::config(&run)?)
 }
 
 /// One line to standard error. That may be closed; there is nobody to tell then.

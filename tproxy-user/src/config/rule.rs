@@ -1,5 +1,7 @@
 //! Rules over flows. The first that matches decides.
 
+mod print;
+
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -25,6 +25,8 @@ use crate::limits::{self, Alarm};
 pub enum Request {
     /// For `status`.
     Status,
+    /// For `reload`.
+    Reload,
 }
 
 /// Longest request line, in bytes.
@@ -33,8 +35,8 @@ const LONGEST_REQUEST: u64 = 4096;
 const LONGEST_ANSWER: u64 = 16 << 20;
 /// Connections at one time; more wait in the backlog.
 const CONNECTIONS: usize = 16;
-/// One connection's time.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// One connection's time. A reload reads what may be a million networks.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Makes the socket, mode 0600. What a killed run left at the path is replaced.
 ///
@@ -132,7 +134,7 @@ where
 /// Asks the running proxy.
 ///
 /// # Errors
-/// Where there is none, it does not answer in 5 s, or this is not root.
+/// Where there is none, it does not answer in 30 s, or this is not root.
 pub fn ask(path: &Path, request: Request) -> io::Result<Value> {
     let mut stream = UnixStream::connect(path)?;
     stream.set_read_timeout(Some(PATIENCE))?;

@@ -107,6 +107,9 @@ impl fmt::Display for Plan {
             "Captured flows (all that meet each of these)",
             selected.map(|(respect, values)| format!("{}: {}", respect.replace('_', " "), values.join(", "))),
         )?;
+        let rules = (1..).zip(&*self.policy).map(|(number, rule)| format!("{number}. {rule}"));
+        let otherwise = (!self.policy.is_empty()).then(|| "otherwise: proxy".to_owned());
+        section(f, "What becomes of them (by the first rule that matches)", rules.chain(otherwise))?;
         section(f, "Map LOCAL (never captured)", self.local.iter().map(prefix))
     }
 }
@@ -139,6 +142,10 @@ impl Plan {
                 "address": socket.address.to_string(),
             })).collect::<Vec<_>>(),
             "captured": selection(&self.scope).into_iter().collect::<BTreeMap<_, _>>(),
+            "policy": self.policy.iter().map(|rule| json!({
+                "conditions": rule.conditions.to_string(),
+                "action": rule.action.to_string(),
+            })).collect::<Vec<_>>(),
             "maps": {
                 "LOCAL": self.local.iter().map(prefix).collect::<Vec<_>>(),
             },

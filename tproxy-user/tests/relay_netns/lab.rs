@@ -273,6 +273,8 @@ pub(crate) fn config(source: SourceMode) -> Config {
         workers: 2,
         pin: "/nonexistent".into(),
         access_log: tproxy_user::config::AccessLog::Off,
+        files: Vec::new(),
+        watch: false,
         assume_kernel: None,
     }
 }

@@ -1,0 +1,145 @@
+//! What a reload can change, what it cannot, and when files have changed. Nothing here
+//! touches the kernel.
+
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+
+use crate::config::{Capture, Config, Scope};
+
+/// A configuration that was read again, as far as it can be had without a restart.
+#[derive(Clone, Debug)]
+pub struct Reloaded {
+    /// The old one with what can change: interfaces, ports, networks and rules.
+    pub config: Config,
+    /// Keys whose change needs a restart.
+    pub restart: Vec<&'static str>,
+}
+
+impl Reloaded {
+    /// Joins what runs with what was read.
+    #[must_use]
+    pub fn new(running: &Config, read: &Config) -> Self {
+        let (old, new) = (&running.capture.scope, &read.capture.scope);
+        let scope = Scope { tcp: old.tcp, udp: old.udp, v4: old.v4, v6: old.v6, ..new.clone() };
+        let config = Config {
+            capture: Capture {
+                interfaces: read.capture.interfaces.clone(),
+                scope,
+                rules: read.capture.rules.clone(),
+                ..running.capture.clone()
+            },
+            files: read.files.clone(),
+            ..running.clone()
+        };
+        Self { config, restart: restart(running, read) }
+    }
+}
+
+/// The keys that differ and that only a restart can change: they are in sockets, in loaded
+/// programs, or in what the network was told.
+fn restart(running: &Config, read: &Config) -> Vec<&'static str> {
+    let (old, new) = (&running.capture, &read.capture);
+    let (was, is) = (&running.steering, &read.steering);
+    let differ = [
+        ("capture.protocols", (old.scope.tcp, old.scope.udp) != (new.scope.tcp, new.scope.udp)),
+        ("capture.families", (old.scope.v4, old.scope.v6) != (new.scope.v4, new.scope.v6)),
+        ("capture.own_traffic", old.own_traffic != new.own_traffic),
+        ("capture.fail", old.fail != new.fail),
+        ("steer.by", was.by != is.by),
+        ("steer.attach", was.attach != is.attach),
+        ("steer.handshake", was.handshake != is.handshake),
+        ("steer.on_port", was.on_port != is.on_port),
+        ("steer.on_ip", (was.on_ip4, was.on_ip6) != (is.on_ip4, is.on_ip6)),
+        ("steer.tproxy_mark", was.mark != is.mark),
+        ("steer.own_mark", was.own_mark != is.own_mark),
+        ("steer.table", was.table != is.table),
+        ("steer.rule_priority", was.rule_priority != is.rule_priority),
+        ("steer.pin", running.pin != read.pin),
+        ("steer.bpf_log", was.bpf_log != is.bpf_log),
+        ("source.mode", running.source != read.source),
+        ("timeouts", running.timeouts != read.timeouts),
+        ("limits", (running.limits, running.workers) != (read.limits, read.workers)),
+        ("log.access", running.access_log != read.access_log),
+        ("watch", running.watch != read.watch),
+    ];
+    differ.into_iter().filter(|(_, differ)| *differ).map(|(key, _)| key).collect()
+}
+
+/// Files that are looked at for changes.
+#[derive(Debug)]
+pub struct Watched {
+    /// As they were when the configuration was read.
+    read: Vec<(PathBuf, Stamp)>,
+    /// As they were at the latest look.
+    seen: Vec<(PathBuf, Stamp)>,
+}
+
+/// What changes when a file is written or replaced; `None`: it is not there.
+type Stamp = Option<(u64, u64, i64, i64)>;
+
+impl Watched {
+    /// Looks at files now.
+    #[must_use]
+    pub fn new(files: &[PathBuf]) -> Self {
+        let read: Vec<_> = files.iter().map(|file| (file.clone(), stamp(file))).collect();
+        Self { seen: read.clone(), read }
+    }
+
+    /// Whether files have changed, and not since the look before: who writes them is done.
+    pub fn changed(&mut self) -> bool {
+        let now: Vec<_> = self.read.iter().map(|(file, _)| (file.clone(), stamp(file))).collect();
+        let settled = now == self.seen;
+        self.seen = now;
+        let changed = settled && self.seen != self.read;
+        if changed {
+            self.read.clone_from(&self.seen);
+        }
+        changed
+    }
+}
+
+fn stamp(file: &Path) -> Stamp {
+    let meta = file.metadata().ok()?;
+    Some((meta.ino(), meta.size(), meta.mtime(), meta.mtime_nsec()))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+
+    use super::*;
+    use crate::cli::{Cli, resolve};
+
+    fn config(flags: &str) -> Config {
+        let argv = std::iter::once("tproxy-user").chain(flags.split_whitespace());
+        resolve::config(&Cli::try_parse_from(argv).expect("flags").run).expect("valid")
+    }
+
+    #[test]
+    fn what_cannot_change_is_named_and_stays() {
+        let running = config("-i eth0 --on-port 1000 --proto tcp");
+        let read = config("-i eth1 --on-port 2000 --to 10.0.0.0/8 --table 7 --udp-timeout 9s");
+        let reloaded = Reloaded::new(&running, &read);
+        assert_eq!(reloaded.restart, ["capture.protocols", "steer.on_port", "steer.table", "timeouts"]);
+        let expected = config("-i eth1 --on-port 1000 --proto tcp --to 10.0.0.0/8");
+        assert_eq!(reloaded.config, expected);
+        assert!(Reloaded::new(&running, &running).restart.is_empty());
+    }
+
+    #[test]
+    fn files_have_changed_once_they_are_written() {
+        let directory = tempfile::tempdir().expect("directory");
+        let file = directory.path().join("rules");
+        let write = |content: &str| std::fs::write(&file, content).expect("written");
+        write("1");
+        let mut watched = Watched::new(std::slice::from_ref(&file));
+        assert!(!watched.changed());
+        write("12");
+        assert!(!watched.changed(), "perhaps it is still being written");
+        assert!(watched.changed());
+        assert!(!watched.changed());
+        std::fs::remove_file(&file).expect("removed");
+        assert!(!watched.changed());
+        assert!(watched.changed());
+    }
+}
