@@ -18,6 +18,7 @@ use crate::{
 
 const UNIT: &str = include_str!("../assets/tproxy.service");
 const OPTIONS: &str = include_str!("../assets/tproxy.default");
+const CONFIG: &str = include_str!("../assets/tproxy.toml");
 
 /// Where `build-ebpf` puts the program, so that `sudo tproxy-user` finds it.
 const LOCAL_BIN: &str = "/usr/local/bin";
@@ -28,7 +29,7 @@ pub(crate) struct Args {
     /// Where programs, manual pages, completions and the systemd unit go
     #[arg(long, default_value = "/usr/local")]
     prefix: PathBuf,
-    /// Where the options file goes (an existing one is kept)
+    /// Where the options file and the config file go (existing ones are kept)
     #[arg(long, default_value = "/etc")]
     sysconfdir: PathBuf,
     /// A directory to put in front of every path, for packagers
@@ -107,6 +108,8 @@ fn plan(args: &Args, program: &Path) -> Result<Vec<Item>> {
     let unit_path = args.prefix.join("lib/systemd/system/tproxy.service");
     items.push(Item::new(unit_path, 0o644, unit));
     items.push(Item { keep: true, ..Item::new(options, 0o644, OPTIONS) });
+    let config = args.sysconfdir.join("tproxy/tproxy.toml");
+    items.push(Item { keep: true, ..Item::new(config, 0o644, CONFIG) });
     Ok(items)
 }
 

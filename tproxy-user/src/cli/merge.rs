@@ -146,3 +146,161 @@ impl From<Upstream> for String {
         .to_owned()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::resolve;
+    use clap::{CommandFactory as _, FromArgMatches as _};
+    use std::collections::BTreeSet;
+
+    /// A flag by its id, what is typed, the key that says the same, and the key saying something else.
+    const SAME: &[(&str, &str, &str, &str)] = &[
+        ("watch", "--watch", "watch = true", "watch = false"),
+        ("interfaces", "-i wg*", "capture.interfaces = 'wg*'", "capture.interfaces = ['a', 'b']"),
+        ("proto", "--proto udp", "capture.protocols = ['udp']", "capture.protocols = 'tcp'"),
+        ("dport", "--dport 53,80-90", "capture.ports = [53, '80-90']", "capture.ports = 1"),
+        ("to", "--to 10.0.0.0/8", "capture.to = '10.0.0.0/8'", "capture.to = ['::1', '::2']"),
+        ("not_to", "--not-to ::1", "capture.not_to = ['::1']", "capture.not_to = '::2'"),
+        ("from", "--from ::1", "capture.from = ['::1']", "capture.from = '::2'"),
+        ("not_from", "--not-from ::1", "capture.not_from = ['::1']", "capture.not_from = '::2'"),
+        ("v4", "-4", "capture.families = 'ipv4'", "capture.families = 'ipv6'"),
+        ("v6", "-6", "capture.families = ['ipv6']", "capture.families = ['ipv4', 'ipv6']"),
+        ("own_traffic", "--own-traffic", "capture.own_traffic = true", "capture.own_traffic = false"),
+        ("fail", "--fail closed", "capture.fail = 'closed'", "capture.fail = 'open'"),
+        ("steer", "--steer none", "steer.by = 'none'", "steer.by = 'ebpf'"),
+        ("attach", "--attach tcx", "steer.attach = 'tcx'", "steer.attach = 'clsact'"),
+        ("handshake", "--handshake faithful", "steer.handshake = 'faithful'", "steer.handshake = 'eager'"),
+        ("on_port", "--on-port 5", "steer.on_port = 5", "steer.on_port = 6"),
+        ("on_ip", "--on-ip ::1,127.0.0.2", "steer.on_ip = ['::1', '127.0.0.2']", "steer.on_ip = '::'"),
+        ("tproxy_mark", "--tproxy-mark 4/4", "steer.tproxy_mark = '0x4/0x4'", "steer.tproxy_mark = 8"),
+        ("own_mark", "--own-mark 0x10", "steer.own_mark = 16", "steer.own_mark = '0x20'"),
+        ("table", "--table 7", "steer.table = 7", "steer.table = 8"),
+        ("rule_priority", "--rule-priority 7", "steer.rule_priority = 7", "steer.rule_priority = 8"),
+        ("pin", "--pin /sys/fs/bpf/x", "steer.pin = '/sys/fs/bpf/x'", "steer.pin = '/sys/fs/bpf/y'"),
+        ("bpf_log", "--bpf-log", "steer.bpf_log = true", "steer.bpf_log = false"),
+        ("source", "--source proxy", "source.mode = 'proxy'", "source.mode = 'client-port'"),
+        ("upstream", "--upstream direct", "source.upstream = 'direct'", "source.upstream = 'direct'"),
+        ("access_log", "--access-log json", "log.access = 'json'", "log.access = 'text'"),
+        ("log_format", "--log-format json", "log.format = 'json'", "log.format = 'text'"),
+        ("verbose", "-v", "log.level = 'debug'", "log.level = 'error'"),
+        ("quiet", "-qq", "log.level = 'error'", "log.level = 'trace'"),
+        ("connect_timeout", "--connect-timeout 1s", "timeouts.connect = '1s'", "timeouts.connect = '2s'"),
+        (
+            "tcp_idle_timeout",
+            "--tcp-idle-timeout 1h",
+            "timeouts.tcp_idle = '60m'",
+            "timeouts.tcp_idle = '1s'",
+        ),
+        (
+            "half_close_timeout",
+            "--half-close-timeout 1s",
+            "timeouts.half_close = '1s'",
+            "timeouts.half_close = '2s'",
+        ),
+        ("udp_timeout", "--udp-timeout 1s", "timeouts.udp = '1s'", "timeouts.udp = '2s'"),
+        (
+            "udp_timeout_unreplied",
+            "--udp-timeout-unreplied 1s",
+            "timeouts.udp_unreplied = '1s'",
+            "timeouts.udp_unreplied = '2s'",
+        ),
+        ("drain_timeout", "--drain-timeout 0s", "timeouts.drain = '0s'", "timeouts.drain = '2s'"),
+        (
+            "max_connections",
+            "--max-connections 7",
+            "limits.max_connections = 7",
+            "limits.max_connections = 8",
+        ),
+        ("max_per_client", "--max-per-client 0", "limits.max_per_client = 0", "limits.max_per_client = 8"),
+        ("max_udp_flows", "--max-udp-flows 7", "limits.max_udp_flows = 7", "limits.max_udp_flows = 8"),
+        ("max_flows", "--max-flows 1024", "limits.max_flows = 1024", "limits.max_flows = 2048"),
+        ("workers", "--workers 7", "limits.workers = 7", "limits.workers = 8"),
+    ];
+
+    /// What these words mean with a config file of this content, as text to compare.
+    fn with_file(words: &str, content: &str) -> Result<Cli, Failure> {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("t.toml");
+        std::fs::write(&path, content).expect("written");
+        let words = ["tproxy-user"].into_iter().chain(words.split_whitespace());
+        let argv = words.map(Into::into).chain(["--config".into(), path.into_os_string()]);
+        let matches = Cli::command().try_get_matches_from(argv).expect("flags");
+        let mut cli = Cli::from_arg_matches(&matches).expect("flags");
+        config_file(&mut cli, &matches)?;
+        for run in [Some(&mut cli.run), cli.command.as_mut().and_then(run_of)].into_iter().flatten() {
+            run.config = None;
+        }
+        Ok(cli)
+    }
+
+    fn run_of(command: &mut Command) -> Option<&mut RunArgs> {
+        match command {
+            Command::Run(run) | Command::Check { run, .. } | Command::Doctor { run, .. } => Some(run),
+            _ => None,
+        }
+    }
+
+    fn meaning(words: &str, content: &str) -> String {
+        format!("{:?}", with_file(words, content).unwrap_or_else(|error| panic!("{error}: {content}")))
+    }
+
+    #[test]
+    fn a_flag_and_its_key_mean_the_same_and_the_flag_goes_first() {
+        for (_, flag, key, other) in SAME {
+            for command in ["", "run", "check", "doctor --json"] {
+                let words = format!("{command} {flag}");
+                assert_eq!(meaning(command, key), meaning(&words, ""), "{words} and {key}");
+                assert_eq!(meaning(&words, other), meaning(&words, ""), "{words} and {other}");
+            }
+            assert!(key == other || meaning("", key) != meaning("", other), "{key} and {other}");
+        }
+    }
+
+    #[test]
+    fn every_flag_has_a_key() {
+        let command = Cli::command();
+        let visible = command.get_arguments().filter(|arg| !arg.is_hide_set());
+        let flags: BTreeSet<_> =
+            visible.map(|arg| arg.get_id().as_str()).filter(|flag| *flag != "config").collect();
+        assert_eq!(SAME.iter().map(|(flag, ..)| *flag).collect::<BTreeSet<_>>(), flags);
+    }
+
+    #[test]
+    fn rules_come_along_and_contradictions_are_found() {
+        let config = |words, content| {
+            let cli = with_file(words, content)?;
+            resolve::config(&cli.run)
+        };
+        let rule = "[[rule]]\naction = 'drop'";
+        assert_eq!(config("-i eth0", rule).expect("valid").capture.rules.len(), 1);
+        for (words, content, expected) in [
+            ("", rule, "nothing to capture: name an interface"),
+            ("--steer none", rule, "the rules of the config file are carried out by the eBPF programs"),
+            ("-i eth0", "steer.own_mark = 1", "--own-mark 0x1 matches --tproxy-mark 0x1/0x1"),
+            ("--steer none", "capture.interfaces = 'eth0'", "with --steer none"),
+        ] {
+            let error = config(words, content).expect_err(content).to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_sample_has_the_defaults() {
+        let sample = include_str!("../../../xtask/assets/tproxy.toml");
+        let key = |line: &&str| line.starts_with(|first: char| first == '[' || first.is_ascii_lowercase());
+        let in_force = |line: &'static str| line.strip_prefix('#').filter(key).unwrap_or(line);
+        let lines: Vec<_> = sample
+            .lines()
+            .filter(|line| !line.ends_with("# example"))
+            .map(in_force)
+            .take_while(|line| *line != "[[rule]]")
+            .collect();
+        assert!(lines.iter().filter(|line| line.contains('=')).count() > 25, "{lines:?}");
+        let resolved = |content: &str| {
+            let cli = with_file("-i eth0", content).unwrap_or_else(|error| panic!("{error}"));
+            (resolve::config(&cli.run).expect("valid"), format!("{:?}", cli.logging))
+        };
+        assert_eq!(resolved(&lines.join("\n")), resolved(""));
+    }
+}

@@ -15,11 +15,18 @@ const MOST: usize = 10_000;
 ///
 /// A unit is where systemd has put it, or where it would put a system service.
 pub(super) fn resolve(root: &Path, name: &str) -> String {
-    let below = name.strip_prefix(ROOT).unwrap_or(name).trim_matches('/');
-    if name.contains('/') || !is_unit(name) || root.join(name).is_dir() {
-        return below.to_owned();
+    if name.contains('/') || !is_unit(name) {
+        return name.strip_prefix(ROOT).unwrap_or(name).trim_matches('/').to_owned();
     }
-    find(root, name).unwrap_or_else(|| format!("system.slice/{name}"))
+    find(root, name).unwrap_or_else(|| place(name))
+}
+
+/// Where systemd puts a unit that says nothing else: slices within each other by their
+/// dashes (systemd.slice(5)), others in the slice of the system.
+fn place(name: &str) -> String {
+    let Some(slice) = name.strip_suffix(".slice") else { return format!("system.slice/{name}") };
+    let outer = slice.match_indices('-').map(|(at, _)| &slice[..at]);
+    outer.chain([slice]).map(|slice| format!("{slice}.slice")).collect::<Vec<_>>().join("/")
 }
 
 /// Whether systemd has control groups of such names (systemd.unit(5)).
@@ -44,4 +51,30 @@ fn find(root: &Path, name: &str) -> Option<String> {
         left.extend(below);
     }
     None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn units_are_found_or_placed() {
+        let root = tempfile::tempdir().expect("a directory");
+        for group in ["system.slice/sshd.service", "user.slice/user-1000.slice/app.slice/a.service"] {
+            fs::create_dir_all(root.path().join(group)).expect("made");
+        }
+        for (name, expected) in [
+            ("sshd.service", "system.slice/sshd.service"),
+            ("a.service", "user.slice/user-1000.slice/app.slice/a.service"),
+            ("user.slice", "user.slice"),
+            ("nginx.service", "system.slice/nginx.service"),
+            ("a-b-c.slice", "a.slice/a-b.slice/a-b-c.slice"),
+            ("docker/1234", "docker/1234"),
+            ("/sys/fs/cgroup/user.slice/", "user.slice"),
+            ("/user.slice/a.service", "user.slice/a.service"),
+            ("mine", "mine"),
+        ] {
+            assert_eq!(resolve(root.path(), name), expected, "{name}");
+        }
+    }
 }

@@ -97,9 +97,11 @@ fn reword(message: &str) -> String {
     let (found, expected) = message.rsplit_once("`, expected ").unwrap_or((message, ""));
     let known: Vec<&str> = expected.split('`').skip(1).step_by(2).collect();
     if let Some(name) = found.strip_prefix("unknown field `") {
-        format!("unknown key; {}", proposal(name, &known))
+        let hint = nearest(name, &known).map_or_else(|| format!("expected {}", known.join(", ")), ask);
+        format!("unknown key; {hint}")
     } else if let Some(name) = found.strip_prefix("unknown variant `") {
-        format!("'{name}': {}", proposal(name, &known))
+        let hint = nearest(name, &known).map(|nearest| format!("; {}", ask(nearest))).unwrap_or_default();
+        format!("'{name}': expected {}{hint}", known.join(", "))
     } else if let Some(name) = message.strip_prefix("missing field ") {
         format!("the key {name} is missing")
     } else if message == "wanted string or table" {
@@ -110,11 +112,13 @@ fn reword(message: &str) -> String {
     }
 }
 
-/// The nearest of the known names, or all where none is near.
-fn proposal(name: &str, known: &[&str]) -> String {
-    let nearest = known.iter().map(|candidate| (strsim::jaro_winkler(name, candidate), candidate));
-    match nearest.max_by(|a, b| a.0.total_cmp(&b.0)) {
-        Some((similarity, candidate)) if similarity > 0.7 => format!("did you mean `{candidate}`?"),
-        _ => format!("expected {}", known.join(", ")),
-    }
+fn ask(name: &str) -> String {
+    format!("did you mean `{name}`?")
+}
+
+/// The most similar of the known names, where one is similar.
+fn nearest<'a>(name: &str, known: &[&'a str]) -> Option<&'a str> {
+    let similar = known.iter().map(|candidate| (strsim::jaro_winkler(name, candidate), *candidate));
+    let nearest = similar.filter(|(similarity, _)| *similarity > 0.7).max_by(|a, b| a.0.total_cmp(&b.0));
+    nearest.map(|(_, candidate)| candidate)
 }
