@@ -57,18 +57,21 @@ impl Document<'_> {
         let line = before.split(|byte| *byte == b'\n').count();
         let column = 1 + String::from_utf8_lossy(&before[line_start..]).chars().count();
         let key = if key.is_empty() { String::new() } else { format!("{key}: ") };
-        let text = format!("{}:{line}:{column}: {key}{message}", self.path.display());
-        Failure::Usage(text.chars().flat_map(printable).collect())
+        Failure::Usage(one_line(&format!("{}:{line}:{column}: {key}{message}", self.path.display())))
     }
 }
 
-fn printable(character: char) -> impl Iterator<Item = char> {
-    let (plain, escaped) = if character.is_control() {
-        (None, Some(character.escape_default()))
-    } else {
-        (Some(character), None)
-    };
-    plain.into_iter().chain(escaped.into_iter().flatten())
+/// The text with control characters escaped: what a file has must not steer a terminal.
+pub(super) fn one_line(text: &str) -> String {
+    let mut line = String::with_capacity(text.len());
+    for character in text.chars() {
+        if character.is_control() {
+            line.extend(character.escape_default());
+        } else {
+            line.push(character);
+        }
+    }
+    line
 }
 
 /// Where the value of a key is; of a key that is not there, where its table is.

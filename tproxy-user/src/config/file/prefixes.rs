@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
+use super::error::one_line;
 use crate::cli::parse;
 use crate::config::rule::PrefixFile;
 use crate::failure::Failure;
@@ -64,8 +65,7 @@ pub(super) fn parse(content: &[u8], path: &Path) -> Result<PrefixFile, Failure> 
             continue;
         }
         let wrong = |what: &str, why: &str| {
-            let text = what.escape_debug();
-            Failure::usage(format_args!("{}:{number}: '{text}': {why}", path.display()))
+            Failure::Usage(one_line(&format!("{}:{number}: '{what}': {why}", path.display())))
         };
         let text = str::from_utf8(network)
             .map_err(|_| wrong(&String::from_utf8_lossy(network), "expected a network in UTF-8 text"))?;
