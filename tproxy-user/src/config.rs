@@ -1,6 +1,6 @@
 //! The resolved configuration: what every other part of the program reads.
 //!
-//! [`Config`] is built from the command line and the config [`file`] by `cli.rs`;
+//! [`Config`] is built from the command line and the config [file](mod@file) by `cli.rs`;
 //! a value of it cannot say something that contradicts itself, so nothing behind
 //! it checks again.
 
