@@ -28,6 +28,9 @@ pub type Line = [u32; LINE];
 /// Words of a [`Line`].
 pub const LINE: usize = 32;
 
+/// What an image says of a dimension, half a [`Line`].
+pub type Description = [u32; layout::DESCRIPTION];
+
 /// Rules that an image can hold: words 0 and 1 of a vector's two lines sum the others up.
 pub const MAX_RULES: usize = VECTOR_WORDS * 32;
 
@@ -64,11 +67,31 @@ pub enum Dimension {
     Protocol,
     /// Index of the interface that the flow arrives on; of own traffic none.
     Interface,
+    /// Link-layer address that it comes from, 48 bits; none of own traffic and of
+    /// what has no Ethernet header.
+    Mac,
+    /// Differentiated services codepoint, 6 bits (RFC 2474).
+    Dscp,
+    /// The mark with which it arrives, or leaves its socket: the bits that are set in
+    /// the description's [`PARAMETER`](layout::PARAMETER).
+    Mark0,
+    /// The same by another parameter.
+    Mark1,
+    /// User that owns the sending socket; own traffic alone.
+    Uid,
+    /// Control group that the sending socket is in, 64 bits: its ancestor at the depth that
+    /// the description's [`PARAMETER`](layout::PARAMETER) says, the root's being 0. Own
+    /// traffic alone, and none where the socket's group is less deep.
+    Cgroup0,
+    /// The same at another depth.
+    Cgroup1,
+    /// The same at a third depth.
+    Cgroup2,
 }
 
 impl Dimension {
     /// All, in the order of their numbers.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 16] = [
         Self::Source4,
         Self::Source6,
         Self::Destination4,
@@ -77,13 +100,27 @@ impl Dimension {
         Self::DestinationPort,
         Self::Protocol,
         Self::Interface,
+        Self::Mac,
+        Self::Dscp,
+        Self::Mark0,
+        Self::Mark1,
+        Self::Uid,
+        Self::Cgroup0,
+        Self::Cgroup1,
+        Self::Cgroup2,
     ];
 
-    /// Words of a value.
+    /// Words of a value. What is longer than one is taken for as long as an IPv6 address:
+    /// a third length would be a third search for the kernel's verifier to follow.
     #[must_use]
     pub const fn width(self) -> usize {
         match self {
-            Self::Source6 | Self::Destination6 => 4,
+            Self::Source6
+            | Self::Destination6
+            | Self::Mac
+            | Self::Cgroup0
+            | Self::Cgroup1
+            | Self::Cgroup2 => 4,
             _ => 1,
         }
     }
@@ -114,6 +151,8 @@ pub mod layout {
     pub const ABSENT: usize = 3;
     /// Description: the class of a packet that may have any value.
     pub const UNKNOWN: usize = 4;
+    /// Description: what a dimension that there is more than once is told by.
+    pub const PARAMETER: usize = 5;
     /// Description: the first line of each level, the root first.
     pub const TREE: usize = 8;
 
@@ -152,10 +191,26 @@ pub trait Facts {
     fn protocol(&self) -> u8;
     /// Index of the interface that it arrived on; `None` for own traffic.
     fn interface(&self) -> Option<u32>;
+    /// Link-layer address that it comes from, as a number; `None` where there is none.
+    fn mac(&self) -> Option<u64>;
+    /// Differentiated services codepoint.
+    fn dscp(&self) -> u8;
+    /// Its mark.
+    fn mark(&self) -> u32;
+    /// User that owns the sending socket; `None` for traffic of others.
+    fn uid(&self) -> Option<u32>;
+    /// Control group at this depth that the sending socket is in or below; `None` where
+    /// there is none, and for traffic of others.
+    fn cgroup(&self, depth: u32) -> Option<u64>;
 }
 
-/// Memory for one decision, the lines of the vectors that are to be joined.
+/// Memory for one decision: the lines of the vectors that are to be joined, and behind
+/// them an end. No packet has addresses of both families, so there is room for it.
 pub type Work = [u32; Dimension::ALL.len()];
+
+/// Ends a list of lines. To count them instead would tell the kernel's verifier at each
+/// step how many there are, and it would follow what comes after once for each number.
+const END: u32 = u32::MAX;
 
 /// What is known of a value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -166,6 +221,13 @@ pub enum Known<V> {
     Absent,
     /// It may have any: every rule that asks for one matches.
     Unknown,
+}
+
+impl<V> From<Option<V>> for Known<V> {
+    #[inline(always)]
+    fn from(value: Option<V>) -> Self {
+        value.map_or(Self::Absent, Self::Is)
+    }
 }
 
 impl<V> Known<V> {
@@ -188,32 +250,33 @@ impl<V> Known<V> {
 pub fn decide(image: &impl Image, facts: &impl Facts, work: &mut Work) -> Option<(u32, u32)> {
     let header = image.line(0)?;
     let used = word(header, layout::USED);
-    let joined = vectors(image, used, facts, work)?;
-    // Rules that ask for nothing match everything: the first is the first of all.
-    let first = if joined == 0 { 0 } else { first_in_all(image, work, joined)? };
-    let rule = first.min(word(header, layout::RULES));
+    vectors(image, used, facts, work)?;
+    let rule = first_in_all(image, work)?.min(word(header, layout::RULES));
     let line = image.line(word(header, layout::VERDICTS).wrapping_add(rule / LINE as u32))?;
     Some((word(line, rule as usize), rule))
 }
 
-/// Looks the dimensions up that rules ask for. How many vectors there are to join.
+/// Looks the dimensions up that rules ask for, and lists the vectors that are to be joined.
 #[inline(always)]
-fn vectors(image: &impl Image, used: u32, facts: &impl Facts, work: &mut Work) -> Option<u32> {
+fn vectors(image: &impl Image, used: u32, facts: &impl Facts, work: &mut Work) -> Option<()> {
     let mut joined = 0u32;
     /// Looks one up, if rules ask for it.
     macro_rules! look_up {
         ($dimension:ident, $value:expr) => {
+            look_up!($dimension, _ => $value)
+        };
+        ($dimension:ident, $parameter:pat => $value:expr) => {
             if used & 1 << Dimension::$dimension as u32 != 0 {
                 let (line, at) = const { layout::description(Dimension::$dimension as usize) };
-                let described = image.line(line as u32)?;
+                let described = image.line(line as u32)?[at..].first_chunk()?;
+                let $parameter = described[layout::PARAMETER];
                 let class = match $value {
-                    Known::Is(value) => search::class(image, described, at, value)?,
-                    Known::Absent => word(described, at + layout::ABSENT),
-                    Known::Unknown => word(described, at + layout::UNKNOWN),
+                    Known::Is(value) => search::class(image, described, value)?,
+                    Known::Absent => described[layout::ABSENT],
+                    Known::Unknown => described[layout::UNKNOWN],
                 };
                 let vector = class.wrapping_mul(VECTOR_LINES as u32);
-                work[joined as usize % work.len()] =
-                    word(described, at + layout::VECTORS).wrapping_add(vector);
+                work[joined as usize % work.len()] = described[layout::VECTORS].wrapping_add(vector);
                 joined = image.hidden(joined + 1);
             }
         };
@@ -231,23 +294,33 @@ fn vectors(image: &impl Image, used: u32, facts: &impl Facts, work: &mut Work) -
     look_up!(SourcePort, facts.ports().map(|(source, _)| u32::from(source)));
     look_up!(DestinationPort, facts.ports().map(|(_, destination)| u32::from(destination)));
     look_up!(Protocol, Known::Is(u32::from(facts.protocol())));
-    look_up!(Interface, facts.interface().map_or(Known::Absent, Known::Is));
-    Some(joined)
+    look_up!(Interface, Known::from(facts.interface()));
+    look_up!(Mac, Known::from(facts.mac()).map(long));
+    look_up!(Dscp, Known::Is(u32::from(facts.dscp())));
+    look_up!(Mark0, mask => Known::Is(facts.mark() & mask));
+    look_up!(Mark1, mask => Known::Is(facts.mark() & mask));
+    look_up!(Uid, Known::from(facts.uid()));
+    look_up!(Cgroup0, depth => Known::from(facts.cgroup(depth)).map(long));
+    look_up!(Cgroup1, depth => Known::from(facts.cgroup(depth)).map(long));
+    look_up!(Cgroup2, depth => Known::from(facts.cgroup(depth)).map(long));
+    work[joined as usize % work.len()] = END;
+    Some(())
 }
 
 /// No rule is in all vectors.
 const NONE: u32 = u32::MAX;
 
-/// The first bit that all vectors have, [`NONE`] where there is none.
+/// The first bit that all vectors have, [`NONE`] where there is none. Of no vector it is
+/// the first of all: rules that ask for nothing match everything.
 #[inline(always)]
-fn first_in_all(image: &impl Image, work: &Work, joined: u32) -> Option<u32> {
-    let summary = [in_all(image, work, joined, 0)?, in_all(image, work, joined, 1)?];
+fn first_in_all(image: &impl Image, work: &Work) -> Option<u32> {
+    let summary = [in_all(image, work, 0)?, in_all(image, work, 1)?];
     for chunk in 0..VECTOR_WORDS {
         // Not all have a bit in there; those that have may have different ones.
         if summary[chunk / 32] >> (chunk % 32) & 1 == 0 {
             continue;
         }
-        let all = in_all(image, work, joined, SUMMARY_WORDS + chunk)?;
+        let all = in_all(image, work, SUMMARY_WORDS + chunk)?;
         if all != 0 {
             return Some(image.hidden(chunk as u32 * 32 + all.trailing_zeros()));
         }
@@ -257,9 +330,9 @@ fn first_in_all(image: &impl Image, work: &Work, joined: u32) -> Option<u32> {
 
 /// The bits of a word that all vectors have.
 #[inline(always)]
-fn in_all(image: &impl Image, work: &Work, joined: u32, place: usize) -> Option<u32> {
+fn in_all(image: &impl Image, work: &Work, place: usize) -> Option<u32> {
     let mut all = u32::MAX;
-    for vector in work.iter().take(joined as usize) {
+    for vector in work.iter().take_while(|vector| **vector != END) {
         all &= word(image.line(vector.wrapping_add((place / LINE) as u32))?, place);
         if all == 0 {
             break;
@@ -283,4 +356,10 @@ const fn low_word(addr: &Addr) -> u32 {
 const fn halves(addr: &Addr) -> (u64, u64) {
     let number = u128::from_be_bytes(*addr);
     ((number >> 64) as u64, number as u64)
+}
+
+/// A number of up to 64 bits as [`Dimension::width`] has it.
+#[inline(always)]
+const fn long(number: u64) -> (u64, u64) {
+    (0, number)
 }

@@ -326,6 +326,35 @@ pub fn plain_source_v6(from: &impl Load) -> Option<(Addr, u16)> {
     plain.then(|| (joined([a, b, c, d]), half(ports, 0)))
 }
 
+/// Differentiated services codepoint (RFC 2474): of the type of service octet, or of the
+/// traffic class. It is no part of [`Packet`], because hardly anybody asks for it.
+#[inline(always)]
+#[must_use]
+pub fn dscp(from: &impl Load, family: Family) -> Option<u8> {
+    let [first] = from.load(0)?;
+    let octet = match family {
+        Family::V4 => byte(first, 1),
+        Family::V6 => byte(first, 0) << 4 | byte(first, 1) >> 4,
+    };
+    // Below are the two bits of explicit congestion notification (RFC 3168).
+    Some(octet >> 2)
+}
+
+/// Source address of an Ethernet header, as a number. `from` counts from where such a
+/// header would begin; `None` where its type is not that of an IP packet of this family.
+#[inline(always)]
+#[must_use]
+pub fn ethernet_source(from: &impl Load, family: Family) -> Option<u64> {
+    // The last two bytes of the destination, the source, the type.
+    let [high, low, behind] = from.load(4)?;
+    let ethertype = match family {
+        Family::V4 => 0x0800,
+        Family::V6 => 0x86dd,
+    };
+    let source = u64::from(half(high, 1)) << 32 | u64::from(u32::from_be(low));
+    (half(behind, 0) == ethertype).then_some(source)
+}
+
 #[inline(always)]
 const fn has_ports(protocol: u8) -> bool {
     protocol == TCP || protocol == UDP

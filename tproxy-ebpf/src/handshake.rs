@@ -32,8 +32,10 @@ fn admitted_mark() -> u32 {
     settings::mark_value() | settings::own_mark()
 }
 
+/// Whether this is a SYN that userspace has let in. Its frame has no link-layer
+/// addresses, and the mark that it had is lost.
 #[inline(always)]
-fn is_let_in(skb: &Skb) -> bool {
+pub(crate) fn is_let_in(skb: &Skb) -> bool {
     is_faithful() && skb.mark() == admitted_mark()
 }
 

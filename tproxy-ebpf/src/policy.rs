@@ -6,10 +6,12 @@ use aya_ebpf::btf_maps::lpm_trie::Key;
 use aya_ebpf::macros::btf_map;
 use tproxy_common::abi::{Addr, Decision, Family, Verdict};
 use tproxy_common::policy::{Facts, Image, Known, Line, Work, decide};
-use tproxy_common::wire::Packet;
+use tproxy_common::wire::{Packet, dscp};
 
+use crate::handshake;
 use crate::maps::{LOCAL, POLICY, PolicyImage};
 use crate::scratch;
+use crate::settings;
 use crate::skb::Skb;
 
 /// Whether the address is one of this host's own.
@@ -116,6 +118,22 @@ struct Seen<'a> {
     how: u32,
 }
 
+impl Seen<'_> {
+    /// Whether this host sends it.
+    #[inline(always)]
+    fn is_own(&self) -> bool {
+        self.how & OWN != 0
+    }
+
+    /// Whether it may have a socket that rules ask about. Where own traffic is not
+    /// captured the verifier sees that none has one, and so does not ask for the helpers:
+    /// kernels without `CONFIG_SOCK_CGROUP_DATA` lack one.
+    #[inline(always)]
+    fn is_from_socket(&self) -> bool {
+        settings::own_traffic() == 1 && self.is_own()
+    }
+}
+
 impl Facts for Seen<'_> {
     #[inline(always)]
     fn family(&self) -> Family {
@@ -148,6 +166,37 @@ impl Facts for Seen<'_> {
 
     #[inline(always)]
     fn interface(&self) -> Option<u32> {
-        if self.how & OWN == 0 { Some(self.skb.ifindex()) } else { None }
+        if self.is_own() { None } else { Some(self.skb.ifindex()) }
+    }
+
+    #[inline(always)]
+    fn mac(&self) -> Option<u64> {
+        if self.is_own() || handshake::is_let_in(self.skb) {
+            None
+        } else {
+            self.skb.ethernet_source(self.packet)
+        }
+    }
+
+    #[inline(always)]
+    fn dscp(&self) -> u8 {
+        // What has been parsed is there.
+        dscp(self.skb, self.packet.family).unwrap_or(0)
+    }
+
+    #[inline(always)]
+    fn mark(&self) -> u32 {
+        // Without the sign that is in its place.
+        if handshake::is_let_in(self.skb) { 0 } else { self.skb.mark() }
+    }
+
+    #[inline(always)]
+    fn uid(&self) -> Option<u32> {
+        if self.is_from_socket() { self.skb.uid() } else { None }
+    }
+
+    #[inline(always)]
+    fn cgroup(&self, depth: u32) -> Option<u64> {
+        if self.is_from_socket() { self.skb.cgroup(depth) } else { None }
     }
 }

@@ -4,12 +4,16 @@ use core::mem::MaybeUninit;
 
 use aya_ebpf::bindings::{__sk_buff, bpf_sock};
 use aya_ebpf::cty::c_void;
-use aya_ebpf::helpers::generated::{bpf_skb_load_bytes_relative, bpf_skb_pull_data};
+use aya_ebpf::helpers::generated::{
+    bpf_get_socket_uid, bpf_skb_ancestor_cgroup_id, bpf_skb_load_bytes_relative, bpf_skb_pull_data,
+};
 use aya_ebpf::programs::TcContext;
 use tproxy_common::abi::Family;
 use tproxy_common::classify::{on_the_wire, segments};
-use tproxy_common::wire::{Load, Packet, Skip, icmp, read_v4, read_v6};
+use tproxy_common::wire::{Load, Packet, Skip, ethernet_source, icmp, read_v4, read_v6};
 
+/// `BPF_HDR_START_MAC`: offsets count from the link-layer header.
+const FROM_LINK_HEADER: u32 = 0;
 /// `BPF_HDR_START_NET`: offsets count from the network header.
 const FROM_NETWORK_HEADER: u32 = 1;
 /// `pkt_type` of a frame addressed to this host (`include/uapi/linux/if_packet.h`).
@@ -89,6 +93,35 @@ impl Skb {
     #[inline(always)]
     pub(crate) fn has_socket(&self) -> bool {
         !self.sk().is_null()
+    }
+
+    /// User that owns the socket that sends the packet; `None` where there is no socket.
+    #[inline(always)]
+    pub(crate) fn uid(&self) -> Option<u32> {
+        // Without one the helper answers as for a user that has no number here.
+        // SAFETY: the context is valid.
+        if self.has_socket() { Some(unsafe { bpf_get_socket_uid(self.0) }) } else { None }
+    }
+
+    /// Control group at this depth that the socket which sends the packet is in or below.
+    #[inline(always)]
+    pub(crate) fn cgroup(&self, depth: u32) -> Option<u64> {
+        // SAFETY: the context is valid.
+        match unsafe { bpf_skb_ancestor_cgroup_id(self.0, depth.cast_signed()) } {
+            0 => None,
+            id => Some(id),
+        }
+    }
+
+    /// Link-layer address that the packet comes from, as a number; `None` where it has
+    /// no Ethernet header.
+    #[inline(always)]
+    pub(crate) fn ethernet_source(&self, packet: &Packet) -> Option<u64> {
+        // Without a header the packet itself is there, which may look like one.
+        if packet.ip_len != 0 && self.len() <= packet.ip_len {
+            return None;
+        }
+        ethernet_source(&LinkHeader(self), packet.family)
     }
 
     /// Whether the frame is addressed to this host at the link layer.
@@ -180,12 +213,27 @@ impl Skb {
 impl Load for Skb {
     #[inline(always)]
     fn load<const N: usize>(&self, offset: u32) -> Option<[u32; N]> {
-        let mut words = MaybeUninit::<[u32; N]>::uninit();
-        // SAFETY: the helper writes `size` bytes to `words`, also where it answers an error.
-        unsafe {
-            let (to, size) = (words.as_mut_ptr().cast(), size_of::<[u32; N]>() as u32);
-            let result = bpf_skb_load_bytes_relative(self.0.cast(), offset, to, size, FROM_NETWORK_HEADER);
-            if result == 0 { Some(words.assume_init()) } else { None }
-        }
+        load(self, offset, FROM_NETWORK_HEADER)
+    }
+}
+
+/// Bytes of a packet, counted from its link-layer header.
+struct LinkHeader<'a>(&'a Skb);
+
+impl Load for LinkHeader<'_> {
+    #[inline(always)]
+    fn load<const N: usize>(&self, offset: u32) -> Option<[u32; N]> {
+        load(self.0, offset, FROM_LINK_HEADER)
+    }
+}
+
+#[inline(always)]
+fn load<const N: usize>(skb: &Skb, offset: u32, from: u32) -> Option<[u32; N]> {
+    let mut words = MaybeUninit::<[u32; N]>::uninit();
+    // SAFETY: the helper writes `size` bytes to `words`, also where it answers an error.
+    unsafe {
+        let (to, size) = (words.as_mut_ptr().cast(), size_of::<[u32; N]>() as u32);
+        let result = bpf_skb_load_bytes_relative(skb.ctx(), offset, to, size, from);
+        if result == 0 { Some(words.assume_init()) } else { None }
     }
 }

@@ -1,7 +1,7 @@
 //! A value's class: its interval by a tree of fixed fan-out, then the interval's class.
 
 use super::layout::{CLASSES, LEVELS, TREE};
-use super::{Image, LINE, Line, MAX_LEVELS, word};
+use super::{Description, Image, LINE, Line, MAX_LEVELS, word};
 
 /// A value of a dimension, in the order of numbers.
 ///
@@ -25,7 +25,8 @@ impl Value for u32 {
     }
 }
 
-/// An IPv6 address, the high half first: BPF has no 128-bit numbers.
+/// An IPv6 address, or what else is longer than a word, the high half first: BPF has no
+/// 128-bit numbers.
 impl Value for (u64, u64) {
     const WIDTH: usize = 4;
 
@@ -68,24 +69,24 @@ fn places_below<V: Value>(image: &impl Image, line: &Line, value: V) -> u32 {
     (below + value.exceeds(image, line, below)) as u32
 }
 
-/// The class of a value. `described` is the line of the dimension's description,
-/// which begins at word `at`.
+/// The class of a value. An image, a description and a number of two words are as many
+/// arguments as eBPF has, with the place for the answer.
 ///
 /// A level is the ends of intervals (the lowest), or the greatest ends of the
 /// lines below; the last of all is not in the tree. So each level says which line
 /// of the next one holds the interval, and the lowest says which interval.
 #[inline(never)]
-pub(super) fn class<V: Value>(image: &impl Image, described: &Line, at: usize, value: V) -> Option<u32> {
+pub(super) fn class<V: Value>(image: &impl Image, described: &Description, value: V) -> Option<u32> {
     let fan_out = (LINE / V::WIDTH) as u32;
-    let levels = word(described, at + LEVELS) as usize;
+    let levels = described[LEVELS] as usize;
     let mut place = 0u32;
     for level in 0..MAX_LEVELS {
         if level >= levels {
             break;
         }
-        let line = image.line(word(described, at + TREE + level).wrapping_add(place))?;
+        let line = image.line(described[TREE + level].wrapping_add(place))?;
         place = place.wrapping_mul(fan_out).wrapping_add(places_below(image, line, value));
     }
-    let line = image.line(word(described, at + CLASSES).wrapping_add(place / LINE as u32))?;
+    let line = image.line(described[CLASSES].wrapping_add(place / LINE as u32))?;
     Some(word(line, place as usize))
 }

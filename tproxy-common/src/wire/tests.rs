@@ -145,3 +145,29 @@ fn a_fragment_in_a_fragment_is_malformed() {
     }
     assert_eq!(nested(0, 1), Ok((Fragment::First, 9)));
 }
+
+#[test]
+fn the_codepoint_is_the_upper_six_bits_of_its_octet() {
+    for (octet, expected) in [(0, 0), (3, 0), (4, 1), (0xb8, 46), (0xff, 63)] {
+        let v4 = [0x45, octet, 0, 20];
+        let v6 = [0x60 | octet >> 4, octet << 4 | 0x0f, 0xff, 0xff];
+        assert_eq!(dscp(&v4.as_slice(), Family::V4), Some(expected));
+        assert_eq!(dscp(&v6.as_slice(), Family::V6), Some(expected));
+    }
+}
+
+#[test]
+fn an_ethernet_header_is_told_by_its_type() {
+    let frame = |ethertype: [u8; 2]| {
+        let addresses = [0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 2, 4, 6, 8, 10, 12];
+        let mut frame = addresses.to_vec();
+        frame.extend_from_slice(&ethertype);
+        frame.extend_from_slice(&[0x45, 0, 0, 20]);
+        frame
+    };
+    let source = |ethertype, family| ethernet_source(&frame(ethertype).as_slice(), family);
+    assert_eq!(source([0x08, 0], Family::V4), Some(0x0204_0608_0a0c));
+    assert_eq!(source([0x86, 0xdd], Family::V6), Some(0x0204_0608_0a0c));
+    assert_eq!(source([0x08, 0], Family::V6), None);
+    assert_eq!(source([0x86, 0xdd], Family::V4), None);
+}

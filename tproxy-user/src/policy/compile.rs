@@ -1,6 +1,6 @@
 //! From rules to the image that decides: see `tproxy_common::policy`.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use tproxy_common::policy::{
@@ -12,7 +12,7 @@ use super::ranges::Ranges;
 /// One rule: it matches a packet that meets all its conditions.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rule {
-    /// At most one for a dimension.
+    /// At most one for a selector.
     pub conditions: Vec<Condition>,
     /// The word that [`decide`](tproxy_common::policy::decide) answers with.
     pub verdict: u32,
@@ -23,10 +23,82 @@ pub struct Rule {
 pub struct Condition {
     /// Which value. One of an address has a second condition for the other family,
     /// with an empty set where no packet of that family is to match.
-    pub dimension: Dimension,
+    pub selector: Selector,
     /// Any of these; a set may be shared with other rules.
     pub values: Arc<Ranges>,
 }
+
+/// Which value of a packet a condition is about: a [`Dimension`] as rules name it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Selector {
+    /// Source address of an IPv4 packet.
+    Source4,
+    /// Source address of an IPv6 packet.
+    Source6,
+    /// Destination address of an IPv4 packet.
+    Destination4,
+    /// Destination address of an IPv6 packet.
+    Destination6,
+    /// Source port.
+    SourcePort,
+    /// Destination port.
+    DestinationPort,
+    /// Protocol number.
+    Protocol,
+    /// Index of the interface that it arrives on.
+    Interface,
+    /// Link-layer address that it comes from, as a number.
+    Mac,
+    /// Differentiated services codepoint.
+    Dscp,
+    /// The mark, without the bits that are not in the mask. Rules may have
+    /// [two masks](Unfit::Masks).
+    Mark {
+        /// The bits that count.
+        mask: u32,
+    },
+    /// User that owns the sending socket.
+    Uid,
+    /// Number of the control group (cgroup v2) that the sending socket is in or below. Rules
+    /// may have groups of [three depths](Unfit::Depths).
+    Cgroup {
+        /// How many directories below the root of its hierarchy it is.
+        depth: u32,
+    },
+}
+
+impl Selector {
+    /// The dimensions that can stand for it.
+    const fn dimensions(self) -> &'static [Dimension] {
+        match self {
+            Self::Source4 => &[Dimension::Source4],
+            Self::Source6 => &[Dimension::Source6],
+            Self::Destination4 => &[Dimension::Destination4],
+            Self::Destination6 => &[Dimension::Destination6],
+            Self::SourcePort => &[Dimension::SourcePort],
+            Self::DestinationPort => &[Dimension::DestinationPort],
+            Self::Protocol => &[Dimension::Protocol],
+            Self::Interface => &[Dimension::Interface],
+            Self::Mac => &[Dimension::Mac],
+            Self::Dscp => &[Dimension::Dscp],
+            Self::Mark { .. } => &MARKS,
+            Self::Uid => &[Dimension::Uid],
+            Self::Cgroup { .. } => &CGROUPS,
+        }
+    }
+
+    /// The parameter of that dimension.
+    const fn parameter(self) -> u32 {
+        match self {
+            Self::Mark { mask } => mask,
+            Self::Cgroup { depth } => depth,
+            _ => 0,
+        }
+    }
+}
+
+const MARKS: [Dimension; 2] = [Dimension::Mark0, Dimension::Mark1];
+const CGROUPS: [Dimension; 3] = [Dimension::Cgroup0, Dimension::Cgroup1, Dimension::Cgroup2];
 
 /// Rules in their order, and what they leave open.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,12 +109,27 @@ pub struct RuleSet {
     pub otherwise: u32,
 }
 
-/// There are more rules than fit.
+/// Rules that do not fit into an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "{0} rules; at most {MAX_RULES} are possible: join rules of one action by lists or files of prefixes"
-)]
-pub struct TooManyRules(pub usize);
+pub enum Unfit {
+    /// There are so many of them.
+    #[error(
+        "{0} rules; at most {MAX_RULES} are possible: join rules of one action by lists or files of prefixes"
+    )]
+    Rules(usize),
+    /// They compare marks by more masks than there are dimensions for.
+    #[error(
+        "rules compare marks by {0} different masks; at most {most} are possible: write marks with the same mask",
+        most = MARKS.len()
+    )]
+    Masks(usize),
+    /// They ask for control groups at more depths than there are dimensions for.
+    #[error(
+        "rules ask for control groups at {0} different depths of the hierarchy; at most {most} are possible",
+        most = CGROUPS.len()
+    )]
+    Depths(usize),
+}
 
 /// Compiles rules.
 ///
@@ -50,18 +137,16 @@ pub struct TooManyRules(pub usize);
 ///
 /// # Errors
 ///
-/// [`TooManyRules`].
-pub fn compile(set: &RuleSet) -> Result<Vec<Line>, TooManyRules> {
+/// [`Unfit`].
+pub fn compile(set: &RuleSet) -> Result<Vec<Line>, Unfit> {
     if set.rules.len() > MAX_RULES {
-        return Err(TooManyRules(set.rules.len()));
+        return Err(Unfit::Rules(set.rules.len()));
     }
     let descriptions = layout::description(Dimension::ALL.len()).0;
     let mut image = vec![[0; LINE]; descriptions];
-    for dimension in Dimension::ALL {
-        if set.rules.iter().any(|rule| condition(rule, dimension).is_some()) {
-            image[0][layout::USED] |= 1 << dimension as u32;
-            add_dimension(&mut image, set, dimension);
-        }
+    for (selector, dimension) in dimensions(set)? {
+        image[0][layout::USED] |= 1 << dimension as u32;
+        add_dimension(&mut image, set, selector, dimension);
     }
     let verdicts: Vec<u32> = set.rules.iter().map(|rule| rule.verdict).chain([set.otherwise]).collect();
     image[0][layout::RULES] = word(set.rules.len());
@@ -69,23 +154,40 @@ pub fn compile(set: &RuleSet) -> Result<Vec<Line>, TooManyRules> {
     Ok(image)
 }
 
-fn condition(rule: &Rule, dimension: Dimension) -> Option<&Ranges> {
-    let of_dimension = rule.conditions.iter().filter(|condition| condition.dimension == dimension);
-    debug_assert!(of_dimension.count() <= 1, "two conditions for {dimension:?}");
-    rule.conditions
-        .iter()
-        .find(|condition| condition.dimension == dimension)
-        .map(|condition| &*condition.values)
+/// What rules ask for, each with a dimension of its own.
+fn dimensions(set: &RuleSet) -> Result<Vec<(Selector, Dimension)>, Unfit> {
+    let conditions = set.rules.iter().flat_map(|rule| &rule.conditions);
+    let selectors: BTreeSet<Selector> = conditions.map(|condition| condition.selector).collect();
+    let mut dimensions = Vec::new();
+    // In their order those that share dimensions stand side by side.
+    for selectors in Vec::from_iter(selectors).chunk_by(|a, b| a.dimensions() == b.dimensions()) {
+        let shared = selectors[0].dimensions();
+        if selectors.len() > shared.len() {
+            return Err(match selectors[0] {
+                Selector::Cgroup { .. } => Unfit::Depths(selectors.len()),
+                _ => Unfit::Masks(selectors.len()),
+            });
+        }
+        dimensions.extend(selectors.iter().copied().zip(shared.iter().copied()));
+    }
+    Ok(dimensions)
 }
 
-fn add_dimension(image: &mut Vec<Line>, set: &RuleSet, dimension: Dimension) {
+fn condition(rule: &Rule, selector: Selector) -> Option<&Ranges> {
+    let mut of_selector = rule.conditions.iter().filter(|condition| condition.selector == selector);
+    let condition = of_selector.next();
+    debug_assert!(of_selector.next().is_none(), "two conditions for {selector:?}");
+    condition.map(|condition| &*condition.values)
+}
+
+fn add_dimension(image: &mut Vec<Line>, set: &RuleSet, selector: Selector, dimension: Dimension) {
     let mut vectors = Vectors::default();
     // Where the rules change that a value satisfies: from which value on, and which one.
     let mut changes = Vec::new();
     let (mut absent, mut unknown) = (Vector::EMPTY, Vector::EMPTY);
     for (number, rule) in set.rules.iter().enumerate() {
         unknown.toggle(number);
-        let Some(values) = condition(rule, dimension) else {
+        let Some(values) = condition(rule, selector) else {
             absent.toggle(number);
             continue;
         };
@@ -98,7 +200,7 @@ fn add_dimension(image: &mut Vec<Line>, set: &RuleSet, dimension: Dimension) {
     let bits = 32 * dimension.width();
     debug_assert!(
         changes.last().is_none_or(|(from, _)| bits == 128 || *from <= 1 << bits),
-        "{dimension:?} has {bits} bits"
+        "{selector:?} has {bits} bits"
     );
     let (mut ends, mut classes) = (Vec::new(), Vec::new());
     let mut satisfied = absent.clone();
@@ -132,6 +234,7 @@ fn add_dimension(image: &mut Vec<Line>, set: &RuleSet, dimension: Dimension) {
     described[layout::VECTORS] = first_vector;
     described[layout::ABSENT] = absent;
     described[layout::UNKNOWN] = unknown;
+    described[layout::PARAMETER] = selector.parameter();
 }
 
 /// Appends the levels of a tree over ends in order; the first line of each, the root first.

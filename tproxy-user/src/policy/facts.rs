@@ -18,6 +18,33 @@ pub struct Packet {
     pub protocol: u8,
     /// Index of the interface that it arrives on; none for own traffic.
     pub interface: Option<u32>,
+    /// Link-layer address that it comes from, as a number.
+    pub mac: Option<u64>,
+    /// Differentiated services codepoint.
+    pub dscp: u8,
+    /// Its mark.
+    pub mark: u32,
+    /// User that owns the sending socket.
+    pub uid: Option<u32>,
+    /// Control groups that the sending socket is in, from the root down.
+    pub cgroups: Vec<u64>,
+}
+
+impl Packet {
+    /// One of which nothing is known.
+    pub const EMPTY: Self = Self {
+        family: Family::V4,
+        source: [0; 16],
+        destination: [0; 16],
+        ports: Known::Absent,
+        protocol: 0,
+        interface: None,
+        mac: None,
+        dscp: 0,
+        mark: 0,
+        uid: None,
+        cgroups: Vec::new(),
+    };
 }
 
 impl Facts for Packet {
@@ -43,6 +70,26 @@ impl Facts for Packet {
 
     fn interface(&self) -> Option<u32> {
         self.interface
+    }
+
+    fn mac(&self) -> Option<u64> {
+        self.mac
+    }
+
+    fn dscp(&self) -> u8 {
+        self.dscp
+    }
+
+    fn mark(&self) -> u32 {
+        self.mark
+    }
+
+    fn uid(&self) -> Option<u32> {
+        self.uid
+    }
+
+    fn cgroup(&self, depth: u32) -> Option<u64> {
+        self.cgroups.get(usize::try_from(depth).ok()?).copied()
     }
 }
 

@@ -6,28 +6,53 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 use tproxy_common::abi::{Family, Verdict, mapped};
-use tproxy_common::policy::{Dimension, Known};
-use tproxy_user::policy::compile::{Condition, Rule, RuleSet};
+use tproxy_common::policy::Known;
+use tproxy_user::policy::compile::{Condition, Rule, RuleSet, Selector};
 use tproxy_user::policy::facts::Packet;
 use tproxy_user::policy::ranges::Ranges;
 
-/// What a rule sees of a packet, dimension by dimension: `None` where the packet has no such value.
-fn value(packet: &Packet, dimension: Dimension) -> Option<u128> {
+/// What rules may ask for: as many masks and depths as there may be.
+const SELECTORS: [Selector; 16] = [
+    Selector::Source4,
+    Selector::Source6,
+    Selector::Destination4,
+    Selector::Destination6,
+    Selector::SourcePort,
+    Selector::DestinationPort,
+    Selector::Protocol,
+    Selector::Interface,
+    Selector::Mac,
+    Selector::Dscp,
+    Selector::Mark { mask: 0x0000_001f },
+    Selector::Mark { mask: 0xffff_fff0 },
+    Selector::Uid,
+    Selector::Cgroup { depth: 0 },
+    Selector::Cgroup { depth: 1 },
+    Selector::Cgroup { depth: 3 },
+];
+
+/// What a rule sees of a packet, value by value: `None` where the packet has no such value.
+fn value(packet: &Packet, selector: Selector) -> Option<u128> {
     let addr = |addr: &[u8; 16], family| {
         (packet.family == family).then(|| match family {
             Family::V4 => u128::from(u32::from_be_bytes([addr[12], addr[13], addr[14], addr[15]])),
             Family::V6 => u128::from_be_bytes(*addr),
         })
     };
-    match dimension {
-        Dimension::Source4 => addr(&packet.source, Family::V4),
-        Dimension::Source6 => addr(&packet.source, Family::V6),
-        Dimension::Destination4 => addr(&packet.destination, Family::V4),
-        Dimension::Destination6 => addr(&packet.destination, Family::V6),
-        Dimension::SourcePort => ports(packet).map(|(source, _)| source.into()),
-        Dimension::DestinationPort => ports(packet).map(|(_, destination)| destination.into()),
-        Dimension::Protocol => Some(packet.protocol.into()),
-        Dimension::Interface => packet.interface.map(Into::into),
+    match selector {
+        Selector::Source4 => addr(&packet.source, Family::V4),
+        Selector::Source6 => addr(&packet.source, Family::V6),
+        Selector::Destination4 => addr(&packet.destination, Family::V4),
+        Selector::Destination6 => addr(&packet.destination, Family::V6),
+        Selector::SourcePort => ports(packet).map(|(source, _)| source.into()),
+        Selector::DestinationPort => ports(packet).map(|(_, destination)| destination.into()),
+        Selector::Protocol => Some(packet.protocol.into()),
+        Selector::Interface => packet.interface.map(Into::into),
+        Selector::Mac => packet.mac.map(Into::into),
+        Selector::Dscp => Some(packet.dscp.into()),
+        Selector::Mark { mask } => Some((packet.mark & mask).into()),
+        Selector::Uid => packet.uid.map(Into::into),
+        Selector::Cgroup { depth } => packet.cgroups.get(depth as usize).copied().map(Into::into),
     }
 }
 
@@ -41,14 +66,14 @@ fn ports(packet: &Packet) -> Option<(u16, u16)> {
 /// First match, rule by rule and condition by condition.
 pub(crate) fn naive(set: &RuleSet, packet: &Packet) -> (u32, u32) {
     let meets = |condition: &Condition| {
-        let of_family = match condition.dimension {
-            Dimension::Source4 | Dimension::Destination4 => packet.family == Family::V4,
-            Dimension::Source6 | Dimension::Destination6 => packet.family == Family::V6,
-            Dimension::SourcePort | Dimension::DestinationPort => packet.ports != Known::Unknown,
+        let of_family = match condition.selector {
+            Selector::Source4 | Selector::Destination4 => packet.family == Family::V4,
+            Selector::Source6 | Selector::Destination6 => packet.family == Family::V6,
+            Selector::SourcePort | Selector::DestinationPort => packet.ports != Known::Unknown,
             _ => true,
         };
         !of_family
-            || value(packet, condition.dimension).is_some_and(|value| {
+            || value(packet, condition.selector).is_some_and(|value| {
                 condition.values.as_slice().iter().any(|range| (range.0..=range.1).contains(&value))
             })
     };
@@ -61,16 +86,19 @@ pub(crate) fn naive(set: &RuleSet, packet: &Packet) -> (u32, u32) {
         })
 }
 
-/// Numbers of a dimension: few, so that rules and packets meet, at both ends of what
+/// Numbers of a value: few, so that rules and packets meet, at both ends of what
 /// packets have.
-fn number(dimension: Dimension) -> BoxedStrategy<u128> {
-    let (least, most): (u128, u128) = match dimension {
+fn number(selector: Selector) -> BoxedStrategy<u128> {
+    let (least, most): (u128, u128) = match selector {
         // 10.0.0.0 to 223.255.255.255, and 2001:db8:: to fdff:…:ffff.
-        Dimension::Source4 | Dimension::Destination4 => (0x0a00_0000, 0xdfff_ffff),
-        Dimension::Source6 | Dimension::Destination6 => (0x2001_0db8 << 96, (0xfe00 << 112) - 1),
-        Dimension::SourcePort | Dimension::DestinationPort => (0, 0xffff),
-        Dimension::Protocol => (0, 0xff),
-        Dimension::Interface => (0, 0xffff_ffff),
+        Selector::Source4 | Selector::Destination4 => (0x0a00_0000, 0xdfff_ffff),
+        Selector::Source6 | Selector::Destination6 => (0x2001_0db8 << 96, (0xfe00 << 112) - 1),
+        Selector::SourcePort | Selector::DestinationPort => (0, 0xffff),
+        Selector::Protocol => (0, 0xff),
+        Selector::Interface | Selector::Mark { .. } | Selector::Uid => (0, 0xffff_ffff),
+        Selector::Mac => (0, 0xffff_ffff_ffff),
+        Selector::Dscp => (0, 0x3f),
+        Selector::Cgroup { .. } => (0, u64::MAX.into()),
     };
     prop_oneof![
         4 => (0_u128..24).prop_map(move |above| least + above),
@@ -80,17 +108,17 @@ fn number(dimension: Dimension) -> BoxedStrategy<u128> {
     .boxed()
 }
 
-fn condition(dimension: Dimension) -> impl Strategy<Value = Condition> {
-    let range = (number(dimension), number(dimension)).prop_map(|(a, b)| (a.min(b), a.max(b)));
-    let one = number(dimension).prop_map(|number| (number, number));
+fn condition(selector: Selector) -> impl Strategy<Value = Condition> {
+    let range = (number(selector), number(selector)).prop_map(|(a, b)| (a.min(b), a.max(b)));
+    let one = number(selector).prop_map(|number| (number, number));
     prop::collection::vec(prop_oneof![range, one], 0..5)
-        .prop_map(move |ranges| Condition { dimension, values: Arc::new(Ranges::new(ranges)) })
+        .prop_map(move |ranges| Condition { selector, values: Arc::new(Ranges::new(ranges)) })
 }
 
 fn rule(conditions: RangeInclusive<usize>) -> impl Strategy<Value = Rule> {
-    let dimensions = prop::sample::subsequence(Dimension::ALL.to_vec(), conditions);
+    let selectors = prop::sample::subsequence(SELECTORS.to_vec(), conditions);
     let conditions =
-        dimensions.prop_flat_map(|dimensions| dimensions.into_iter().map(condition).collect::<Vec<_>>());
+        selectors.prop_flat_map(|selectors| selectors.into_iter().map(condition).collect::<Vec<_>>());
     (conditions, verdict()).prop_map(|(conditions, verdict)| Rule { conditions, verdict })
 }
 
@@ -107,16 +135,21 @@ pub(crate) fn rule_set(most: usize, conditions: RangeInclusive<usize>) -> impl S
 prop_compose! {
     pub(crate) fn packet()(
         v4 in any::<bool>(),
-        source4 in number(Dimension::Source4), source6 in number(Dimension::Source6),
-        destination4 in number(Dimension::Destination4), destination6 in number(Dimension::Destination6),
+        source4 in number(Selector::Source4), source6 in number(Selector::Source6),
+        destination4 in number(Selector::Destination4), destination6 in number(Selector::Destination6),
         ports in prop_oneof![
-            8 => (number(Dimension::SourcePort), number(Dimension::DestinationPort))
+            8 => (number(Selector::SourcePort), number(Selector::DestinationPort))
                 .prop_map(|(source, destination)| Known::Is((port(source), port(destination)))),
             1 => Just(Known::Absent),
             1 => Just(Known::Unknown),
         ],
-        protocol in number(Dimension::Protocol),
-        interface in prop::option::of(number(Dimension::Interface)),
+        protocol in number(Selector::Protocol),
+        interface in prop::option::of(number(Selector::Interface)),
+        mac in prop::option::of(number(Selector::Mac)),
+        dscp in number(Selector::Dscp),
+        mark in number(Selector::Mark { mask: u32::MAX }),
+        uid in prop::option::of(number(Selector::Uid)),
+        cgroups in prop::collection::vec(number(Selector::Cgroup { depth: 0 }), 0..6),
     ) -> Packet {
         let (family, source, destination) = if v4 {
             (Family::V4, mapped(word(source4).to_be_bytes()), mapped(word(destination4).to_be_bytes()))
@@ -125,10 +158,19 @@ prop_compose! {
         };
         Packet {
             family, source, destination, ports,
-            protocol: u8::try_from(protocol).expect("8 bits"),
+            protocol: byte(protocol),
             interface: interface.map(word),
+            mac: mac.map(long),
+            dscp: byte(dscp),
+            mark: word(mark),
+            uid: uid.map(word),
+            cgroups: cgroups.into_iter().map(long).collect(),
         }
     }
+}
+
+fn byte(number: u128) -> u8 {
+    u8::try_from(number).expect("8 bits")
 }
 
 fn port(number: u128) -> u16 {
@@ -137,4 +179,8 @@ fn port(number: u128) -> u16 {
 
 fn word(number: u128) -> u32 {
     u32::try_from(number).expect("32 bits")
+}
+
+fn long(number: u128) -> u64 {
+    u64::try_from(number).expect("64 bits")
 }

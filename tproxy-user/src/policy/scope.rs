@@ -4,11 +4,10 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 use tproxy_common::abi::{TCP, UDP, Verdict};
-use tproxy_common::policy::Dimension;
 
 use crate::config::Scope;
 
-use super::compile::{Condition, Rule, RuleSet};
+use super::compile::{Condition, Rule, RuleSet, Selector};
 use super::ranges::Ranges;
 use super::rules::range;
 
@@ -17,9 +16,9 @@ impl Scope {
     #[must_use]
     pub fn rules(&self) -> RuleSet {
         let mut rules = Vec::new();
-        let mut pass = |conditions: Vec<(Dimension, Ranges)>| {
+        let mut pass = |conditions: Vec<(Selector, Ranges)>| {
             if conditions.iter().any(|(_, values)| *values != Ranges::default()) {
-                let condition = |(dimension, values)| Condition { dimension, values: Arc::new(values) };
+                let condition = |(selector, values)| Condition { selector, values: Arc::new(values) };
                 let conditions = conditions.into_iter().map(condition).collect();
                 rules.push(Rule { conditions, verdict: Verdict::Pass as u32 });
             }
@@ -27,43 +26,39 @@ impl Scope {
         let everything =
             |unwanted: bool, most: u128| Ranges::new(if unwanted { vec![(0, most)] } else { Vec::new() });
         pass(vec![
-            (Dimension::Source4, everything(!self.v4, u32::MAX.into())),
-            (Dimension::Source6, everything(!self.v6, u128::MAX)),
+            (Selector::Source4, everything(!self.v4, u32::MAX.into())),
+            (Selector::Source6, everything(!self.v6, u128::MAX)),
         ]);
         let protocols = [(self.tcp, TCP), (self.udp, UDP)].into_iter().filter(|(selected, _)| !selected);
         pass(vec![(
-            Dimension::Protocol,
+            Selector::Protocol,
             Ranges::new(protocols.map(|(_, protocol)| (protocol.into(), protocol.into())).collect()),
         )]);
         if !self.ports.is_empty() {
             let ports = self.ports.iter().map(|(first, last)| ((*first).into(), (*last).into())).collect();
-            pass(vec![(Dimension::DestinationPort, Ranges::new(ports).complement(u16::MAX.into()))]);
+            pass(vec![(Selector::DestinationPort, Ranges::new(ports).complement(u16::MAX.into()))]);
         }
-        pass(unselected([Dimension::Source4, Dimension::Source6], &self.from, &self.not_from));
-        pass(unselected([Dimension::Destination4, Dimension::Destination6], &self.to, &self.not_to));
+        pass(unselected([Selector::Source4, Selector::Source6], &self.from, &self.not_from));
+        pass(unselected([Selector::Destination4, Selector::Destination6], &self.to, &self.not_to));
         RuleSet { rules, otherwise: Verdict::Proxy as u32 }
     }
 }
 
 /// The addresses that a selection leaves out, by family.
-fn unselected(
-    dimensions: [Dimension; 2],
-    selected: &[IpNet],
-    excluded: &[IpNet],
-) -> Vec<(Dimension, Ranges)> {
+fn unselected(selectors: [Selector; 2], selected: &[IpNet], excluded: &[IpNet]) -> Vec<(Selector, Ranges)> {
     let of_family = |nets: &[IpNet], v4: bool| -> Vec<(u128, u128)> {
         nets.iter().filter(|net| matches!(net, IpNet::V4(_)) == v4).map(range).collect()
     };
     let everywhere = selected.is_empty();
     [(true, u128::from(u32::MAX)), (false, u128::MAX)]
         .into_iter()
-        .zip(dimensions)
-        .map(|((v4, most), dimension)| {
+        .zip(selectors)
+        .map(|((v4, most), selector)| {
             let mut selected = of_family(selected, v4);
             if everywhere {
                 selected.push((0, most));
             }
-            (dimension, Ranges::new(selected).complement(most).union(Ranges::new(of_family(excluded, v4))))
+            (selector, Ranges::new(selected).complement(most).union(Ranges::new(of_family(excluded, v4))))
         })
         .collect()
 }
@@ -151,7 +146,8 @@ mod tests {
                 };
                 let ports = Known::Is((1, port));
                 let seen = Packet {
-                    family, source: addr(source), destination: addr(destination), ports, protocol, interface: None,
+                    family, source: addr(source), destination: addr(destination), ports, protocol,
+                    ..Packet::EMPTY
                 };
                 let selected = naive(&scope, (source, destination), protocol, port);
                 prop_assert_eq!(rules.decide(&seen).0 == Verdict::Proxy as u32, selected, "{:?}", seen);

@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 use tproxy_common::abi::{Family, mapped};
-use tproxy_common::policy::{Dimension, Known, LINE, MAX_RULES};
+use tproxy_common::policy::{Known, LINE, MAX_RULES};
 
-use super::compile::{Condition, Rule, RuleSet, TooManyRules, compile};
+use super::compile::{Condition, Rule, RuleSet, Selector, Unfit, compile};
 use super::facts::{Memory, Packet};
 use super::model::{naive, packet, rule_set};
 use super::ranges::Ranges;
@@ -38,36 +38,45 @@ proptest! {
 /// Numbers of intervals at which a line or a level is just full, and some around each.
 #[test]
 fn every_interval_is_found() {
-    for dimension in [Dimension::Source4, Dimension::Destination6, Dimension::DestinationPort] {
-        let fan_out = LINE / dimension.width();
+    for (selector, words) in [
+        (Selector::Source4, 1),
+        (Selector::Destination6, 4),
+        (Selector::DestinationPort, 1),
+        (Selector::Mac, 4),
+        (Selector::Dscp, 1),
+        (Selector::Mark { mask: u32::MAX }, 1),
+        (Selector::Uid, 1),
+        (Selector::Cgroup { depth: 2 }, 4),
+    ] {
+        let fan_out = LINE / words;
         let full = [fan_out, fan_out * fan_out, fan_out * fan_out * fan_out, fan_out * (fan_out + 1)];
         // Two ends an interval.
         let counts = full.into_iter().flat_map(|ends| [ends / 2 - 1, ends / 2, ends / 2 + 1]);
         for count in counts.chain([0, 1, 2, fan_out * fan_out * 8 + 5]) {
-            find_intervals(dimension, count as u128);
+            find_intervals(selector, count as u128);
         }
     }
 }
 
 /// Looks on both sides of every end of so many intervals, spread over all that packets have.
-fn find_intervals(dimension: Dimension, count: u128) {
-    let bits = if dimension == Dimension::DestinationPort { 16 } else { 32 * dimension.width() };
-    let most = u128::MAX >> (128 - bits);
+fn find_intervals(selector: Selector, count: u128) {
+    let most = (0..=128).rev().map(|bits| u128::MAX.checked_shr(128 - bits).unwrap_or(0));
+    let most = most.into_iter().find(|most| packet_with(selector, *most).is_some()).expect("some value");
     let step = most / (count + 1);
     if step < 4 {
         return;
     }
     let ranges: Vec<_> = (0..count).map(|at| (at * step + 1, at * step + step / 2)).collect();
     let values = Arc::new(Ranges::new(ranges.clone()));
-    let rule = Rule { conditions: vec![Condition { dimension, values }], verdict: 1 };
+    let rule = Rule { conditions: vec![Condition { selector, values }], verdict: 1 };
     let image = Memory(compile(&RuleSet { rules: vec![rule], otherwise: 0 }).expect("one rule"));
-    let verdict = |value| image.decide(&packet_with(dimension, value).expect("a value of packets")).0;
+    let verdict = |value| image.decide(&packet_with(selector, value).expect("a value of packets")).0;
     for (first, last) in ranges {
         for (value, expected) in [(first - 1, 0), (first, 1), (last, 1), (last + 1, 0)] {
             assert_eq!(
                 verdict(value),
                 expected,
-                "{dimension:?}: {value} of {:?}, {count} of them",
+                "{selector:?}: {value} of {:?}, {count} of them",
                 (first, last)
             );
         }
@@ -76,25 +85,26 @@ fn find_intervals(dimension: Dimension, count: u128) {
 }
 
 /// A packet with this value; `None` where none can have it.
-fn packet_with(dimension: Dimension, value: u128) -> Option<Packet> {
-    let mut packet = Packet {
-        family: Family::V4,
-        source: mapped([0; 4]),
-        destination: mapped([0; 4]),
-        ports: Known::Is((0, 0)),
-        protocol: 6,
-        interface: None,
-    };
+fn packet_with(selector: Selector, value: u128) -> Option<Packet> {
+    let mut packet = Packet { protocol: 6, ports: Known::Is((0, 0)), ..Packet::EMPTY };
     let small = u32::try_from(value).ok();
-    match dimension {
-        Dimension::Source4 => packet.source = mapped(small?.to_be_bytes()),
-        Dimension::Destination4 => packet.destination = mapped(small?.to_be_bytes()),
-        Dimension::Source6 => (packet.family, packet.source) = (Family::V6, value.to_be_bytes()),
-        Dimension::Destination6 => (packet.family, packet.destination) = (Family::V6, value.to_be_bytes()),
-        Dimension::SourcePort => packet.ports = Known::Is((u16::try_from(value).ok()?, 0)),
-        Dimension::DestinationPort => packet.ports = Known::Is((0, u16::try_from(value).ok()?)),
-        Dimension::Protocol => packet.protocol = u8::try_from(value).ok()?,
-        Dimension::Interface => packet.interface = Some(small?),
+    match selector {
+        Selector::Source4 => packet.source = mapped(small?.to_be_bytes()),
+        Selector::Destination4 => packet.destination = mapped(small?.to_be_bytes()),
+        Selector::Source6 => (packet.family, packet.source) = (Family::V6, value.to_be_bytes()),
+        Selector::Destination6 => (packet.family, packet.destination) = (Family::V6, value.to_be_bytes()),
+        Selector::SourcePort => packet.ports = Known::Is((u16::try_from(value).ok()?, 0)),
+        Selector::DestinationPort => packet.ports = Known::Is((0, u16::try_from(value).ok()?)),
+        Selector::Protocol => packet.protocol = u8::try_from(value).ok()?,
+        Selector::Interface => packet.interface = Some(small?),
+        Selector::Mac => packet.mac = Some(u64::try_from(value).ok().filter(|mac| *mac < 1 << 48)?),
+        Selector::Dscp => packet.dscp = u8::try_from(value).ok().filter(|dscp| *dscp < 64)?,
+        Selector::Mark { .. } => packet.mark = small?,
+        Selector::Uid => packet.uid = Some(small?),
+        Selector::Cgroup { depth } => {
+            packet.cgroups = vec![0; usize::try_from(depth).ok()?];
+            packet.cgroups.push(u64::try_from(value).ok()?);
+        }
     }
     Some(packet)
 }
@@ -102,14 +112,14 @@ fn packet_with(dimension: Dimension, value: u128) -> Option<Packet> {
 #[test]
 fn without_rules_the_default_decides() {
     let set = RuleSet { rules: Vec::new(), otherwise: 7777 };
-    let packet = packet_with(Dimension::Protocol, 17).expect("UDP");
+    let packet = packet_with(Selector::Protocol, 17).expect("UDP");
     assert_eq!(Memory(compile(&set).expect("no rule")).decide(&packet), (7777, 0));
 }
 
 #[test]
 fn the_last_of_all_rules_decides_where_no_other_matches() {
     let port = |port: u128| Condition {
-        dimension: Dimension::DestinationPort,
+        selector: Selector::DestinationPort,
         values: Arc::new(Ranges::new(vec![(port, port)])),
     };
     let rules = (0..MAX_RULES).map(|number| Rule {
@@ -119,7 +129,7 @@ fn the_last_of_all_rules_decides_where_no_other_matches() {
     let image = Memory(compile(&RuleSet { rules: rules.collect(), otherwise: 7777 }).expect("all that fit"));
     let last = u32::try_from(MAX_RULES - 1).expect("few");
     for (port, expected) in [(0, (0, 0)), (last, (last, last)), (last + 1, (7777, last + 1))] {
-        let packet = packet_with(Dimension::DestinationPort, port.into()).expect("a port");
+        let packet = packet_with(Selector::DestinationPort, port.into()).expect("a port");
         assert_eq!(image.decide(&packet), expected);
     }
 }
@@ -128,5 +138,41 @@ fn the_last_of_all_rules_decides_where_no_other_matches() {
 fn more_rules_than_fit_are_refused() {
     let rule = Rule { conditions: Vec::new(), verdict: 0 };
     let set = RuleSet { rules: vec![rule; MAX_RULES + 1], otherwise: 0 };
-    assert_eq!(compile(&set), Err(TooManyRules(MAX_RULES + 1)));
+    assert_eq!(compile(&set), Err(Unfit::Rules(MAX_RULES + 1)));
+}
+
+/// A rule that wants each of these to be 1.
+fn ones(selectors: &[Selector]) -> Rule {
+    let values = Arc::new(Ranges::new(vec![(1, 1)]));
+    let condition = |selector: &Selector| Condition { selector: *selector, values: values.clone() };
+    Rule { conditions: selectors.iter().map(condition).collect(), verdict: 1 }
+}
+
+#[test]
+fn each_mask_has_a_dimension_of_its_own() {
+    let [low, high] = [0x0f, 0xf1].map(|mask| Selector::Mark { mask });
+    let mut set = RuleSet { rules: vec![ones(&[high, low])], otherwise: 0 };
+    let image = Memory(compile(&set).expect("two masks"));
+    for (mark, expected) in [(1, 1), (0x101, 1), (0x11, 0), (3, 0), (0, 0)] {
+        assert_eq!(image.decide(&Packet { mark, ..Packet::EMPTY }).0, expected, "{mark:#x}");
+    }
+    // The same mask again is none more.
+    set.rules.push(ones(&[low]));
+    assert!(compile(&set).is_ok());
+    set.rules.push(ones(&[Selector::Mark { mask: 1 }]));
+    assert_eq!(compile(&set), Err(Unfit::Masks(3)));
+}
+
+#[test]
+fn a_socket_is_in_a_control_group_and_in_those_above_it() {
+    let at = |depth| Selector::Cgroup { depth };
+    let mut set = RuleSet { rules: vec![ones(&[at(3), at(1)]), ones(&[at(2)])], otherwise: 0 };
+    let image = Memory(compile(&set).expect("three depths"));
+    for (cgroups, expected) in
+        [(vec![7, 1, 7, 1, 9], (1, 0)), (vec![1, 1, 1], (1, 1)), (vec![1, 1], (0, 2)), (vec![], (0, 2))]
+    {
+        assert_eq!(image.decide(&Packet { cgroups, ..Packet::EMPTY }), expected);
+    }
+    set.rules.push(ones(&[at(0)]));
+    assert_eq!(compile(&set), Err(Unfit::Depths(4)));
 }

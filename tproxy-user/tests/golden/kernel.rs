@@ -279,12 +279,12 @@ impl Kernel {
         })
     }
 
-    /// Attaches a program at ingress of an interface.
-    pub(crate) fn attach(&mut self, program: &str, interface: &str) {
+    /// Attaches a program to an interface.
+    pub(crate) fn attach(&mut self, program: &str, interface: &str, side: TcAttachType) {
         // In a new namespace there is no qdisc yet; tcx does not need one.
         add_clsact(interface).expect("a qdisc");
         let classifier = self.loaded(program);
-        classifier.attach(interface, TcAttachType::Ingress).expect("attached");
+        classifier.attach(interface, side).expect("attached");
     }
 
     /// Counters that are not zero.

@@ -1,19 +1,32 @@
-//! Frames that arrive on a link. The stack takes the outer VLAN tag off before
-//! a program sees the packet, and a test run cannot say that there was one.
+//! Frames on a link, which a test run cannot show: the stack has taken the outer VLAN tag
+//! off, a device has no Ethernet header, or a program's socket has sent the packet.
 
+use std::fs::{File, OpenOptions};
+use std::io::Write as _;
 use std::mem::MaybeUninit;
+use std::net::UdpSocket;
+use std::os::fd::AsRawFd as _;
 use std::process::Command;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use aya::programs::TcAttachType;
 use nix::net::if_::if_nametoindex;
+use nix::unistd::{Uid, setfsuid};
 use socket2::{Domain, SockAddr, Socket, Type};
 use tproxy_common::abi::program;
+use tproxy_user::policy::compile::Selector;
 
 use crate::kernel::{Kernel, usual};
 use crate::packets as p;
+use crate::rules::{only, with_own_traffic};
 
-tests![a_vlan_of_a_trunk_passes, a_tag_that_carries_a_priority_alone_is_no_vlan];
+tests![
+    a_vlan_of_a_trunk_passes,
+    a_tag_that_carries_a_priority_alone_is_no_vlan,
+    a_packet_without_an_ethernet_header_has_no_link_layer_address,
+    a_socket_belongs_to_the_user_that_made_it,
+];
 
 const CVLAN: u16 = 0x8100;
 const SVLAN: u16 = 0x88a8;
@@ -30,29 +43,92 @@ fn a_tag_that_carries_a_priority_alone_is_no_vlan() {
     expect(&p::tagged(&p::syn_v4(), &[(CVLAN, PRIORITY), (CVLAN, 6)]), "pass_protocol");
 }
 
+fn a_packet_without_an_ethernet_header_has_no_link_layer_address() {
+    let mut kernel = Kernel::new(&usual());
+    kernel.set_rules(&only(Selector::Mac, (0, (1 << 48) - 1)));
+    let mut device = tun("in");
+    set_up("in");
+    kernel.attach(program::CAPTURE, "in", TcAttachType::Ingress);
+    // By its source, 8.0.0.2, it looks as if an Ethernet header were before it.
+    let mut packet = p::udp_v4(20).split_off(p::ETHERNET);
+    packet[12..16].copy_from_slice(&[8, 0, 0, 2]);
+    device.write_all(&packet).expect("a packet that arrives");
+    wait_for(&mut kernel, "pass_policy");
+}
+
+fn a_socket_belongs_to_the_user_that_made_it() {
+    const USER: u32 = 4711;
+    let mut kernel = Kernel::new(&with_own_traffic());
+    kernel.set_rules(&only(Selector::Uid, (USER.into(), USER.into())));
+    make_pair();
+    ip("addr add 192.0.2.1/24 dev out");
+    ip("neigh add 192.0.2.2 lladdr 02:00:00:00:00:01 dev out");
+    ip("route add default via 192.0.2.2");
+    kernel.attach(program::OWN, "out", TcAttachType::Egress);
+    for (user, counter) in [(USER, "own_redirected"), (0, "pass_policy")] {
+        // Of this thread alone.
+        setfsuid(Uid::from_raw(user));
+        let socket = UdpSocket::bind("192.0.2.1:0");
+        setfsuid(Uid::from_raw(0));
+        socket.expect("a port").send_to(b"?", "203.0.113.7:443").expect("sent");
+        wait_for(&mut kernel, counter);
+    }
+}
+
 /// Lets a frame arrive on a captured interface, where this counter must rise.
-fn expect(frame: &[u8], counter: &str) {
+fn expect(frame: &[u8], counter: &'static str) {
     const ADDRESS: [u8; 6] = [2, 0, 0, 0, 0, 1];
     let mut kernel = Kernel::new(&usual());
-    let made = Command::new("ip")
-        .args(["link", "add", "in", "address", "02:00:00:00:00:01", "type", "veth", "peer", "name", "out"])
-        .status();
-    assert!(made.is_ok_and(|status| status.success()), "no veth pair");
-    for interface in ["in", "out"] {
-        let name = format!("/proc/sys/net/ipv6/conf/{interface}/disable_ipv6");
-        std::fs::write(name, "1").expect("a quiet link");
-        let up = Command::new("ip").args(["link", "set", interface, "up"]).status();
-        assert!(up.is_ok_and(|status| status.success()), "{interface} stays down");
-    }
-    kernel.attach(program::CAPTURE, "in");
+    make_pair();
+    kernel.attach(program::CAPTURE, "in", TcAttachType::Ingress);
     let mut frame = frame.to_vec();
     frame[..6].copy_from_slice(&ADDRESS);
     send(&frame, "out");
+    wait_for(&mut kernel, counter);
+}
+
+/// A counter must rise to one.
+fn wait_for(kernel: &mut Kernel, counter: &'static str) {
     let deadline = Instant::now() + Duration::from_secs(5);
     while !kernel.counted().contains(&(counter, 1)) {
         assert!(Instant::now() < deadline, "{counter} is not in {:?}", kernel.counted());
         sleep(Duration::from_millis(5));
     }
+}
+
+/// What is sent on `out` arrives on `in`.
+fn make_pair() {
+    ip("link add in address 02:00:00:00:00:01 type veth peer name out");
+    for interface in ["in", "out"] {
+        set_up(interface);
+    }
+}
+
+/// Sets an interface up on which nobody else sends.
+fn set_up(interface: &str) {
+    let name = format!("/proc/sys/net/ipv6/conf/{interface}/disable_ipv6");
+    std::fs::write(name, "1").expect("a quiet link");
+    ip(&format!("link set {interface} up"));
+}
+
+fn ip(arguments: &str) {
+    let done = Command::new("ip").args(arguments.split(' ')).status();
+    assert!(done.is_ok_and(|status| status.success()), "ip {arguments}");
+}
+
+/// A tun device: what is written to it arrives, and without any link-layer header.
+fn tun(name: &str) -> File {
+    let device = OpenOptions::new().read(true).write(true).open("/dev/net/tun").expect("the tun driver");
+    // SAFETY: an ifreq of zeros is valid: an empty name and no flags.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from.cast_signed();
+    }
+    request.ifr_ifru.ifru_flags = i16::try_from(libc::IFF_TUN | libc::IFF_NO_PI).expect("16 bits");
+    // SAFETY: the request reads and writes one ifreq.
+    let result = unsafe { libc::ioctl(device.as_raw_fd(), libc::TUNSETIFF as _, &raw mut request) };
+    assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+    device
 }
 
 /// Sends a frame, see packet(7).

@@ -167,6 +167,16 @@ pub(crate) fn opening(seen: &facts::Packet) -> Vec<u8> {
     put(addresses + length, &seen.destination[16 - length..]);
     put(ports, &source_port.to_be_bytes());
     put(ports + 2, &destination_port.to_be_bytes());
+    // Each family has its octet elsewhere; the two bits below are set, so that they are told apart.
+    let services = seen.dscp << 2 | 3;
+    if v4 {
+        put(1, &[services]);
+    } else {
+        put(0, &[0x60 | services >> 4, services << 4]);
+    }
+    if let Some(mac) = seen.mac {
+        frame[6..12].copy_from_slice(&mac.to_be_bytes()[2..]);
+    }
     frame
 }
 

@@ -175,7 +175,7 @@ impl Model {
                 destination: packet.destination,
                 ports: *ports,
                 protocol: packet.protocol,
-                interface: None,
+                ..facts::Packet::EMPTY
             };
             self.image.decide(&seen).0 == Verdict::Proxy as u32
         })
