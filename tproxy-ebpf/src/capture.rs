@@ -90,7 +90,13 @@ fn tcp(skb: &Skb, packet: &Packet) -> i32 {
     if !packet.is_syn() {
         return natted(skb, packet, Counter::PassMidstream);
     }
-    let decision = policy::decision(skb);
+    // One that was set aside was counted, and decided over, then: it has not all of
+    // what rules may ask for any more.
+    let let_in = handshake::take_admission(skb);
+    let decision = match flow {
+        Some(flow) if let_in => flow.decision(),
+        _ => policy::decision(skb),
+    };
     if !Verdict::is_for_proxy(decision.raw_verdict(), TCP) {
         if let Some(flow) = FlowRef::open(skb, &key, decision, Origin::Captured) {
             flow.up(skb, packet);
@@ -101,8 +107,6 @@ fn tcp(skb: &Skb, packet: &Packet) -> i32 {
             unproxied(decision.raw_verdict())
         };
     }
-    // One that was set aside was counted then.
-    let let_in = handshake::take_admission(skb);
     let Some(listener) = sock::listener(skb, packet) else {
         // An entry of an earlier, proxied connection would have the packets
         // that follow answered with a reset.

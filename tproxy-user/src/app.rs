@@ -231,6 +231,7 @@ impl Upkeep<'_> {
                 match request {
                     Request::Status => reporter.status(),
                     Request::Reload => reload_by(asks).await,
+                    Request::Plan => reporter.plan(),
                 }
             }
         };

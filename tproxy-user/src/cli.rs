@@ -22,6 +22,7 @@ use ipnet::IpNet;
 
 use crate::config::rule::Rule;
 use crate::config::{AccessLog, Attach, Fail, Handshake, Kernel, Mark, SourceMode, Steer};
+use crate::policy::question::Question;
 
 /// Defaults that several commands share.
 pub mod default {
@@ -86,6 +87,16 @@ pub enum Command {
         /// Flags of `run`.
         #[command(flatten)]
         run: Box<RunArgs>,
+        /// Say what becomes of such a packet, and by which rule
+        ///
+        /// For example: 'tcp 192.168.1.5:1234 > 1.1.1.1:443 iface br-lan'. Instead of iface NAME, own
+        /// stands for what this host sends. Rules may ask for more: mac, dscp, mark, uid, cgroup,
+        /// each with a value.
+        #[arg(long, value_name = "PACKET", conflicts_with = "diff")]
+        packet: Option<Question>,
+        /// Say what differs from what runs
+        #[arg(long)]
+        diff: bool,
         /// Print JSON
         #[arg(long)]
         json: bool,

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use tproxy_common::abi::LpmKey;
 
 use crate::cli::is_glob;
-use crate::config::{Config, Handshake, Mark, Scope, SourceMode, Steer, rule};
+use crate::config::{Config, Fail, Handshake, Limits, Mark, Scope, SourceMode, Steer, Timeouts, rule};
 use crate::failure::Failure;
 use crate::interfaces::{Host, Interface};
 use crate::sysctl;
@@ -109,6 +109,14 @@ pub struct Plan {
     pub sockets: Vec<PlannedSocket>,
     /// Workers.
     pub workers: u32,
+    /// Whose address servers see.
+    pub source: SourceMode,
+    /// What happens without a proxy.
+    pub fail: Fail,
+    /// Time-outs.
+    pub timeouts: Timeouts,
+    /// Bounds.
+    pub limits: Limits,
     /// `--iface` names (not globs) of which there is no interface now.
     pub missing: Vec<String>,
     /// `--iface` names that cannot be captured as the host is now, and why.
@@ -153,6 +161,10 @@ impl Plan {
                 .collect(),
             sockets: sockets(config, ipv4, ipv6),
             workers: config.workers,
+            source: config.source,
+            fail: config.capture.fail,
+            timeouts: config.timeouts,
+            limits: config.limits,
             missing: Vec::new(),
             refused: Vec::new(),
             warnings: Vec::new(),

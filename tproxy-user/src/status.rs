@@ -27,6 +27,8 @@ struct Inner {
     attached: RefCell<Vec<Attached>>,
     /// Rules, and the bytes of their image.
     policy: Cell<(usize, usize)>,
+    /// The plan that is carried out, in words.
+    plan: RefCell<String>,
 }
 
 impl Reporter {
@@ -41,11 +43,19 @@ impl Reporter {
             stats,
             attached: RefCell::default(),
             policy: Cell::default(),
+            plan: RefCell::default(),
         }))
+    }
+
+    /// For `check --diff`.
+    #[must_use]
+    pub fn plan(&self) -> Value {
+        json!({"plan": *self.0.plan.borrow()})
     }
 
     /// Notes what is attached now, and by which rules is decided.
     pub fn note(&self, steering: &Steering) {
+        self.0.plan.replace(steering.plan().to_string());
         self.0.attached.replace(steering.attached().cloned().collect());
         self.0.policy.set(steering.policy());
     }

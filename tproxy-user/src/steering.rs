@@ -26,6 +26,7 @@ use crate::interfaces;
 use crate::listener::WorkerListeners;
 use crate::plan::{Plan, PlannedInterface, Role};
 use crate::policy::compile::{RuleSet, compile};
+use crate::policy::names::Names;
 use crate::policy::rules::rule_set;
 use crate::policy::targets::Targets;
 use crate::privilege;
@@ -44,6 +45,8 @@ pub struct Steering {
     datapath: Datapath,
     /// The rules by which the kernel decides, and the bytes of their image.
     policy: Option<(RuleSet, usize)>,
+    /// What they were made with.
+    names: Names,
     targets: Targets,
     handle: Handle,
     /// By index: what is attached now.
@@ -112,13 +115,14 @@ impl Steering {
             plan: plan.clone(),
             datapath,
             policy: None,
+            names: Names::default(),
             targets: targets.clone(),
             handle: handle.clone(),
             attached: BTreeMap::new(),
             tun: tun.map(|tun| tun.link.clone()),
             upkeep: Upkeep::new(Arc::clone(stats)),
         };
-        steering.set_policy(steering.rules(plan)?)?;
+        steering.set_policy(plan, Names::new(&plan.names, &plan.policy))?;
         if let Some(tun) = tun {
             let hook = steering.hook();
             steering.datapath.attach_handshakes(tun, hook)?;
@@ -173,6 +177,7 @@ impl Steering {
         if self.upkeep.is_behind() {
             return self.follow(instance).await;
         }
+        self.keep_policy()?;
         self.keep(instance).await
     }
 
@@ -193,32 +198,41 @@ impl Steering {
         for warning in &plan.warnings {
             tracing::warn!("{warning}");
         }
-        self.set_policy(self.rules(&plan)?)?;
+        self.set_policy(&plan, Names::new(&plan.names, &plan.policy))?;
         self.config = config;
         self.plan = plan;
         self.apply(instance).await
     }
 
-    fn rules(&self, plan: &Plan) -> anyhow::Result<RuleSet> {
+    /// Has the kernel decide by the rules of a plan, by one write.
+    fn set_policy(&mut self, plan: &Plan, names: Names) -> anyhow::Result<()> {
         if !plan.policy.is_empty() {
             self.targets.ask_for();
         }
-        Ok(rule_set(&plan.scope, &plan.policy, &plan.names, &self.targets)?)
-    }
-
-    /// Has the kernel decide by rules, by one write.
-    fn set_policy(&mut self, set: RuleSet) -> anyhow::Result<()> {
+        let set = rule_set(&plan.scope, &plan.policy, &names, &self.targets)?;
         if self.policy.as_ref().map(|(set, _)| set) != Some(&set) {
             let image = compile(&set).map_err(Failure::usage)?;
             self.datapath.set_policy(&image)?;
             self.policy = Some((set, size_of_val(&*image)));
         }
+        self.names = names;
         Ok(())
+    }
+
+    /// Follows names that mean another number now: no one tells of control groups.
+    fn keep_policy(&mut self) -> anyhow::Result<()> {
+        let names = Names::new(&self.plan.names, &self.plan.policy);
+        if names == self.names {
+            return Ok(());
+        }
+        let plan = self.plan.clone();
+        self.set_policy(&plan, names)
     }
 
     /// Makes the kernel be as the plan says.
     async fn apply(&mut self, instance: &mut Instance) -> anyhow::Result<()> {
-        self.set_policy(self.rules(&self.plan)?)?;
+        let plan = self.plan.clone();
+        self.set_policy(&plan, Names::new(&plan.names, &plan.policy))?;
         self.datapath.set_local(&self.plan.local)?;
         self.keep_routing().await?;
         self.detach_stale(instance).await;
@@ -312,6 +326,12 @@ impl Steering {
     #[must_use]
     pub fn policy(&self) -> (usize, usize) {
         (self.plan.policy.len(), self.policy.as_ref().map_or(0, |(_, bytes)| *bytes))
+    }
+
+    /// The plan that is carried out.
+    #[must_use]
+    pub fn plan(&self) -> &Plan {
+        &self.plan
     }
 
     /// What is attached, for `status`.

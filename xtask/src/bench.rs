@@ -39,6 +39,9 @@ enum Case {
     /// New connections a second, and how long one takes: steered by eBPF, with eager and
     /// faithful handshakes, and by iptables TPROXY with the same relay
     Steering,
+    /// What rules cost, by their number and by that of their networks: to load, and a new
+    /// flow in the kernel
+    Policy,
 }
 
 /// What steers connections to the relay.
@@ -107,11 +110,21 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     reclaim::on_signals()?;
     ensure!(nix::unistd::geteuid().is_root(), "network namespaces need root");
     load::raise_open_files()?;
+    if matches!(args.case, Case::Policy) {
+        return policy();
+    }
     packages::ensure(needs::BENCH)?;
     let binary = build::ensure_all(Profile::Release)?.tproxy_user;
-    match args.case {
-        Case::Steering => steering(args, &binary),
-    }
+    steering(args, &binary)
+}
+
+/// What rules cost, told by `tproxy-user/benches/policy.rs`.
+fn policy() -> Result<()> {
+    build::ensure_all(Profile::Release)?;
+    let mut cargo = workspace::cargo("bench");
+    let status = cargo.args(["--quiet", "--package", "tproxy-user", "--bench", "policy"]).status()?;
+    ensure!(status.success(), "rules cost more than they may, see above");
+    Ok(())
 }
 
 fn steering(args: &Args, binary: &Path) -> Result<()> {

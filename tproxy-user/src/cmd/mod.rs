@@ -56,7 +56,11 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
     let done = match cli.command {
         None => start(&cli.run),
         Some(Command::Run(run)) => start(&run),
-        Some(Command::Check { run, json }) => check::run(&resolve::config(&run)?, json),
+        Some(Command::Check { run, packet: Some(packet), json, .. }) => {
+            check::packet(&resolve::config(&run)?, &packet, json)
+        }
+        Some(Command::Check { run, diff: true, json, .. }) => check::diff(&resolve::config(&run)?, json),
+        Some(Command::Check { run, json, .. }) => check::run(&resolve::config(&run)?, json),
         Some(Command::Doctor { run, json }) => return doctor::run(&resolve::config(&run)?, json),
         Some(Command::Flows(args)) => flows::run(&args),
         Some(Command::Status(args)) => status::run(&args),

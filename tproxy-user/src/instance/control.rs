@@ -27,6 +27,8 @@ pub enum Request {
     Status,
     /// For `reload`.
     Reload,
+    /// For `check --diff`: the plan that is carried out.
+    Plan,
 }
 
 /// Longest request line, in bytes.

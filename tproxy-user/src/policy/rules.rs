@@ -1,22 +1,21 @@
 //! The rules of the configuration as the image's rules: names become numbers.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use ipnet::IpNet;
 use tproxy_common::abi::{Decision, Verdict};
-use tproxy_common::policy::Dimension;
 
 use crate::config::Scope;
 use crate::config::rule::{Action, Addresses, Conditions, Rule as Configured};
 
-use super::compile::{Condition, Rule, RuleSet};
+use super::compile::{Condition, Rule, RuleSet, Selector};
+use super::names::Names;
 use super::ranges::Ranges;
 use super::targets::{Targets, TooManyTargets};
 
-/// The rules behind the selection: rule 1 is the first of `rules`.
-///
-/// `interfaces` are those of the host, index and name. A rule that names one which
-/// is not there matches nothing; so this is to be done again when they change.
+/// The rules behind the selection: rule 1 is the first of `rules`. It is to be done again
+/// when [`Names`] change.
 ///
 /// # Errors
 ///
@@ -24,57 +23,100 @@ use super::targets::{Targets, TooManyTargets};
 pub fn rule_set(
     scope: &Scope,
     rules: &[Configured],
-    interfaces: &[(u32, String)],
+    names: &Names,
     targets: &Targets,
 ) -> Result<RuleSet, TooManyTargets> {
     let mut set = scope.rules();
     for (number, rule) in (1..).zip(rules) {
-        let decision = match rule.action {
-            Action::Proxy => Decision::of(Verdict::Proxy as u8, number, 0),
-            Action::Divert(target) => Decision::of(Verdict::Divert as u8, number, targets.number(target)?),
-            Action::Pass => Decision::of(Verdict::Pass as u8, number, 0),
-            Action::Reject => Decision::of(Verdict::Reject as u8, number, 0),
-            Action::Drop => Decision::of(Verdict::Drop as u8, number, 0),
+        let (verdict, target) = match rule.action {
+            Action::Proxy => (Verdict::Proxy, 0),
+            Action::Divert(target) => (Verdict::Divert, targets.number(target)?),
+            Action::Pass => (Verdict::Pass, 0),
+            Action::Reject => (Verdict::Reject, 0),
+            Action::Drop => (Verdict::Drop, 0),
         };
-        set.rules
-            .push(Rule { conditions: conditions(&rule.conditions, interfaces), verdict: decision.word() });
+        let verdict = Decision::of(verdict as u8, number, target).word();
+        let conditions = alternatives(&rule.conditions, names);
+        set.rules.extend(conditions.into_iter().map(|conditions| Rule { conditions, verdict }));
     }
     Ok(set)
 }
 
-fn conditions(of: &Conditions, interfaces: &[(u32, String)]) -> Vec<Condition> {
-    let mut conditions = Vec::new();
-    let mut require = |dimension, values| conditions.push(Condition { dimension, values });
-    if !of.protocols.is_empty() {
-        let protocols = of.protocols.iter().map(|protocol| single(*protocol));
-        require(Dimension::Protocol, collect(protocols));
+/// A packet that meets one of these meets the conditions of a rule: values of one key may
+/// belong to several selectors, each of which is a rule of its own.
+fn alternatives(of: &Conditions, names: &Names) -> Vec<Vec<Condition>> {
+    let common = common(of, names);
+    let marks = by_selector(
+        of.marks.iter().map(|mark| (Selector::Mark { mask: mark.mask }, Some(single(mark.value)))),
+    );
+    let cgroups = by_selector(of.cgroups.iter().map(|name| {
+        let depth = u32::try_from(name.split('/').count()).unwrap_or(u32::MAX);
+        (Selector::Cgroup { depth }, names.cgroup(name).map(single))
+    }));
+    let mut alternatives = vec![common];
+    for choices in [marks, cgroups].into_iter().filter(|choices| !choices.is_empty()) {
+        alternatives = alternatives
+            .iter()
+            .flat_map(|conditions| {
+                choices.iter().map(|choice| [conditions, std::slice::from_ref(choice)].concat())
+            })
+            .collect();
     }
+    alternatives
+}
+
+/// Values by what they are compared with; a selector of which no value is there matches nothing.
+fn by_selector(values: impl Iterator<Item = (Selector, Option<(u128, u128)>)>) -> Vec<Condition> {
+    let mut selectors = BTreeMap::<Selector, Vec<_>>::new();
+    for (selector, value) in values {
+        selectors.entry(selector).or_default().extend(value);
+    }
+    selectors
+        .into_iter()
+        .map(|(selector, values)| Condition { selector, values: collect(values.into_iter()) })
+        .collect()
+}
+
+fn common(of: &Conditions, names: &Names) -> Vec<Condition> {
+    let mut conditions = Vec::new();
+    let mut require = |selector, values| conditions.push(Condition { selector, values });
     for (addresses, v4, v6) in [
-        (&of.from, Dimension::Source4, Dimension::Source6),
-        (&of.to, Dimension::Destination4, Dimension::Destination6),
+        (&of.from, Selector::Source4, Selector::Source6),
+        (&of.to, Selector::Destination4, Selector::Destination6),
     ] {
         if *addresses != Addresses::default() {
             require(v4, family(addresses, true));
             require(v6, family(addresses, false));
         }
     }
-    for (ports, dimension) in
-        [(&of.from_ports, Dimension::SourcePort), (&of.to_ports, Dimension::DestinationPort)]
-    {
-        if !ports.is_empty() {
-            require(dimension, collect(ports.iter().map(|(first, last)| ((*first).into(), (*last).into()))));
+    let ports = |(first, last): &(u16, u16)| ((*first).into(), (*last).into());
+    for (asked, selector, values) in [
+        (!of.protocols.is_empty(), Selector::Protocol, collect(of.protocols.iter().map(|p| single(*p)))),
+        (!of.from_ports.is_empty(), Selector::SourcePort, collect(of.from_ports.iter().map(ports))),
+        (!of.to_ports.is_empty(), Selector::DestinationPort, collect(of.to_ports.iter().map(ports))),
+        (
+            !of.interfaces.is_empty(),
+            Selector::Interface,
+            collect(of.interfaces.iter().flat_map(|glob| names.interfaces(glob)).map(single)),
+        ),
+        (!of.macs.is_empty(), Selector::Mac, collect(of.macs.iter().map(|mac| single(number(*mac))))),
+        (!of.dscps.is_empty(), Selector::Dscp, collect(of.dscps.iter().map(|dscp| single(*dscp)))),
+        (
+            !of.uids.is_empty(),
+            Selector::Uid,
+            collect(of.uids.iter().map(|(first, last)| ((*first).into(), (*last).into()))),
+        ),
+    ] {
+        if asked {
+            require(selector, values);
         }
-    }
-    if !of.interfaces.is_empty() {
-        let named = interfaces.iter().filter(|(_, name)| of.interfaces.iter().any(|glob| names(glob, name)));
-        require(Dimension::Interface, collect(named.map(|(index, _)| single(*index))));
     }
     conditions
 }
 
-/// Whether a name or glob of the configuration is that of an interface.
-fn names(glob: &str, interface: &str) -> bool {
-    glob == interface || glob::Pattern::new(glob).is_ok_and(|pattern| pattern.matches(interface))
+/// A link-layer address as a number.
+pub(super) fn number(mac: [u8; 6]) -> u64 {
+    mac.iter().fold(0, |number, byte| number << 8 | u64::from(*byte))
 }
 
 fn single(number: impl Into<u128>) -> (u128, u128) {

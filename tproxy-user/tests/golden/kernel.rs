@@ -3,6 +3,7 @@
 use std::io::ErrorKind;
 use std::net::{TcpListener, UdpSocket};
 use std::os::fd::AsRawFd;
+use std::time::Duration;
 
 use aya::Pod;
 use aya::maps::{HashMap, Map, MapData, MapError, PerCpuArray};
@@ -13,6 +14,7 @@ use tproxy_common::abi::{
     listener_index, map, program,
 };
 use tproxy_common::counter::Counters;
+use tproxy_common::policy::Line;
 use tproxy_common::wire::Packet;
 use tproxy_user::config::Kernel as Version;
 use tproxy_user::config::Scope;
@@ -362,6 +364,18 @@ impl Kernel {
     }
 
     pub(crate) fn set_rules(&mut self, rules: &RuleSet) {
-        self.datapath.set_policy(&compile(rules).expect("rules that fit")).expect("rules");
+        self.set_image(&compile(rules).expect("rules that fit"));
+    }
+
+    /// Rules that are compiled.
+    pub(crate) fn set_image(&mut self, image: &[Line]) {
+        self.datapath.set_policy(image).expect("rules");
+    }
+
+    /// How long a program takes over a packet, by the kernel's clock.
+    #[allow(dead_code, reason = "for the benchmark of the rules")]
+    pub(crate) fn time(&mut self, program: &str, packet: &[u8]) -> Duration {
+        let options = TestRunOptions { data_in: Some(packet), ..TestRunOptions::default() };
+        self.loaded(program).test_run(options).expect("a run").duration
     }
 }

@@ -6,6 +6,7 @@ use etherparse::{NetSlice, SlicedPacket, TcpSlice, TransportSlice};
 use tproxy_common::abi::{Settings, Verdict, program};
 use tproxy_user::config::Scope;
 use tproxy_user::config::rule::{Action, Conditions, Rule};
+use tproxy_user::policy::names::Names;
 use tproxy_user::policy::rules::rule_set;
 use tproxy_user::policy::targets::Targets;
 
@@ -31,7 +32,8 @@ fn rules(kernel: &mut Kernel, action: Action) {
         Rule { conditions: other, action: Action::Pass },
         Rule { conditions: Conditions::default(), action },
     ];
-    let set = rule_set(&Scope::default(), &rules, &[], &Targets::default()).expect("few targets");
+    let set =
+        rule_set(&Scope::default(), &rules, &Names::default(), &Targets::default()).expect("few targets");
     kernel.set_rules(&set);
 }
 
@@ -159,7 +161,8 @@ fn a_diverted_flow_knows_its_target() {
     let [first, second] = [53, 54].map(|port| SocketAddr::from(([127, 0, 0, 53], port)));
     assert_eq!(targets.number(first), Ok(0));
     let rule = Rule { conditions: Conditions::default(), action: Action::Divert(second) };
-    kernel.set_rules(&rule_set(&Scope::default(), &[rule], &[], &targets).expect("few targets"));
+    kernel
+        .set_rules(&rule_set(&Scope::default(), &[rule], &Names::default(), &targets).expect("few targets"));
     for packet in [p::udp_v4(3), p::udp_v4(3)] {
         kernel.run(program::CAPTURE, &packet).expect(STEERED, "assign_eopnotsupp");
     }

@@ -1,0 +1,167 @@
+//! What rules cost: to read, to load, and a new flow in the kernel, by their number and
+//! by that of their networks. `cargo xtask bench policy` runs it.
+//!
+//! Each new flow is one packet through `tproxy_capture` by `BPF_PROG_TEST_RUN`, whose
+//! own clock tells the time. The sets take turns, so that all meet the same noise; the
+//! figure is the median. Exits with 1 where a bound does not hold.
+
+#[path = "../tests/golden/kernel.rs"]
+#[allow(dead_code, reason = "the golden tests use more of it")]
+mod kernel;
+#[path = "../tests/golden/packets.rs"]
+#[allow(dead_code, reason = "the golden tests use more of it")]
+mod packets;
+#[path = "../tests/golden/skip.rs"]
+#[allow(dead_code, reason = "the golden tests use more of it")]
+mod skip;
+
+use std::fmt::Write as _;
+use std::net::Ipv4Addr;
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use tproxy_common::abi::{Family, TCP, mapped, program};
+use tproxy_common::policy::Known;
+use tproxy_user::config::{Scope, file};
+use tproxy_user::policy::compile::compile;
+use tproxy_user::policy::facts::Packet;
+use tproxy_user::policy::names::Names;
+use tproxy_user::policy::rules::rule_set;
+use tproxy_user::policy::targets::Targets;
+
+use kernel::{Kernel, usual};
+
+/// New flows of each set.
+const FLOWS: u32 = 3_000;
+
+/// The most that reading, compiling and loading may take together.
+const LOADING: Duration = Duration::from_secs(3);
+
+/// The most that a new flow may cost, in terms of one without rules.
+const COST: f64 = 1.5;
+
+/// The most that rules may take in the kernel, in bytes.
+const MEMORY: usize = 200 << 20;
+
+/// Scattered numbers (`SplitMix64`, Steele et al., OOPSLA 2014), the same in each run.
+fn scattered(number: u64) -> u64 {
+    let mut z = number.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+/// A public address.
+fn address(number: u64) -> Ipv4Addr {
+    let [a, b, c, d, ..] = scattered(number).to_be_bytes();
+    Ipv4Addr::new(11 + a % 100, b, c, d)
+}
+
+/// Networks of 24 to 31 bits.
+fn networks(count: u64) -> String {
+    (0..count).fold(String::new(), |mut text, number| {
+        let length = 24 + scattered(!number) % 8;
+        let network = u32::from(address(number)) & (u32::MAX << (32 - length));
+        writeln!(text, "{}/{length}", Ipv4Addr::from(network)).expect("memory");
+        text
+    })
+}
+
+/// A set of rules, as a config file and the file of networks that it names.
+struct Case {
+    name: &'static str,
+    config: String,
+    networks: u64,
+}
+
+fn cases() -> Vec<Case> {
+    let by_file = "[[rule]]\nto_file = \"networks\"\naction = \"pass\"\n";
+    let many = (0..1_000).fold(String::new(), |mut text, number| {
+        let (network, port) = (u32::from(address(number)) & 0xffff_ff00, 1 + number % 60_000);
+        writeln!(
+            text,
+            "[[rule]]\nprotocol = \"tcp\"\nto = \"{}/24\"\nto_port = {port}\naction = \"pass\"",
+            Ipv4Addr::from(network)
+        )
+        .expect("memory");
+        text
+    });
+    let case = |name, config: &str, networks| Case { name, config: config.to_owned(), networks };
+    vec![
+        case("no rule", "", 0),
+        case("1 network", by_file, 1),
+        case("1,000 networks", by_file, 1_000),
+        case("1,000,000 networks", by_file, 1_000_000),
+        case("1,000 rules", &many, 0),
+    ]
+}
+
+/// What was measured of a set.
+struct Measured {
+    name: &'static str,
+    loading: Duration,
+    bytes: usize,
+    kernel: Kernel,
+    flows: Vec<Duration>,
+}
+
+fn load(case: &Case, directory: &Path) -> Measured {
+    let config = directory.join("tproxy.toml");
+    std::fs::write(directory.join("networks"), networks(case.networks)).expect("written");
+    std::fs::write(&config, &case.config).expect("written");
+    let mut kernel = Kernel::new(&usual());
+    let begun = Instant::now();
+    let (_, rules) = file::read(&config).expect("a config file");
+    let set =
+        rule_set(&Scope::default(), &rules, &Names::default(), &Targets::default()).expect("no targets");
+    let image = compile(&set).expect("rules that fit");
+    kernel.set_image(&image);
+    let loading = begun.elapsed();
+    Measured { name: case.name, loading, bytes: size_of_val(&*image), kernel, flows: Vec::new() }
+}
+
+/// The first packet of a flow that has not been yet.
+fn opening(number: u32) -> Vec<u8> {
+    packets::opening(&Packet {
+        family: Family::V4,
+        source: mapped([10, 0, 0, 1]),
+        destination: mapped(address(u64::from(number) << 32).octets()),
+        ports: Known::Is((40_000, 443)),
+        protocol: TCP,
+        ..Packet::EMPTY
+    })
+}
+
+fn median(flows: &mut [Duration]) -> Duration {
+    flows.sort_unstable();
+    flows[flows.len() / 2]
+}
+
+fn main() -> ExitCode {
+    let directory = tempfile::tempdir().expect("a directory");
+    let mut sets: Vec<_> = cases().iter().map(|case| load(case, directory.path())).collect();
+    for number in 0..FLOWS {
+        let packet = opening(number);
+        for set in &mut sets {
+            set.flows.push(set.kernel.time(program::CAPTURE, &packet));
+        }
+    }
+    println!("{:<20} {:>10} {:>12} {:>12} {:>6}", "rules", "loading", "memory", "a new flow", "ratio");
+    let mut fine = true;
+    let mut without = None;
+    for set in &mut sets {
+        let flow = median(&mut set.flows);
+        let ratio = flow.as_secs_f64() / without.get_or_insert(flow).as_secs_f64();
+        let (loading, kib) = (set.loading.as_secs_f64(), set.bytes.div_ceil(1024));
+        println!("{:<20} {loading:>8.3} s {kib:>8} KiB {:>9} ns {ratio:>6.2}", set.name, flow.as_nanos());
+        fine &= set.loading < LOADING && ratio < COST && set.bytes < MEMORY;
+    }
+    if fine {
+        return ExitCode::SUCCESS;
+    }
+    eprintln!(
+        "too much: loading may take {LOADING:?}, a new flow {COST} of one without rules, {MEMORY} bytes"
+    );
+    ExitCode::FAILURE
+}
