@@ -5,7 +5,7 @@ use tproxy_common::classify::is_special;
 use tproxy_common::counter::Counter;
 use tproxy_common::wire::{Fragment, Packet, Skip};
 
-use crate::account::{FlowRef, count, down_key, skip_counter, up_key};
+use crate::account::{FlowRef, arrives_for_host, count, down_key, skip_counter, up_key};
 use crate::fragment::{self, Side};
 use crate::handshake;
 use crate::icmp;
@@ -78,6 +78,7 @@ fn tcp(skb: &Skb, packet: &Packet) -> i32 {
         return unproxied(flow.verdict());
     }
     if !proxied && policy::is_local(&packet.destination) {
+        arrives_for_host(skb, packet);
         return natted(skb, packet, Counter::PassLocal);
     }
     let mut time_wait = None;
@@ -90,6 +91,9 @@ fn tcp(skb: &Skb, packet: &Packet) -> i32 {
     if !packet.is_syn() {
         return natted(skb, packet, Counter::PassMidstream);
     }
+    // Before the rules are asked: they may have changed since it was set aside, and a packet
+    // that passes keeps no mark. One that was set aside was counted then.
+    let let_in = handshake::take_admission(skb);
     let decision = policy::decision(skb);
     if !Verdict::is_for_proxy(decision.raw_verdict(), TCP) {
         if let Some(flow) = FlowRef::open(skb, &key, decision, Origin::Captured) {
@@ -101,8 +105,6 @@ fn tcp(skb: &Skb, packet: &Packet) -> i32 {
             unproxied(decision.raw_verdict())
         };
     }
-    // One that was set aside was counted then.
-    let let_in = handshake::take_admission(skb);
     let Some(listener) = sock::listener(skb, packet) else {
         // An entry of an earlier, proxied connection would have the packets
         // that follow answered with a reset.
@@ -179,6 +181,7 @@ fn udp(skb: &Skb, packet: &Packet) -> i32 {
                 return action;
             }
             if policy::is_local(&packet.destination) {
+                arrives_for_host(skb, packet);
                 note_request_to_host(skb, packet);
                 return pass(Counter::PassLocal);
             }
