@@ -157,8 +157,8 @@ pub(crate) fn udp_fate(
     let mut buffer = [0; 100];
     let seen = socket
         .send(b"who am I?")
-        .and_then(|_| socket.recv(&mut buffer))
-        .map(|length| String::from_utf8_lossy(&buffer[..length]).into_owned());
+        .and_then(|_| peer::receive(&socket, &mut buffer))
+        .map(|(length, _)| String::from_utf8_lossy(&buffer[..length]).into_owned());
     Ok((Fate::of(seen, from)?, started.elapsed()))
 }
 
@@ -407,9 +407,11 @@ fn send_in_fragments(
         socket.send(&datagram)?;
     }
     let mut buffer = vec![0; 65_536];
-    match socket.recv(&mut buffer) {
-        Ok(length) if buffer[..length] == datagram => Ok(if expected == Passed { Passed } else { Proxied }),
-        Ok(length) => bail!("{length} bytes came back, or they differ"),
+    match peer::receive(&socket, &mut buffer) {
+        Ok((length, _)) if buffer[..length] == datagram => {
+            Ok(if expected == Passed { Passed } else { Proxied })
+        }
+        Ok((length, _)) => bail!("{length} bytes came back, or they differ"),
         Err(error) => Fate::of(Err(error), to),
     }
 }
