@@ -298,6 +298,19 @@ pub(crate) fn leaves(skb: &Skb, packet: &Packet) {
     }
 }
 
+/// Counts what arrives for a flow of this host's own that passes; what the proxy sends for
+/// others is counted where it leaves.
+#[inline(never)]
+pub(crate) fn arrives_for_host(skb: &Skb, packet: &Packet) {
+    if settings::own_traffic() == 1
+        && let Some(flow) = FlowRef::find(&down_key(packet))
+        && flow.is_own()
+        && !flow.is_proxied(packet.protocol)
+    {
+        flow.down(skb, packet);
+    }
+}
+
 /// Remembers that an outside host asked a UDP server behind this one: the
 /// server's answers are no flows of a client. Here, where the request leaves,
 /// its destination is the server's own address, whatever NAT there is.

@@ -5,7 +5,7 @@ use tproxy_common::classify::is_special;
 use tproxy_common::counter::Counter;
 use tproxy_common::wire::{Fragment, Packet, Skip};
 
-use crate::account::{FlowRef, count, down_key, skip_counter, up_key};
+use crate::account::{FlowRef, arrives_for_host, count, down_key, skip_counter, up_key};
 use crate::fragment::{self, Side};
 use crate::handshake;
 use crate::icmp;
@@ -78,6 +78,7 @@ fn tcp(skb: &Skb, packet: &Packet) -> i32 {
         return unproxied(flow.verdict());
     }
     if !proxied && policy::is_local(&packet.destination) {
+        arrives_for_host(skb, packet);
         return natted(skb, packet, Counter::PassLocal);
     }
     let mut time_wait = None;
@@ -183,6 +184,7 @@ fn udp(skb: &Skb, packet: &Packet) -> i32 {
                 return action;
             }
             if policy::is_local(&packet.destination) {
+                arrives_for_host(skb, packet);
                 note_request_to_host(skb, packet);
                 return pass(Counter::PassLocal);
             }

@@ -6,7 +6,7 @@ use tproxy_common::abi::{Decision, HostPair, UDP, Verdict};
 use tproxy_common::counter::Counter;
 use tproxy_common::wire::{Fragment, Packet};
 
-use crate::account::{FlowRef, down_key};
+use crate::account::{FlowRef, arrives_for_host, down_key};
 use crate::capture::{admitted, note_request_to_host};
 use crate::fragment::{self, Side};
 use crate::maps::HOST_PAIRS;
@@ -41,6 +41,7 @@ fn whole(skb: &Skb, packet: &Packet) -> i32 {
         if action != NEXT {
             return action;
         }
+        arrives_for_host(skb, packet);
         if packet.protocol == UDP {
             note_request_to_host(skb, packet);
         }

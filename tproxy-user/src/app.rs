@@ -63,6 +63,8 @@ async fn serve(
     instance: &mut Instance,
     signals: &mut Signals,
 ) -> anyhow::Result<()> {
+    // The configuration was read a moment ago.
+    let watched = Watched::new(&config.files);
     reclaim(config, handle, instance).await?;
     let files = limits::raise_open_files().context("cannot raise the limit of open files")?;
     // Before the first look, so that no change between is missed.
@@ -103,7 +105,7 @@ async fn serve(
     }
     let mut workers: FuturesUnordered<_> = workers.into_iter().map(WorkerHandle::finished).collect();
     let mut upkeep = Upkeep { config: config.clone(), reread, steering: &mut steering, instance, reporter };
-    let told = Box::pin(upkeep.until_a_signal(signals, &mut watch, control));
+    let told = Box::pin(upkeep.until_a_signal(signals, &mut watch, control, watched));
     // A worker ends before that only by a fault of this program. Its share of
     // the clients would find nobody: rather start afresh.
     let died = tokio::select! {
@@ -222,6 +224,7 @@ impl Upkeep<'_> {
         signals: &mut Signals,
         watch: &mut netlink::Watch,
         control: UnixListener,
+        mut files: Watched,
     ) {
         let (asks, mut asked) = mpsc::channel(1);
         let reporter = self.reporter.clone();
@@ -236,7 +239,6 @@ impl Upkeep<'_> {
             }
         };
         let mut answers = std::pin::pin!(control::serve(control, answer));
-        let mut files = Watched::new(&self.config.files);
         let mut behind = false;
         let mut ticks = tokio::time::interval(CHECK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -282,9 +284,8 @@ impl Upkeep<'_> {
 
     /// Reads the configuration again and takes what can change. What came of it.
     async fn reload(&mut self, files: &mut Watched) -> Value {
-        match self.try_reload().await {
+        match self.try_reload(files).await {
             Ok(restart) => {
-                *files = Watched::new(&self.config.files);
                 tracing::info!("reloaded: {} rules", self.config.capture.rules.len());
                 for key in &restart {
                     tracing::warn!("{key} has changed, which a restart alone can follow");
@@ -298,18 +299,21 @@ impl Upkeep<'_> {
         }
     }
 
-    async fn try_reload(&mut self) -> anyhow::Result<Vec<&'static str>> {
+    async fn try_reload(&mut self, files: &mut Watched) -> anyhow::Result<Vec<&'static str>> {
         let Some(reread) = self.reread else {
             return Err(
                 Failure::usage("there is no config file to read again: it runs by its flags alone").into()
             );
         };
+        let before = Watched::new(&self.config.files);
         let reloaded = Reloaded::new(&self.config, &reread()?);
+        let watched = before.joined(&reloaded.config.files);
         if let Some(steering) = self.steering.as_mut() {
             steering.reload(reloaded.config.clone(), self.instance).await?;
             self.reporter.note(steering);
         }
         self.config = reloaded.config;
+        *files = watched;
         Ok(reloaded.restart)
     }
 }

@@ -85,6 +85,21 @@ impl Watched {
         Self { seen: read.clone(), read }
     }
 
+    /// Looks at the files of a configuration that has just been read. Of those that are
+    /// here already this look counts, which was before: what has been written since
+    /// may not have been read.
+    #[must_use]
+    pub fn joined(&self, files: &[PathBuf]) -> Self {
+        let read: Vec<_> = files
+            .iter()
+            .map(|file| match self.read.iter().find(|(known, _)| known == file) {
+                Some(known) => known.clone(),
+                None => (file.clone(), stamp(file)),
+            })
+            .collect();
+        Self { seen: read.clone(), read }
+    }
+
     /// Whether files have changed, and not since the look before: who writes them is done.
     pub fn changed(&mut self) -> bool {
         let now: Vec<_> = self.read.iter().map(|(file, _)| (file.clone(), stamp(file))).collect();
@@ -141,5 +156,19 @@ mod tests {
         std::fs::remove_file(&file).expect("removed");
         assert!(!watched.changed());
         assert!(watched.changed());
+    }
+
+    #[test]
+    fn what_is_written_while_the_configuration_is_read_is_a_change() {
+        let directory = tempfile::tempdir().expect("directory");
+        let [known, new] = ["known", "new"].map(|name| directory.path().join(name));
+        std::fs::write(&known, "1").expect("written");
+        std::fs::write(&new, "1").expect("written");
+        let before = Watched::new(std::slice::from_ref(&known));
+        std::fs::write(&known, "12").expect("written");
+        let mut watched = before.joined(&[known.clone(), new]);
+        assert!(!watched.changed());
+        assert!(watched.changed());
+        assert!(!before.joined(&[known]).joined(&[]).changed(), "no file, no change");
     }
 }

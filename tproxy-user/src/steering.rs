@@ -6,6 +6,7 @@ mod keep;
 mod upkeep;
 
 use std::collections::BTreeMap;
+use std::mem;
 use std::sync::Arc;
 
 use anyhow::Context as _;
@@ -185,23 +186,32 @@ impl Steering {
     ///
     /// # Errors
     ///
-    /// Before anything changes: [`Failure::Usage`] for a name or rule that cannot be had. What
-    /// fails later is tried again by the next [`follow`](Self::follow).
+    /// [`Failure::Usage`] for a name or rule that cannot be had, or what failed; all is as before
+    /// then.
     pub async fn reload(&mut self, config: Config, instance: &mut Instance) -> anyhow::Result<()> {
         let host = interfaces::snapshot(&self.handle, config.steering.table).await?;
         let plan = Plan::new(&config, &host)?;
         // One that was named before may be gone for a while.
         let before = &self.config.capture.interfaces;
-        if plan.missing.iter().any(|name| !before.contains(name)) {
+        if plan.missing.iter().any(|name| !before.contains(name))
+            || plan.refused.iter().any(|refused| !self.plan.refused.contains(refused))
+        {
             plan.require_interfaces(&host)?;
         }
         for warning in &plan.warnings {
             tracing::warn!("{warning}");
         }
         self.set_policy(&plan, Names::new(&plan.names, &plan.policy))?;
-        self.config = config;
-        self.plan = plan;
-        self.apply(instance).await
+        let before = (mem::replace(&mut self.config, config), mem::replace(&mut self.plan, plan));
+        let applied = self.apply(instance).await;
+        if applied.is_err() {
+            (self.config, self.plan) = before;
+            if let Err(error) = self.apply(instance).await {
+                // The next change of the network tries again.
+                tracing::warn!("cannot go back to what was before the reload: {error:#}");
+            }
+        }
+        applied
     }
 
     /// Has the kernel decide by the rules of a plan, by one write.
@@ -249,9 +259,8 @@ impl Steering {
                 .iter()
                 .any(|i| i.index == index && i.name == attached.name && i.role == attached.role)
         };
-        let (stay, stale): (BTreeMap<_, _>, BTreeMap<_, _>) = std::mem::take(&mut self.attached)
-            .into_iter()
-            .partition(|(index, attached)| stays(*index, attached));
+        let (stay, stale): (BTreeMap<_, _>, BTreeMap<_, _>) =
+            mem::take(&mut self.attached).into_iter().partition(|(index, attached)| stays(*index, attached));
         self.attached = stay;
         for (index, attached) in stale {
             tracing::info!("{}: detached", attached.name);

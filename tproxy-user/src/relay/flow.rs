@@ -271,8 +271,13 @@ impl Flows {
         while errors.count < BATCH {
             match errors::receive(flow.socket.as_fd(), &mut quote) {
                 Ok(Queued::Icmp { destination, error, len }) => {
-                    if self.may_report() {
-                        let destination = flow.diverted.map_or(destination, |(_, asked)| asked);
+                    let told = match flow.diverted {
+                        None => Some((destination, error)),
+                        Some((_, asked)) => error.of_target(asked.ip()).map(|error| (asked, error)),
+                    };
+                    if let Some((destination, error)) = told
+                        && self.may_report()
+                    {
                         self.report(flow.client, destination, &error, &quote[..len]);
                     }
                 }

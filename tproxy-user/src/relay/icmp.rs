@@ -47,6 +47,20 @@ impl IcmpError {
         Self { offender: host, kind, code, info: 0 }
     }
 
+    /// What a client is told of a datagram that was diverted: the target is to it the
+    /// destination that it `asked`, and how to get there its proxy's affair. None: that is
+    /// of no use to it, or the target is of the other family.
+    pub(crate) fn of_target(self, asked: IpAddr) -> Option<Self> {
+        let unreachable = match self.offender {
+            IpAddr::V4(_) => self.kind == UNREACHABLE_V4 && self.code != FRAGMENTATION_NEEDED,
+            IpAddr::V6(_) => self.kind == UNREACHABLE_V6,
+        };
+        if unreachable {
+            return Some(Self::port_unreachable(asked));
+        }
+        (self.offender.is_ipv4() == asked.is_ipv4()).then_some(Self { offender: asked, ..self })
+    }
+
     /// What a router says of a datagram over IPv4 with DF for which its own link is too
     /// small. None over IPv6, where the kernel fragments what it sends.
     pub(crate) fn too_long(mtu: u32, here: IpAddr) -> Option<Self> {

@@ -123,7 +123,8 @@ impl Steering {
         instance: &mut Instance,
     ) -> anyhow::Result<()> {
         let hook = self.hook();
-        for side in programs(interface.role, self.config.capture.own_traffic) {
+        // Egress first: it counts the answers to what ingress lets in.
+        for side in programs(interface.role, self.config.capture.own_traffic).into_iter().rev() {
             if self.is_attached(interface.index, side, hook, instance).await? {
                 continue;
             }

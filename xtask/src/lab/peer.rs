@@ -219,11 +219,24 @@ pub fn udp(namespace: &Namespace, address: SocketAddr) -> Result<UdpSocket> {
 pub fn exchange(socket: &UdpSocket, to: SocketAddr, datagram: &[u8]) -> Result<(Vec<u8>, SocketAddr)> {
     socket.send_to(datagram, to).with_context(|| format!("cannot send {} bytes to {to}", datagram.len()))?;
     let mut buffer = vec![0; 65_536];
-    let (length, from) = socket
-        .recv_from(&mut buffer)
+    let (length, from) = receive(socket, &mut buffer)
         .with_context(|| format!("no reply to {} bytes sent to {to}", datagram.len()))?;
     buffer.truncate(length);
     Ok((buffer, from))
+}
+
+/// Waits for a datagram. A wait with a time-out may be interrupted although no signal has
+/// a handler, and is never restarted by the kernel (signal(7)).
+///
+/// # Errors
+/// Where none comes within the socket's time-out.
+pub fn receive(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<(usize, SocketAddr)> {
+    loop {
+        match socket.recv_from(buffer) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            outcome => return outcome,
+        }
+    }
 }
 
 /// Connects from a namespace, where `from` is given with exactly that address

@@ -68,7 +68,26 @@ pub fn web(lab: &Lab, namespace: &Namespace, ports: &[u16]) -> Result<Daemon> {
 /// # Errors
 /// Where it does not start.
 pub fn dns(lab: &Lab, namespace: &Namespace, answers: [IpAddr; 2]) -> Result<Daemon> {
-    let mut command = namespace.cmd("dnsmasq").args([
+    start_dns(lab, namespace, 53, &[], answers)
+}
+
+/// As [`dns`], on another port and on the loopback addresses alone.
+///
+/// # Errors
+/// Where it does not start.
+pub fn local_dns(lab: &Lab, namespace: &Namespace, port: u16, answers: [IpAddr; 2]) -> Result<Daemon> {
+    let local = ["--bind-interfaces", "--listen-address=127.0.0.1,::1"];
+    start_dns(lab, namespace, port, &local, answers)
+}
+
+fn start_dns(
+    lab: &Lab,
+    namespace: &Namespace,
+    port: u16,
+    more: &[&str],
+    answers: [IpAddr; 2],
+) -> Result<Daemon> {
+    let mut command = namespace.cmd("dnsmasq").args(more).arg(format!("--port={port}")).args([
         "--keep-in-foreground",
         "--conf-file=/dev/null",
         "--no-resolv",
@@ -82,8 +101,8 @@ pub fn dns(lab: &Lab, namespace: &Namespace, answers: [IpAddr; 2]) -> Result<Dae
         command = command.arg(format!("--address=/{NAME}/{answer}"));
     }
     let mut daemon = Daemon::start(lab, "dnsmasq", &command)?;
-    daemon.wait_bound(namespace, Protocol::Udp, 53)?;
-    daemon.wait_bound(namespace, Protocol::Tcp, 53)?;
+    daemon.wait_bound(namespace, Protocol::Udp, port)?;
+    daemon.wait_bound(namespace, Protocol::Tcp, port)?;
     Ok(daemon)
 }
 

@@ -1,8 +1,8 @@
 //! End-to-end scenarios, each in network namespaces of its own with real programs.
 //!
 //! Names such as `T7_…` are those of the conformance list; every scenario runs
-//! with IPv4 and with IPv6. `cargo xtask test netns` builds the proxy and runs
-//! this; arguments are those of libtest: `cargo xtask test netns -- T7`.
+//! with IPv4 and with IPv6, some with both at once. `cargo xtask test netns` builds
+//! the proxy and runs this; arguments are those of libtest: `cargo xtask test netns -- T7`.
 //!
 //! With `TPROXY_LAB_DIRECT=1` no proxy is started: what a scenario expects of a
 //! transparent proxy must hold for plain forwarding too.
@@ -35,6 +35,8 @@ mod packet;
 mod packet_socket;
 mod pass;
 mod patience;
+mod policy;
+mod reload;
 mod report;
 mod snapshot;
 mod soak;
@@ -124,7 +126,10 @@ fn main() -> ExitCode {
         interfaces::SCENARIOS,
         upkeep::SCENARIOS,
         company::SCENARIOS,
+        policy::SCENARIOS,
     ];
+    // What the family makes no difference to: both in one run.
+    let once: &[Scenarios] = if selection.is_some() { &[] } else { &[policy::ONCE, reload::ONCE] };
     let all = if selection.is_some() { anywhere.to_vec() } else { [anywhere, here].concat() };
     let wanted = |name: &str| {
         let matches = |filter: &String| if arguments.exact { name == filter } else { name.contains(filter) };
@@ -139,6 +144,12 @@ fn main() -> ExitCode {
             if taken && wanted(&name) {
                 trials.push(Trial::ignorable_test(name, move || run(*scenario, family)));
             }
+        }
+    }
+    for (name, scenario) in once.iter().copied().flatten() {
+        let name = format!("{name}::both");
+        if wanted(&name) {
+            trials.push(Trial::ignorable_test(name, move || run(*scenario, Family::V4)));
         }
     }
     libtest_mimic::run(&arguments, trials).exit_code()

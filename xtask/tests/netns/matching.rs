@@ -53,13 +53,18 @@ pub(crate) fn reflectors(namespace: &Namespace, targets: &[SocketAddr]) -> Resul
 /// never chooses the client's.
 static PORT: AtomicU16 = AtomicU16::new(20_000);
 
-fn judge(seen: SocketAddr, from: SocketAddr) -> Result<Way> {
+/// An address with a port that no other connection of this run has.
+pub(crate) fn unused(address: IpAddr) -> SocketAddr {
+    at(address, PORT.fetch_add(1, Ordering::Relaxed))
+}
+
+pub(crate) fn judge(seen: SocketAddr, from: SocketAddr) -> Result<Way> {
     ensure!(seen.ip() == from.ip(), "the server sees {seen} instead of {from}");
     Ok(if seen.port() == from.port() { Forwarded } else { Proxied })
 }
 
 fn tcp_way(client: &Namespace, address: IpAddr, to: SocketAddr) -> Result<Way> {
-    let from = at(address, PORT.fetch_add(1, Ordering::Relaxed));
+    let from = unused(address);
     let mut stream = peer::connect(client, Some(from), to, Duration::from_secs(5))?;
     let mut seen = String::new();
     stream.read_to_string(&mut seen)?;
@@ -67,7 +72,7 @@ fn tcp_way(client: &Namespace, address: IpAddr, to: SocketAddr) -> Result<Way> {
 }
 
 fn udp_way(client: &Namespace, address: IpAddr, to: SocketAddr) -> Result<Way> {
-    let from = at(address, PORT.fetch_add(1, Ordering::Relaxed));
+    let from = unused(address);
     let (seen, replied) = peer::exchange(&peer::udp(client, from)?, to, b"who am I?")?;
     ensure!(replied == to, "the reply to a datagram for {to} came from {replied}");
     judge(String::from_utf8_lossy(&seen).parse()?, from)

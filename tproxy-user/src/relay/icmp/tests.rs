@@ -80,3 +80,17 @@ fn a_flood_of_errors_is_thinned() {
     let spread = (1..=1000).filter(|i| budget.take(later + Duration::from_millis(*i))).count();
     assert_eq!(spread, 1000);
 }
+
+#[test]
+fn an_error_about_a_target_is_one_about_the_destination() {
+    let [v4, v6]: [IpAddr; 2] =
+        ["192.0.2.1", "2001:db8::1"].map(|address| address.parse().expect("an address"));
+    let error = |offender, kind, code, info| IcmpError { offender, kind, code, info };
+    let here: IpAddr = "::1".parse().expect("an address");
+    for refusal in [IcmpError::port_unreachable(ROUTER), IcmpError::port_unreachable(here)] {
+        assert_eq!(refusal.of_target(v4), Some(error(v4, 3, 3, 0)));
+        assert_eq!(refusal.of_target(v6), Some(error(v6, 1, 4, 0)));
+    }
+    assert_eq!(error(ROUTER, 3, 4, 1300).of_target(v4), Some(error(v4, 3, 4, 1300)));
+    assert_eq!(error(ROUTER, 3, 4, 1300).of_target(v6), None);
+}

@@ -1,0 +1,677 @@
+//! Rules: what becomes of flows, as client and server see it.
+
+use std::fs;
+use std::io::{self, Read};
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use xtask::lab::daemon::wait_for;
+use xtask::lab::pace::{self, patience};
+use xtask::lab::peer::{self, UdpServer};
+use xtask::lab::proxy::{Launch, Proxy};
+use xtask::lab::sockets::Protocol;
+use xtask::lab::{Family, Lab, Namespace, server, url};
+
+use crate::common::{Scenarios, at, needs_proxy};
+use crate::matching::{Reflectors, Way, judge, reflectors, unused};
+use crate::packet;
+
+pub(crate) const SCENARIOS: Scenarios = &[
+    ("policy_first_match_decides", |lab, family| first_match(lab, family, "")),
+    ("policy_of_own_traffic", own_traffic),
+    ("policy_of_fragments", fragments),
+    ("policy_with_faithful_handshakes", faithful),
+    ("dns_hijack", dns_hijack),
+    ("clsact_policy_first_match_decides", |lab, family| first_match(lab, family, "--attach clsact")),
+];
+
+/// For both families at once.
+pub(crate) const ONCE: Scenarios = &[
+    ("captive_portal", captive_portal),
+    ("policy_by_files_of_networks", files),
+    ("policy_by_interface", interfaces),
+    ("policy_by_client_protocol_and_port", other_conditions),
+];
+
+/// The config file of a lab's proxy.
+pub(crate) struct ConfigFile(pub(crate) PathBuf);
+
+impl ConfigFile {
+    pub(crate) fn new(lab: &Lab, content: &str) -> Result<Self> {
+        let file = Self(lab.dir().join("tproxy.toml"));
+        file.write(content)?;
+        Ok(file)
+    }
+
+    /// Replaces it at once, as editors do.
+    pub(crate) fn write(&self, content: &str) -> Result<()> {
+        replace(&self.0, content)
+    }
+
+    pub(crate) fn launch<'lab>(&self, lab: &'lab Lab, flags: &str) -> Launch<'lab> {
+        Launch::new(lab, &format!("--config {} {flags}", self.0.display()))
+    }
+}
+
+/// Replaces a file by one with other content.
+pub(crate) fn replace(path: &std::path::Path, content: &str) -> Result<()> {
+    let new = path.with_extension("new");
+    fs::write(&new, content).and_then(|()| fs::rename(&new, path)).context("cannot write a file")
+}
+
+/// Starts a proxy that captures `lan` and has these rules.
+pub(crate) fn start_with_rules(lab: &Lab, flags: &str, rules: &str) -> Result<(Proxy, ConfigFile)> {
+    needs_proxy()?;
+    let config = ConfigFile::new(lab, rules)?;
+    let proxy = config.launch(lab, &format!("--iface lan {flags}")).start()?;
+    Ok((proxy, config))
+}
+
+/// The `n`th networks "anywhere" of both families, as a list of the config file.
+pub(crate) fn nets(n: u8) -> String {
+    format!("{:?}", Family::ALL.map(|family| family.anywhere_net(n)))
+}
+
+/// The `n`th address of the `net`th network "anywhere".
+pub(crate) fn within(family: Family, net: u8, n: u8) -> IpAddr {
+    family.anywhere(u16::from_be_bytes([net, n]))
+}
+
+/// What becomes of a flow, as its client and the server see it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fate {
+    /// The server sees the client's address and port.
+    Passed,
+    /// The server sees the client's address, and a port of the proxy's.
+    Proxied,
+    /// The client is told at once that nobody listens.
+    Rejected,
+    /// Nobody answers.
+    Dropped,
+}
+use Fate::{Dropped, Passed, Proxied, Rejected};
+
+impl Fate {
+    /// The action of the rule.
+    pub(crate) const fn action(self) -> &'static str {
+        match self {
+            Passed => "pass",
+            Proxied => "proxy",
+            Rejected => "reject",
+            Dropped => "drop",
+        }
+    }
+
+    /// How long a client waits that expects it: no longer than needed for silence.
+    fn wait(self) -> Duration {
+        if self == Dropped { Duration::from_millis(500) } else { patience(Duration::from_secs(5)) }
+    }
+
+    /// What it says that a reflector on the server has seen this, or that there was an error.
+    fn of(seen: io::Result<String>, from: SocketAddr) -> Result<Self> {
+        match seen {
+            Ok(seen) => Ok(match judge(seen.parse()?, from)? {
+                Way::Forwarded => Passed,
+                Way::Proxied => Proxied,
+            }),
+            Err(error) => match error.kind() {
+                io::ErrorKind::ConnectionRefused => Ok(Rejected),
+                io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => Ok(Dropped),
+                _ => Err(error.into()),
+            },
+        }
+    }
+}
+
+/// What becomes of a connection, and how long that takes.
+pub(crate) fn tcp_fate(
+    namespace: &Namespace,
+    from: SocketAddr,
+    to: SocketAddr,
+    wait: Duration,
+) -> Result<(Fate, Duration)> {
+    let (seen, took) = namespace.enter(|| {
+        let started = Instant::now();
+        let seen = peer::try_connect(Some(from), to, wait / pace::slowdown()).and_then(|mut stream| {
+            let mut seen = String::new();
+            stream.read_to_string(&mut seen).map(|_| seen)
+        });
+        (seen, started.elapsed())
+    })?;
+    Ok((Fate::of(seen, from)?, took))
+}
+
+/// The same of a datagram.
+pub(crate) fn udp_fate(
+    namespace: &Namespace,
+    from: SocketAddr,
+    to: SocketAddr,
+    wait: Duration,
+) -> Result<(Fate, Duration)> {
+    let socket = peer::udp(namespace, from)?;
+    socket.set_read_timeout(Some(wait))?;
+    socket.connect(to)?;
+    let started = Instant::now();
+    let mut buffer = [0; 100];
+    let seen = socket
+        .send(b"who am I?")
+        .and_then(|_| peer::receive(&socket, &mut buffer))
+        .map(|(length, _)| String::from_utf8_lossy(&buffer[..length]).into_owned());
+    Ok((Fate::of(seen, from)?, started.elapsed()))
+}
+
+/// A client and what becomes of its flows.
+pub(crate) struct Client<'a> {
+    pub(crate) namespace: &'a Namespace,
+    pub(crate) address: IpAddr,
+}
+
+impl<'a> Client<'a> {
+    pub(crate) fn of(lab: &'a Lab, family: Family) -> Self {
+        Self { namespace: &lab.client, address: family.client() }
+    }
+
+    pub(crate) fn guest(lab: &'a Lab, family: Family) -> Self {
+        Self { namespace: &lab.guest, address: family.guest() }
+    }
+
+    /// Makes sure of the fate of a connection; from where it was.
+    pub(crate) fn expect_tcp(&self, to: SocketAddr, expected: Fate) -> Result<SocketAddr> {
+        let from = unused(self.address);
+        let found = tcp_fate(self.namespace, from, to, expected.wait())?;
+        expect(&format!("a connection from {from} to {to}"), found, expected).map(|()| from)
+    }
+
+    /// Makes sure of the fate of a datagram; from where it was.
+    pub(crate) fn expect_udp(&self, to: SocketAddr, expected: Fate) -> Result<SocketAddr> {
+        let from = unused(self.address);
+        let found = udp_fate(self.namespace, from, to, expected.wait())?;
+        expect(&format!("a datagram from {from} to {to}"), found, expected).map(|()| from)
+    }
+
+    /// Makes sure of both.
+    pub(crate) fn expect(&self, to: SocketAddr, expected: Fate) -> Result<()> {
+        self.expect_tcp(to, expected)?;
+        self.expect_udp(to, expected).map(drop)
+    }
+
+    /// Makes sure of both, and that the flow table tells of them.
+    fn expect_listed(&self, proxy: &Proxy, to: SocketAddr, expected: Fate, rule: Option<u16>) -> Result<()> {
+        for (protocol, from) in
+            [("tcp", self.expect_tcp(to, expected)?), ("udp", self.expect_udp(to, expected)?)]
+        {
+            let flow = proxy.flow(protocol, &from.to_string(), &to.to_string())?;
+            ensure!(
+                flow.action == expected.action() && flow.rule == serde_json::json!(rule),
+                "expected action {} by rule {rule:?}: {flow:#?}",
+                expected.action()
+            );
+            let replies = match expected {
+                Passed | Proxied => flow.packets_down > 0,
+                // The reset.
+                Rejected => flow.packets_down == u64::from(protocol == "tcp"),
+                Dropped => flow.packets_down == 0,
+            };
+            ensure!(flow.packets_up > 0 && replies, "the counters of a flow are wrong: {flow:#?}");
+        }
+        Ok(())
+    }
+}
+
+fn expect(what: &str, (found, took): (Fate, Duration), expected: Fate) -> Result<()> {
+    ensure!(found == expected, "{what} was {found:?} after {took:?}, expected {expected:?}");
+    ensure!(
+        expected == Dropped || took < patience(Duration::from_secs(1)),
+        "{what} was {found:?}, but only after {took:?}"
+    );
+    Ok(())
+}
+
+const PORT: u16 = 7070;
+
+/// Reflectors on the first address of these networks, one family.
+pub(crate) fn reflectors_in(lab: &Lab, family: Family, networks: &[u8]) -> Result<Vec<Reflectors>> {
+    let targets: Vec<_> = networks.iter().map(|net| target(family, *net)).collect();
+    reflectors(&lab.server, &targets)
+}
+
+/// Reflectors for both families.
+pub(crate) fn all_reflectors(lab: &Lab, networks: &[u8]) -> Result<[Vec<Reflectors>; 2]> {
+    Ok([reflectors_in(lab, Family::V4, networks)?, reflectors_in(lab, Family::V6, networks)?])
+}
+
+/// Where the reflectors of a network are.
+pub(crate) fn target(family: Family, net: u8) -> SocketAddr {
+    at(within(family, net, 1), PORT)
+}
+
+/// `curl` of a URL that is refused.
+fn expect_curl_refused(namespace: &Namespace, url: &str) -> Result<()> {
+    let output = namespace
+        .cmd("curl")
+        .args(["--silent", "--max-time", &pace::seconds(5), url])
+        .run()?
+        .expect_code(7)?;
+    ensure!(
+        output.elapsed < patience(Duration::from_secs(1)),
+        "the refusal came late, {}",
+        output.describe()
+    );
+    Ok(())
+}
+
+fn first_match(lab: &Lab, family: Family, flags: &str) -> Result<()> {
+    // The second rule is a part of what the fourth says.
+    let rules = format!(
+        "[[rule]]\nto = {}\naction = 'pass'\n\
+         [[rule]]\nto = {:?}\naction = 'reject'\n\
+         [[rule]]\nto = {}\naction = 'drop'\n\
+         [[rule]]\nto = {}\naction = 'proxy'\n\
+         [[rule]]\nto = {}\naction = 'drop'\n",
+        nets(1),
+        Family::ALL.map(|family| within(family, 2, 1).to_string()),
+        nets(3),
+        nets(2),
+        nets(2),
+    );
+    let _servers = reflectors_in(lab, family, &[1, 2, 3, 4])?;
+    let other = at(within(family, 2, 2), PORT);
+    let _other = reflectors(&lab.server, &[other])?;
+    let (proxy, _config) = start_with_rules(lab, flags, &rules)?;
+    let client = Client::of(lab, family);
+    client.expect_listed(&proxy, target(family, 1), Passed, Some(1))?;
+    for counter in ["steered_tcp_new", "steered_established", "steered_udp", "lookup_assigned"] {
+        ensure!(proxy.counter(counter)? == 0, "what is passed was steered: {counter}");
+    }
+    client.expect_listed(&proxy, target(family, 2), Rejected, Some(2))?;
+    expect_curl_refused(&lab.client, &url(target(family, 2).ip(), PORT, "/"))?;
+    ensure!(proxy.counter("policy_reset")? == 2, "two connections were refused");
+    ensure!(proxy.counter("policy_dropped")? == 0, "nothing was dropped yet");
+    client.expect_listed(&proxy, target(family, 3), Dropped, Some(3))?;
+    ensure!(proxy.counter("policy_dropped")? >= 2, "a SYN and a datagram were dropped");
+    client.expect_listed(&proxy, other, Proxied, Some(4))?;
+    client.expect_listed(&proxy, target(family, 4), Proxied, None)
+}
+
+fn own_traffic(lab: &Lab, family: Family) -> Result<()> {
+    let rules = format!(
+        "[[rule]]\nto = {}\naction = 'pass'\n\
+         [[rule]]\nto = {}\naction = 'reject'\n\
+         [[rule]]\nto = {}\naction = 'drop'\n\
+         [[rule]]\nto = {}\naction = 'divert'\ntarget = '127.0.0.1:8080'\n\
+         [[rule]]\nto = {}\niface = 'lan'\naction = 'drop'\n",
+        nets(1),
+        nets(2),
+        nets(3),
+        nets(4),
+        nets(5),
+    );
+    let _servers = reflectors_in(lab, family, &[1, 2, 3, 5])?;
+    let _here = server::web(lab, &lab.router, &[8080])?;
+    let (proxy, _config) = start_with_rules(lab, "--own-traffic", &rules)?;
+    let router = Client { namespace: &lab.router, address: family.uplink() };
+    router.expect_listed(&proxy, target(family, 1), Passed, Some(1))?;
+    ensure!(proxy.counter("own_redirected")? == 0, "what is passed was turned back");
+    router.expect_tcp(target(family, 2), Rejected)?;
+    router.expect_listed(&proxy, target(family, 2), Rejected, Some(2))?;
+    expect_curl_refused(&lab.router, &url(target(family, 2).ip(), PORT, "/"))?;
+    router.expect_listed(&proxy, target(family, 3), Dropped, Some(3))?;
+    expect_page(&lab.router, &url(target(family, 4).ip(), 80, "/"), "127.0.0.1 8080")?;
+    // It arrives on no interface.
+    router.expect_listed(&proxy, target(family, 5), Proxied, None)?;
+    Client::of(lab, family).expect(target(family, 5), Dropped)
+}
+
+/// `curl` of a page of [`server::web`], which ends with the server's own address and port.
+fn expect_page(namespace: &Namespace, url: &str, server: &str) -> Result<()> {
+    expect_page_from(namespace, None, url, server)
+}
+
+fn expect_page_from(namespace: &Namespace, from: Option<IpAddr>, url: &str, server: &str) -> Result<()> {
+    let mut command =
+        namespace.cmd("curl").args(["--silent", "--show-error", "--max-time", &pace::seconds(5), url]);
+    if let Some(from) = from {
+        command = command.arg("--interface").arg(from.to_string());
+    }
+    let output = command.check()?;
+    ensure!(
+        output.stdout.trim_end().ends_with(server),
+        "expected the page of {server}, {}",
+        output.describe()
+    );
+    if let Some(from) = from {
+        ensure!(output.stdout.starts_with(&from.to_string()), "not as {from}, {}", output.describe());
+    }
+    Ok(())
+}
+
+const LONG: usize = 4000;
+
+/// Datagrams longer than a packet, their fragments in order and in reverse order.
+fn fragments(lab: &Lab, family: Family) -> Result<()> {
+    let rules = format!(
+        "[[rule]]\nto = {}\naction = 'pass'\n\
+         [[rule]]\nto = {}\naction = 'reject'\n\
+         [[rule]]\nto = {}\naction = 'drop'\n\
+         [[rule]]\nto = {}\naction = 'divert'\ntarget = '127.0.0.1:7001'\n",
+        nets(1),
+        nets(2),
+        nets(3),
+        nets(4),
+    );
+    let _here = UdpServer::echo(&lab.router, at(Family::V4.loopback(), 7001))?;
+    let _echoes = [1, 3, 5]
+        .map(|net| UdpServer::echo(&lab.server, target(family, net)))
+        .into_iter()
+        .collect::<Result<Vec<_>>>()?;
+    let (proxy, _config) = start_with_rules(lab, "", &rules)?;
+    for (net, expected, proxied) in [
+        (1, Passed, false),
+        (2, Rejected, false),
+        (3, Dropped, false),
+        (4, Proxied, true),
+        (5, Proxied, true),
+    ] {
+        let to = target(family, net);
+        for reverse in [false, true] {
+            let what = format!("4000 bytes to {to} ({expected:?}), in reverse order: {reverse}");
+            let before = proxy.counter("lookup_assigned")?;
+            let answer = send_in_fragments(lab, to, expected, family, reverse).context(what.clone())?;
+            ensure!(answer == expected, "{what}: {answer:?}");
+            let assigned = proxy.counter("lookup_assigned")? > before;
+            ensure!(assigned == (proxied || expected == Rejected), "{what}: handed to the proxy: {assigned}");
+        }
+    }
+    Ok(())
+}
+
+/// What becomes of a long datagram to an echo: [`Proxied`] also stands for passed there.
+fn send_in_fragments(
+    lab: &Lab,
+    to: SocketAddr,
+    expected: Fate,
+    family: Family,
+    reverse: bool,
+) -> Result<Fate> {
+    let datagram = peer::pattern(LONG);
+    let socket = peer::udp(&lab.client, unused(family.client()))?;
+    socket.set_read_timeout(Some(expected.wait()))?;
+    socket.connect(to)?;
+    if reverse {
+        let mut packets = packet::udp_fragments(socket.local_addr()?, to, &datagram, 1400, 7)?;
+        packets.reverse();
+        packet::send(&lab.client, to.ip(), &packets)?;
+    } else {
+        socket.send(&datagram)?;
+    }
+    let mut buffer = vec![0; 65_536];
+    match peer::receive(&socket, &mut buffer) {
+        Ok((length, _)) if buffer[..length] == datagram => {
+            Ok(if expected == Passed { Passed } else { Proxied })
+        }
+        Ok((length, _)) => bail!("{length} bytes came back, or they differ"),
+        Err(error) => Fate::of(Err(error), to),
+    }
+}
+
+fn faithful(lab: &Lab, family: Family) -> Result<()> {
+    let rules = format!(
+        "[steer]\nhandshake = 'faithful'\n\
+         [[rule]]\nto = {}\naction = 'pass'\n\
+         [[rule]]\nto = {}\naction = 'reject'\n\
+         [[rule]]\nto = {}\naction = 'drop'\n\
+         [[rule]]\nto = {}\nto_port = 80\naction = 'divert'\ntarget = '127.0.0.1:8080'\n\
+         [[rule]]\nto = {}\naction = 'divert'\ntarget = '[::1]:9'\n",
+        nets(1),
+        nets(2),
+        nets(3),
+        nets(4),
+        nets(4),
+    );
+    let _servers = reflectors_in(lab, family, &[1, 2, 3, 5])?;
+    let _here = server::web(lab, &lab.router, &[8080])?;
+    let (proxy, _config) = start_with_rules(lab, "", &rules)?;
+    let client = Client::of(lab, family);
+    for (net, fate, rule) in
+        [(1, Passed, Some(1)), (2, Rejected, Some(2)), (3, Dropped, Some(3)), (5, Proxied, None)]
+    {
+        client.expect_listed(&proxy, target(family, net), fate, rule)?;
+    }
+    ensure!(proxy.counter("syn_set_aside")? == 1, "what is not proxied was set aside");
+    expect_page(&lab.client, &url(within(family, 4, 9), 80, "/"), "127.0.0.1 8080")?;
+    // Nobody listens at the target.
+    expect_curl_refused(&lab.client, &url(within(family, 4, 9), 81, "/"))?;
+    client.expect_udp(at(within(family, 4, 9), 9), Rejected)?;
+    ensure!(proxy.counter("handshake_reset")? == 1, "the target's refusal is not counted");
+    Ok(())
+}
+
+/// The question for [`server::NAME`], RFC 1035.
+fn question(id: u16, family: Family) -> Vec<u8> {
+    let mut query = id.to_be_bytes().to_vec();
+    query.extend([1, 0, 0, 1, 0, 0, 0, 0, 0, 0]);
+    for label in server::NAME.split('.') {
+        query.push(u8::try_from(label.len()).unwrap_or(0));
+        query.extend(label.as_bytes());
+    }
+    query.extend([0, 0, family.pick(1, 28), 0, 1]);
+    query
+}
+
+fn dns_hijack(lab: &Lab, family: Family) -> Result<()> {
+    let rules = "[[rule]]\nprotocol = 'udp'\nto_port = 53\naction = 'divert'\ntarget = '127.0.0.1:5353'\n\
+                 [[rule]]\nprotocol = 'tcp'\nto_port = 53\naction = 'divert'\ntarget = '[::1]:5353'\n";
+    let (outside, inside) = (
+        [Family::V4.anywhere(80), Family::V6.anywhere(80)],
+        [Family::V4.anywhere(81), Family::V6.anywhere(81)],
+    );
+    let _outside = server::dns(lab, &lab.server, outside)?;
+    let inside_log = server::local_dns(lab, &lab.router, 5353, inside)?;
+    let (proxy, _config) = start_with_rules(lab, "", rules)?;
+    for protocol in [Protocol::Udp, Protocol::Tcp] {
+        for resolver in [family.anywhere(0x0808), family.server()] {
+            let answer = server::dig(&lab.client, resolver, family, protocol)?;
+            ensure!(inside.contains(&answer), "{resolver} answered {answer} over {}", protocol.name());
+        }
+    }
+    // Nobody asked outside, and the target was asked by this host itself.
+    let asked = inside_log.log();
+    ensure!(asked.contains("127.0.0.1") && !asked.contains(&family.client().to_string()), "{asked}");
+
+    // One port asks two resolvers at once, and then an address that is not hijacked.
+    let resolvers = [at(family.anywhere(0x0808), 53), at(family.anywhere(0x0809), 53)];
+    let other = at(family.anywhere(0x0808), 54);
+    let _reflector = UdpServer::reflector(&lab.server, other)?;
+    let socket = peer::udp(&lab.client, unused(family.client()))?;
+    for round in 0..5 {
+        for (resolver, number) in resolvers.iter().zip(0_u16..) {
+            socket.send_to(&question(10 * round + number, family), resolver)?;
+        }
+        let mut answered = Vec::new();
+        for _ in resolvers {
+            let mut answer = [0; 512];
+            let (length, from) = socket.recv_from(&mut answer).context("no answer")?;
+            ensure!(length > 12 && answer[7] == 1, "no answer in {:?}", &answer[..length]);
+            answered.push((from, u16::from_be_bytes([answer[0], answer[1]])));
+        }
+        answered.sort_unstable();
+        let expected: Vec<_> = resolvers.iter().copied().zip(10 * round..).collect();
+        ensure!(answered == expected, "round {round} was answered by {answered:?}, expected {expected:?}");
+    }
+    let (seen, from) = peer::exchange(&socket, other, b"who am I?")?;
+    ensure!(
+        from == other
+            && String::from_utf8_lossy(&seen)
+                .starts_with(at(family.client(), 0).to_string().trim_end_matches('0')),
+        "{other} was asked; {from} sees {}",
+        String::from_utf8_lossy(&seen)
+    );
+    let flow = proxy.flow("udp", &socket.local_addr()?.to_string(), &resolvers[0].to_string())?;
+    ensure!(flow.action == "divert" && flow.rule == 1 && flow.packets_down == 5, "{flow:#?}");
+    Ok(())
+}
+
+/// Another address of the client, which the portal knows.
+const fn known(family: Family) -> &'static str {
+    family.pick("192.0.2.77", "2001:db8:1::77")
+}
+
+fn captive_portal(lab: &Lab, _: Family) -> Result<()> {
+    let rules = "[[rule]]\nfrom = ['192.0.2.77', '2001:db8:1::77']\naction = 'proxy'\n\
+                 [[rule]]\nprotocol = 'tcp'\nto_port = 80\naction = 'divert'\ntarget = '127.0.0.1:8080'\n\
+                 [[rule]]\naction = 'reject'\n";
+    lab.client.ip_batch("addr add 192.0.2.77/24 dev eth0\naddr add 2001:db8:1::77/64 dev eth0 nodad\n")?;
+    let _outside = server::web(lab, &lab.server, &[80, 443])?;
+    let _portal = server::web(lab, &lab.router, &[8080])?;
+    let (proxy, config) = start_with_rules(lab, "", rules)?;
+    for family in Family::ALL {
+        let to = family.anywhere(1);
+        let stranger = family.client().to_string();
+        let as_stranger = |port| {
+            lab.client
+                .cmd("curl")
+                .args(["--silent", "--max-time", &pace::seconds(5), "--interface"])
+                .arg(&stranger)
+                .arg(url(to, port, "/"))
+        };
+        let page = as_stranger(80).check()?;
+        ensure!(page.stdout.trim_end().ends_with("127.0.0.1 8080"), "not the portal, {}", page.describe());
+        as_stranger(443).run()?.expect_code(7)?;
+        Client::of(lab, family).expect_udp(at(to, 123), Rejected)?;
+        let guest: IpAddr = known(family).parse()?;
+        for port in [80, 443] {
+            expect_page_from(&lab.client, Some(guest), &url(to, port, "/"), &format!("{to} {port}"))?;
+        }
+        // The portal itself and this host's own services are reached as ever.
+        expect_page(&lab.client, &url(family.router(), 8080, "/"), &format!("{} 8080", family.router()))?;
+    }
+    // One that has paid.
+    let paid = Family::ALL.map(|family| family.client().to_string());
+    config.write(&format!("[[rule]]\nfrom = {paid:?}\naction = 'pass'\n{rules}"))?;
+    proxy.cmd("reload")?.check()?;
+    for family in Family::ALL {
+        let (from, to) = (family.client(), family.anywhere(1));
+        expect_page_from(&lab.client, Some(from), &url(to, 443, "/"), &format!("{to} 443"))?;
+    }
+    Ok(())
+}
+
+/// Networks that no destination of the lab is in, a line each.
+pub(crate) fn other_networks(count: u16) -> String {
+    (0..count)
+        .map(|n| {
+            let [high, low] = n.to_be_bytes();
+            if n % 2 == 0 { format!("10.{high}.{low}.0/24\n") } else { format!("2001:db8:a000:{n:x}::/64\n") }
+        })
+        .collect()
+}
+
+fn files(lab: &Lab, _: Family) -> Result<()> {
+    let _servers = all_reflectors(lab, &[1, 2, 3])?;
+    let of_net = |n: u8| Family::ALL.map(|family| family.anywhere_net(n) + "\n").concat();
+    let passed = format!("# which are passed\n{}\n{}  # here\n", other_networks(5000), of_net(1).trim_end());
+    fs::write(lab.dir().join("passed.txt"), passed)?;
+    fs::write(lab.dir().join("refused.txt"), format!("{}{}", other_networks(3000), of_net(2)))?;
+    let clients = Family::ALL.map(|family| format!("{}\n", family.client())).concat();
+    fs::write(lab.dir().join("clients.txt"), clients)?;
+    let hole = Family::ALL.map(|family| within(family, 2, 9).to_string());
+    let rules = format!(
+        "[[rule]]\nto_file = 'passed.txt'\naction = 'pass'\n\
+         [[rule]]\nto_file = ['passed.txt', 'refused.txt']\nfrom_file = 'clients.txt'\nnot_to = {hole:?}\naction = 'reject'\n"
+    );
+    let (proxy, _config) = start_with_rules(lab, "", &rules)?;
+    for family in Family::ALL {
+        let spared = at(within(family, 2, 9), PORT);
+        let _spared = reflectors(&lab.server, &[spared])?;
+        let client = Client::of(lab, family);
+        client.expect_listed(&proxy, target(family, 1), Passed, Some(1))?;
+        client.expect_listed(&proxy, target(family, 2), Rejected, Some(2))?;
+        client.expect_listed(&proxy, spared, Proxied, None)?;
+        client.expect_listed(&proxy, target(family, 3), Proxied, None)?;
+    }
+    Ok(())
+}
+
+/// Plugs the second client in again, on an interface of this name.
+pub(crate) fn plug_guest(lab: &Lab, device: &str) -> Result<()> {
+    lab.router.ip_batch(&format!(
+        "link add {device} type veth peer name eth0 netns {}\n\
+         addr add 203.0.113.1/24 dev {device}\n\
+         addr add 2001:db8:3::1/64 dev {device} nodad\n\
+         link set {device} up\n",
+        lab.guest.name()
+    ))?;
+    lab.guest.ip_batch(
+        "addr add 203.0.113.2/24 dev eth0\n\
+         addr add 2001:db8:3::2/64 dev eth0 nodad\n\
+         link set eth0 up\n\
+         route add default via 203.0.113.1\n\
+         route add ::/0 via 2001:db8:3::1\n",
+    )
+}
+
+/// How long a new interface may take to be captured.
+const SOON: Duration = Duration::from_secs(2);
+
+/// One that is there, and one that comes later.
+fn interfaces(lab: &Lab, _: Family) -> Result<()> {
+    needs_proxy()?;
+    let _servers = all_reflectors(lab, &[1])?;
+    let config = ConfigFile::new(
+        lab,
+        "[[rule]]\niface = 'lan'\nprotocol = 'udp'\naction = 'reject'\n\
+         [[rule]]\niface = ['lan2', 'late*']\naction = 'reject'\n",
+    )?;
+    let proxy = config.launch(lab, "--iface l*").start()?;
+    for family in Family::ALL {
+        Client::guest(lab, family).expect_listed(&proxy, target(family, 1), Rejected, Some(2))?;
+        Client::of(lab, family).expect_tcp(target(family, 1), Proxied)?;
+        Client::of(lab, family).expect_udp(target(family, 1), Rejected)?;
+    }
+    for device in ["late0", "lan2"] {
+        let old = if device == "late0" { "lan2" } else { "late0" };
+        lab.router.ip_batch(&format!("link del {old}\n"))?;
+        plug_guest(lab, device)?;
+        for family in Family::ALL {
+            let guest = Client::guest(lab, family);
+            let mut latest = None;
+            wait_for("the rule to hold on the new interface", SOON, || {
+                let fate = tcp_fate(
+                    &lab.guest,
+                    unused(guest.address),
+                    target(family, 1),
+                    Duration::from_millis(500),
+                );
+                latest = Some(fate);
+                Ok(matches!(latest, Some(Ok((Rejected, _)))))
+            })
+            .with_context(|| format!("{device}: the latest attempt: {latest:?}"))?;
+            guest.expect_listed(&proxy, target(family, 1), Rejected, Some(2))?;
+        }
+    }
+    Ok(())
+}
+
+fn other_conditions(lab: &Lab, _: Family) -> Result<()> {
+    let _servers = all_reflectors(lab, &[1])?;
+    let rules = "[[rule]]\nprotocol = 'tcp'\nfrom_port = '2000-2999'\naction = 'pass'\n\
+                 [[rule]]\nprotocol = 'udp'\nto_port = [7, '7000-7100']\naction = 'pass'\n\
+                 [[rule]]\nnot_from = ['192.0.2.2', '2001:db8:1::2']\naction = 'drop'\n";
+    let (_proxy, _config) = start_with_rules(lab, "--iface lan2", rules)?;
+    for family in Family::ALL {
+        let (client, guest) = (Client::of(lab, family), Client::guest(lab, family));
+        let to = target(family, 1);
+        client.expect_udp(to, Passed)?;
+        guest.expect_udp(to, Passed)?;
+        client.expect_tcp(to, Proxied)?;
+        guest.expect_tcp(to, Dropped)?;
+        for (port, expected) in [(1999, Proxied), (2000, Passed), (2999, Passed), (3000, Proxied)] {
+            let from = at(client.address, port);
+            let found = tcp_fate(&lab.client, from, to, expected.wait())?;
+            expect(&format!("a connection from {from}"), found, expected)?;
+        }
+    }
+    Ok(())
+}
