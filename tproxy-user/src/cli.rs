@@ -5,7 +5,7 @@
 
 #![expect(clippy::doc_markdown, reason = "the doc comments here are help texts, which have no markup")]
 
-mod parse;
+pub(crate) mod parse;
 pub(crate) use parse::is_glob;
 pub mod resolve;
 
@@ -108,6 +108,17 @@ pub enum Command {
         /// Pin directory of the run that was killed
         #[arg(long, value_name = "DIR", default_value = default::PIN, value_parser = parse::pin)]
         pin: PathBuf,
+    },
+    /// Make a configuration of rules of iptables or nft that lead traffic to a proxy
+    ///
+    /// Reads what iptables-save, ip6tables-save (or both, one after the other) or
+    /// nft -j list ruleset prints, and prints a configuration file. What it cannot
+    /// say is in there as a comment, and on standard error. Exit code 2 where none
+    /// can be made. For example: iptables-save | tproxy-user import > tproxy.toml
+    Import {
+        /// File to read; none, or -: standard input
+        #[arg(value_name = "FILE")]
+        file: Option<PathBuf>,
     },
     /// Print shell completions
     ///

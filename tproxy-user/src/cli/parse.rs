@@ -30,7 +30,7 @@ pub(super) fn duration_or_zero(text: &str) -> Result<Duration, String> {
 }
 
 /// A number, decimal or 0x hexadecimal, as marks are written.
-pub(super) fn number(text: &str) -> Result<u32, String> {
+pub(crate) fn number(text: &str) -> Result<u32, String> {
     let parsed = match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
         Some(hex) if !hex.starts_with('+') => u32::from_str_radix(hex, 16).ok(),
         Some(_) => None,

@@ -5,6 +5,7 @@ pub mod cleanup;
 pub mod completions;
 pub mod doctor;
 pub mod flows;
+pub mod import;
 pub mod man;
 pub mod run;
 pub mod status;
@@ -50,6 +51,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Some(Command::Flows(args)) => flows::run(&args),
         Some(Command::Status(args)) => status::run(&args),
         Some(Command::Cleanup { pin }) => cleanup::run(&pin),
+        Some(Command::Import { file }) => import::run(file.as_deref()),
         Some(Command::Completions { shell }) => completions::run(shell),
         Some(Command::Man { dir }) => man::run(&dir),
     };
