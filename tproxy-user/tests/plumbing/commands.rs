@@ -146,7 +146,7 @@ fn pages_and_completions() -> Outcome {
         std::fs::read_dir(dir.path()).expect("pages").flatten().map(|page| page.file_name()).collect();
     pages.sort();
     let commands =
-        ["check", "cleanup", "completions", "doctor", "flows", "reload", "run", "schema", "status"];
+        ["check", "cleanup", "completions", "doctor", "flows", "import", "reload", "run", "schema", "status"];
     let mut expected: Vec<_> = commands.iter().map(|name| format!("tproxy-user-{name}.8")).collect();
     expected.push("tproxy-user.8".to_owned());
     expected.sort();

@@ -86,7 +86,7 @@ fn under_load(lab: &Lab, _: Family) -> Result<()> {
         targets: of_all(LOAD).collect(),
         concurrency: 4,
         connections: u64::MAX,
-        duration: Duration::from_secs(60),
+        duration: Duration::from_mins(1),
         reset: false,
     };
     let stop = AtomicBool::new(false);
