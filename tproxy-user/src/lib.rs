@@ -21,6 +21,7 @@ pub mod interfaces;
 pub mod limits;
 pub mod listener;
 pub mod netlink;
+pub mod nft;
 pub mod output;
 pub mod owner;
 pub mod plan;

@@ -5,12 +5,11 @@
 mod matching;
 mod walk;
 
-use std::collections::HashMap;
-
 use ipnet::IpNet;
-use serde_json::Value;
 
 use crate::config::Mark;
+pub use crate::nft::Ruleset;
+use crate::nft::{Base, Chain};
 
 pub use walk::RULES;
 use walk::Walk;
@@ -73,21 +72,7 @@ pub struct Found {
     pub chain: Chain,
 }
 
-/// A chain, by the words that nft wants.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Chain {
-    family: String,
-    table: String,
-    name: String,
-}
-
 impl Chain {
-    /// For people.
-    #[must_use]
-    pub fn describe(&self) -> String {
-        format!("chain {} of table {} {}", self.name, self.family, self.table)
-    }
-
     /// The command that accepts what has a mark, before all other rules, in the
     /// words of the tool that made the chain.
     #[must_use]
@@ -107,27 +92,9 @@ impl Chain {
             }
         }
     }
-
-    fn of(value: &Value, name: &str) -> Self {
-        let text = |key: &str| value[key].as_str().unwrap_or_default().to_owned();
-        Self { family: text("family"), table: text("table"), name: text(name) }
-    }
-}
-
-#[derive(Clone, Debug)]
-struct Base {
-    chain: Chain,
-    hook: String,
-    drops: bool,
-    /// Of an `ingress` or `egress` chain; empty: nft (such as 1.0.6) does not tell.
-    devices: Vec<String>,
 }
 
 impl Base {
-    fn is_of_device(&self) -> bool {
-        matches!(&*self.hook, "ingress" | "egress")
-    }
-
     fn sees(&self, packet: &Packet<'_>) -> bool {
         let family = match &*self.chain.family {
             "ip" => !packet.v6,
@@ -144,40 +111,7 @@ impl Base {
     }
 }
 
-/// All rules of a network namespace.
-#[derive(Clone, Debug, Default)]
-pub struct Ruleset {
-    bases: Vec<Base>,
-    rules: HashMap<Chain, Vec<Vec<Value>>>,
-    /// Elements of verdict maps, which are named as chains are.
-    maps: HashMap<Chain, Vec<Value>>,
-}
-
 impl Ruleset {
-    /// Reads what `nft -j list ruleset` printed.
-    #[must_use]
-    pub fn parse(json: &Value) -> Self {
-        let mut ruleset = Self::default();
-        for item in json["nftables"].as_array().into_iter().flatten() {
-            let (chain, rule, map) = (&item["chain"], &item["rule"], &item["map"]);
-            if let Some(hook) = chain["hook"].as_str() {
-                ruleset.bases.push(Base {
-                    chain: Chain::of(chain, "name"),
-                    hook: hook.to_owned(),
-                    drops: chain["policy"] == "drop",
-                    devices: devices(&chain["dev"]),
-                });
-            }
-            if let Some(expressions) = rule["expr"].as_array() {
-                ruleset.rules.entry(Chain::of(rule, "chain")).or_default().push(expressions.clone());
-            }
-            if let Some(elements) = map["elem"].as_array() {
-                ruleset.maps.insert(Chain::of(map, "name"), elements.clone());
-            }
-        }
-        ruleset
-    }
-
     /// What the chains of a hook do to a packet.
     #[must_use]
     pub fn follow(&self, hook: &str, packet: &Packet<'_>) -> Vec<Found> {
@@ -190,10 +124,4 @@ impl Ruleset {
             })
             .collect()
     }
-}
-
-/// One name, or a list of them.
-fn devices(dev: &Value) -> Vec<String> {
-    let names = dev.as_array().map_or(std::slice::from_ref(dev), Vec::as_slice);
-    names.iter().filter_map(Value::as_str).map(str::to_owned).collect()
 }

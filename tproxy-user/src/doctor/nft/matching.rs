@@ -1,11 +1,9 @@
 //! Whether a match of a rule holds for a packet.
 
-use std::net::IpAddr;
-
-use ipnet::IpNet;
 use serde_json::Value;
 
 use super::Packet;
+use crate::nft::{network, number};
 
 /// Whether something holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -128,24 +126,10 @@ fn truth(yes: bool) -> Truth {
     if yes { Truth::Yes } else { Truth::No }
 }
 
-fn number(value: &Value) -> Option<u32> {
-    value.as_u64().and_then(|number| u32::try_from(number).ok())
-}
-
 /// The best of all elements of a set or list, or of a single value.
 fn any(right: &Value, one: impl Fn(&Value) -> Truth) -> Truth {
     let elements = right["set"].as_array().or_else(|| right.as_array());
     let Some(elements) = elements else { return one(right) };
     let truths: Vec<_> = elements.iter().map(one).collect();
     [Truth::Yes, Truth::Maybe].into_iter().find(|truth| truths.contains(truth)).unwrap_or(Truth::No)
-}
-
-fn network(element: &Value) -> Option<IpNet> {
-    let prefix = &element["prefix"];
-    let length = prefix["len"].as_u64().and_then(|length| u8::try_from(length).ok());
-    match (element.as_str(), prefix["addr"].as_str(), length) {
-        (Some(address), ..) => address.parse::<IpAddr>().ok().map(IpNet::from),
-        (_, Some(address), Some(length)) => IpNet::new(address.parse().ok()?, length).ok(),
-        _ => None,
-    }
 }

@@ -72,11 +72,11 @@ impl<'a> Walk<'a> {
             return End::Left;
         }
         let ruleset = self.rules;
-        for expressions in ruleset.rules.get(chain).into_iter().flatten() {
+        for rule in ruleset.rules.get(chain).into_iter().flatten() {
             if !self.step() {
                 break;
             }
-            if let Some(end) = self.rule(expressions, chain, sure, depth) {
+            if let Some(end) = self.rule(&rule.expressions, chain, sure, depth) {
                 return end;
             }
         }
@@ -181,7 +181,7 @@ impl<'a> Walk<'a> {
             // Its elements come and go.
             Some(name) => {
                 self.opaque = true;
-                ruleset.maps.get(&Chain { name: name.to_owned(), ..chain.clone() })
+                ruleset.sets.get(&Chain { name: name.to_owned(), ..chain.clone() })
             }
             None => map["data"]["set"].as_array(),
         };
