@@ -1,7 +1,7 @@
 //! Sets of numbers: prefixes, port ranges and single values alike.
 
 /// Ranges of numbers, first and last, in order, with a gap between any two.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Ranges(Vec<(u128, u128)>);
 
 impl Ranges {
@@ -49,6 +49,37 @@ impl Ranges {
         Self::new(self.0)
     }
 
+    /// The numbers that are in both sets.
+    #[must_use]
+    pub fn intersection(&self, other: &Self) -> Self {
+        let (mut own, mut others) = (self.0.iter().peekable(), other.0.iter().peekable());
+        let mut both = Vec::new();
+        while let (Some(one), Some(another)) = (own.peek(), others.peek()) {
+            let (first, last) = (one.0.max(another.0), one.1.min(another.1));
+            if first <= last {
+                both.push((first, last));
+            }
+            if one.1 < another.1 {
+                own.next()
+            } else {
+                others.next()
+            };
+        }
+        Self(both)
+    }
+
+    /// Whether all numbers of the other set are in this one.
+    #[must_use]
+    pub fn covers(&self, other: &Self) -> bool {
+        self.intersection(other) == *other
+    }
+
+    /// Whether no number is in the set.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// Whether a number is in the set.
     #[must_use]
     pub fn contains(&self, number: u128) -> bool {
@@ -73,13 +104,22 @@ mod tests {
         #[test]
         fn a_set_holds_what_one_of_its_ranges_holds(
             ranges in prop::collection::vec((0_u128..64, 0_u128..8), 0..8),
+            others in prop::collection::vec((0_u128..64, 0_u128..8), 0..8),
             number in 0_u128..80,
         ) {
-            let ranges: Vec<_> = ranges.into_iter().map(|(first, more)| (first, first + more)).collect();
+            let inclusive = |ranges: Vec<(u128, u128)>| -> Vec<_> {
+                ranges.into_iter().map(|(first, more)| (first, first + more)).collect()
+            };
+            let ranges = inclusive(ranges);
             let held = ranges.iter().any(|range| (range.0..=range.1).contains(&number));
-            let ranges = Ranges::new(ranges);
+            let (ranges, others) = (Ranges::new(ranges), Ranges::new(inclusive(others)));
             prop_assert_eq!(ranges.contains(number), held);
             prop_assert_eq!(ranges.complement(79).contains(number), !held);
+            let both = ranges.intersection(&others);
+            prop_assert_eq!(both.contains(number), held && others.contains(number));
+            prop_assert!(ranges.covers(&both) && others.covers(&both));
+            prop_assert_eq!(ranges.covers(&others), (0..80).all(|n| ranges.contains(n) || !others.contains(n)));
+            prop_assert!(Ranges::new(both.as_slice().to_vec()) == both);
         }
     }
 }
