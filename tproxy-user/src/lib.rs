@@ -16,6 +16,7 @@ pub mod config;
 pub mod datapath;
 pub mod doctor;
 pub mod failure;
+pub mod import;
 pub mod instance;
 pub mod interfaces;
 pub mod limits;

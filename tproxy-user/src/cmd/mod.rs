@@ -5,6 +5,7 @@ pub mod cleanup;
 pub mod completions;
 pub mod doctor;
 pub mod flows;
+pub mod import;
 pub mod man;
 pub mod reload;
 pub mod schema;
@@ -66,6 +67,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Some(Command::Status(args)) => status::run(&args),
         Some(Command::Reload(args)) => return reload::run(&args),
         Some(Command::Cleanup { pin }) => cleanup::run(&pin),
+        Some(Command::Import { file }) => import::run(file.as_deref()),
         Some(Command::Completions { shell }) => completions::run(shell),
         Some(Command::Schema) => schema::run(),
         Some(Command::Man { dir }) => man::run(&dir),
