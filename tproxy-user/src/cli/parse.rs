@@ -94,7 +94,8 @@ pub(crate) fn any_mark(text: &str) -> Result<Mark, String> {
     within_mask(mark)
 }
 
-fn value_and_mask(text: &str) -> Result<Mark, String> {
+/// `VALUE[/MASK]`, whatever that may match.
+pub(crate) fn value_and_mask(text: &str) -> Result<Mark, String> {
     Ok(match text.split_once('/') {
         Some((value, mask)) => Mark { value: number(value)?, mask: number(mask)? },
         None => Mark { value: number(text)?, mask: u32::MAX },

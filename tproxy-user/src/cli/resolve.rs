@@ -125,6 +125,11 @@ fn check_marks(args: &RunArgs) -> Result<(), Failure> {
             "--own-mark {own:#x} matches --tproxy-mark {mark}, so the proxy's own packets would be captured again: give it bits of its own"
         )));
     }
+    if args.capture.own_traffic && mark.value & !own == 0 {
+        return Err(Failure::usage(format_args!(
+            "--own-mark {own:#x} has all bits of --tproxy-mark {mark}, so with --own-traffic what the proxy sends would come back to it: give them bits of their own"
+        )));
+    }
     if mark.value & own == own {
         return Err(Failure::usage(format_args!(
             "--tproxy-mark {mark} has all bits of --own-mark {own:#x}, so captured packets would pass as the proxy's own: give them bits of their own"
@@ -239,6 +244,10 @@ mod tests {
             let error = resolve(&format!("-i eth0 {bad}")).expect_err(bad);
             assert!(error.contains("--own-mark"), "{error}");
         }
+        let superset = "--tproxy-mark 0x1 --own-mark 0xff";
+        assert!(resolve(&format!("-i eth0 {superset}")).is_ok());
+        let error = resolve(&format!("--own-traffic {superset}")).expect_err("a loop");
+        assert!(error.contains("would come back"), "{error}");
         for good in ["--tproxy-mark 0x1", "--own-mark 0x100", "--tproxy-mark 0x2/0x2 --own-mark 0x4"] {
             assert!(resolve(&format!("-i eth0 {good}")).is_ok(), "{good}");
         }

@@ -3,7 +3,7 @@
 use ipnet::IpNet;
 use tproxy_common::abi::{TCP, UDP};
 
-use crate::cli::parse::number;
+use crate::cli::parse;
 use crate::config::Mark;
 use crate::policy::ranges::Ranges;
 
@@ -69,47 +69,26 @@ pub(crate) fn protocol(name: &str) -> Ranges {
 /// # Errors
 /// What was expected.
 pub(crate) fn mark(text: &str) -> Result<Option<Mark>, String> {
-    let (value, mask) = value_and_mask(text)?;
-    Ok((value & !mask == 0).then_some(Mark { value, mask }))
+    let mark = parse::value_and_mask(text)?;
+    Ok(Some(mark).filter(|mark| mark.value & !mark.mask == 0))
 }
 
-/// `VALUE[/MASK]`.
+/// A number, also in hexadecimal, or name of the differentiated services field.
 ///
 /// # Errors
 /// What was expected.
-pub(crate) fn value_and_mask(text: &str) -> Result<(u32, u32), String> {
-    match text.split_once('/') {
-        Some((value, mask)) => Ok((number(value)?, number(mask)?)),
-        None => Ok((number(text)?, u32::MAX)),
-    }
-}
-
-/// A number or name of the differentiated services field (RFC 2474, 2597, 3246).
-#[must_use]
-pub(crate) fn dscp(text: &str) -> Option<u32> {
-    let name = text.to_ascii_lowercase();
-    if let Ok(number) = number(&name) {
-        return Some(number).filter(|number| *number < 64);
-    }
-    let digits = |of: &str| of.chars().map(|digit| digit.to_digit(8)).collect::<Option<Vec<_>>>();
-    match name.as_str() {
-        "be" | "df" => Some(0),
-        "ef" => Some(46),
-        "lephb" => Some(1),
-        _ => match digits(name.strip_prefix("cs").or_else(|| name.strip_prefix("af"))?)?.as_slice() {
-            [class] if name.starts_with("cs") => Some(class * 8),
-            [class @ 1..=4, precedence @ 1..=3] if name.starts_with("af") => Some(class * 8 + precedence * 2),
-            _ => None,
-        },
-    }
+pub(crate) fn dscp(text: &str) -> Result<Ranges, String> {
+    let number = parse::number(text).map_or_else(|_| text.to_owned(), |number| number.to_string());
+    parse::dscp(&number).map(one)
 }
 
 /// A link-layer address.
-#[must_use]
-pub(crate) fn mac(text: &str) -> Option<u128> {
-    let bytes: Vec<_> =
-        text.split(':').map(|byte| u8::from_str_radix(byte, 16)).collect::<Result<_, _>>().ok()?;
-    (bytes.len() == 6).then(|| bytes.into_iter().fold(0, |number, byte| number << 8 | u128::from(byte)))
+///
+/// # Errors
+/// What was expected.
+pub(crate) fn mac(text: &str) -> Result<Ranges, String> {
+    let bytes = parse::mac(text)?;
+    Ok(one(bytes.into_iter().fold(0, |number, byte| number << 8 | u128::from(byte))))
 }
 
 /// The user of the sending socket, as numbers `5` or `5-10`, or a name.

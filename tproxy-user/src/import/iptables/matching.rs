@@ -98,16 +98,8 @@ impl Matching {
             "--dst-type" => value::destination_type(matches, &list(argument()?), not),
             "--src-type" => value::source_type(matches, &list(argument()?), not),
             "--pkt-type" => matches.constant((argument()? == "unicast") != not),
-            "--dscp" | "--dscp-class" => {
-                let dscp = argument()?;
-                let number = value::dscp(dscp).ok_or_else(|| format!("{option} {dscp}: expected 0 to 63"))?;
-                matches.number(Dimension::Dscp, value::one(number), not);
-            }
-            "--mac-source" => {
-                let mac = argument()?;
-                let number = value::mac(mac).ok_or_else(|| format!("{option} {mac}: expected a link-layer address"))?;
-                matches.number(Dimension::Mac, value::one(number), not);
-            }
+            "--dscp" | "--dscp-class" => matches.number(Dimension::Dscp, value::dscp(argument()?)?, not),
+            "--mac-source" => matches.number(Dimension::Mac, value::mac(argument()?)?, not),
             // The members of a set are not in the output of iptables-save.
             "--match-set" => matches.cannot(format!(
                 "the members of ipset {} are not in this input: put them in a file and name it in a rule by to_file or from_file",

@@ -2,10 +2,11 @@
 
 use std::net::{IpAddr, SocketAddr};
 
+use crate::cli::parse;
+use crate::config::Mark;
 use crate::nft::Chain;
 
 use super::super::model::{Rule, SetMark, Verdict};
-use super::super::value;
 use super::matching::Matching;
 
 /// Targets that do nothing to where a packet goes. They stay in force beside tproxy.
@@ -140,15 +141,15 @@ impl Target {
                 self.verdict = Some(Verdict::Proxy(Some(port).filter(|port| *port != 0)));
             }
             ("TPROXY", "--tproxy-mark") | ("MARK", "--set-xmark") => {
-                let (flip, mask) = value::value_and_mask(words.argument(option)?)?;
-                self.mark = Some(SetMark { keep: !mask, flip });
+                let Mark { value, mask } = parse::value_and_mask(words.argument(option)?)?;
+                self.mark = Some(SetMark { keep: !mask, flip: value });
             }
             ("MARK", "--set-mark") => {
-                let (flip, mask) = value::value_and_mask(words.argument(option)?)?;
-                self.mark = Some(SetMark { keep: !(mask | flip), flip });
+                let Mark { value, mask } = parse::value_and_mask(words.argument(option)?)?;
+                self.mark = Some(SetMark { keep: !(mask | value), flip: value });
             }
             ("MARK", "--or-mark" | "--and-mark" | "--xor-mark") => {
-                let (bits, _) = value::value_and_mask(words.argument(option)?)?;
+                let bits = parse::number(words.argument(option)?)?;
                 self.mark = Some(match option {
                     "--or-mark" => SetMark { keep: !bits, flip: bits },
                     "--and-mark" => SetMark { keep: bits, flip: 0 },

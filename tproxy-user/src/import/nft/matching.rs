@@ -170,7 +170,7 @@ fn numbers(dimension: Dimension, element: &Value) -> Option<Vec<(u128, u128)>> {
         let ends = (*numbers(dimension, first)?.first()?, *numbers(dimension, last)?.first()?);
         return (ends.0.0 <= ends.1.1).then(|| vec![(ends.0.0, ends.1.1)]);
     }
-    let text = element.as_str();
+    let word = element.as_str().map_or_else(|| element.to_string(), str::to_owned);
     let of_set = |set: Ranges| set.as_slice().to_vec();
     match dimension {
         Dimension::From4 | Dimension::To4 | Dimension::From6 | Dimension::To6 => {
@@ -178,13 +178,9 @@ fn numbers(dimension: Dimension, element: &Value) -> Option<Vec<(u128, u128)>> {
             let (family, range) = value::addresses(network(element)?);
             (family == v6).then(|| vec![range])
         }
-        Dimension::Protocol => {
-            Some(of_set(value::protocol(&text.map_or_else(|| element.to_string(), str::to_owned))))
-        }
-        Dimension::Dscp => {
-            Some(of_set(value::one(value::dscp(&text.map_or_else(|| element.to_string(), str::to_owned))?)))
-        }
-        Dimension::Mac => Some(of_set(value::one(value::mac(text?)?))),
+        Dimension::Protocol => Some(of_set(value::protocol(&word))),
+        Dimension::Dscp => value::dscp(&word).ok().map(of_set),
+        Dimension::Mac => value::mac(&word).ok().map(of_set),
         Dimension::FromPort | Dimension::ToPort | Dimension::Uid => {
             let number = u128::from(number(element)?);
             (number <= dimension.most()).then(|| vec![(number, number)])

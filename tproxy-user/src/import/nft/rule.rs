@@ -6,6 +6,7 @@ use serde_json::Value;
 
 use crate::nft::{self, Chain, number};
 
+use super::super::condition::Conditions;
 use super::super::model::{Matches, Rule, SetMark, Verdict};
 use super::matching;
 
@@ -61,6 +62,10 @@ fn statement(scope: &Scope<'_>, rule: &mut Rule, kind: &str, content: &Value) {
         }
         "xt" => extension(rule, content),
         _ => {
+            // As in `tproxy ip to 127.0.0.1`, of a table of both families.
+            if let Some(family @ ("ip" | "ip6")) = content["family"].as_str() {
+                rule.matches.require(&[Conditions::family(family == "ip6")]);
+            }
             if let Some(verdict) = verdict(scope, kind, content) {
                 rule.verdict = verdict;
             }

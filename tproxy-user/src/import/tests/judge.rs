@@ -1,11 +1,13 @@
 //! What becomes of a packet by a configuration: a naive reading of its text.
 
 use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
 
 use ipnet::IpNet;
 use toml::{Table, Value};
 
 use super::super::value;
+use crate::config::file;
 
 /// A packet, such as `eth0 tcp 192.0.2.1:1000 > 192.0.2.2:80`, or, of the host's own,
 /// `own uid=5 udp …`; with `mac=…`, `dscp=…` and `mark=…` where they matter.
@@ -49,7 +51,11 @@ pub(super) struct Judge {
 }
 
 impl Judge {
+    /// One that tproxy accepts.
     pub(super) fn new(text: &str) -> Self {
+        if let Err(error) = file::parse(text.as_bytes(), Path::new("imported.toml")) {
+            panic!("{error}\n{text}");
+        }
         let config = text.parse().unwrap_or_else(|error| panic!("{error}\n{text}"));
         Self { text: text.to_owned(), config }
     }
