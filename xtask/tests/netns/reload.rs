@@ -85,7 +85,7 @@ fn under_load(lab: &Lab, _: Family) -> Result<()> {
     let (proxy, config) = start_with_rules(lab, "", &a)?;
     let load = Load {
         targets: of_all(LOAD).collect(),
-        concurrency: 4,
+        concurrency: 2,
         connections: u64::MAX,
         duration: Duration::from_mins(1),
         reset: false,
@@ -194,6 +194,7 @@ fn mixture(lab: &Lab, _: Family) -> Result<()> {
                     let (fate, took) = tcp_fate(&lab.client, from, to, Duration::from_secs(5))?;
                     ensure!(matches!(fate, Passed | Rejected), "{from} to {to} was {fate:?} after {took:?}");
                     probes.fetch_add(1, Ordering::Relaxed);
+                    thread::sleep(Duration::from_millis(1));
                 }
             }
             Ok(())
