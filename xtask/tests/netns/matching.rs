@@ -3,6 +3,7 @@
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr};
+use std::ops::Range;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
@@ -49,13 +50,14 @@ pub(crate) fn reflectors(namespace: &Namespace, targets: &[SocketAddr]) -> Resul
     targets.iter().map(reflect).collect()
 }
 
-/// Below every range of ephemeral ports, so that a proxy that chooses a port
+/// Outside every range of ephemeral ports, so that a proxy that chooses a port
 /// never chooses the client's.
-static PORT: AtomicU16 = AtomicU16::new(20_000);
+const PORTS: Range<u16> = 20_000..30_000;
+static USED: AtomicU16 = AtomicU16::new(0);
 
-/// An address with a port that no other connection of this run has.
+/// An address with a port that has not been used for thousands of connections.
 pub(crate) fn unused(address: IpAddr) -> SocketAddr {
-    at(address, PORT.fetch_add(1, Ordering::Relaxed))
+    at(address, PORTS.start + USED.fetch_add(1, Ordering::Relaxed) % (PORTS.end - PORTS.start))
 }
 
 pub(crate) fn judge(seen: SocketAddr, from: SocketAddr) -> Result<Way> {

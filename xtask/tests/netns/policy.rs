@@ -310,6 +310,7 @@ fn own_traffic(lab: &Lab, family: Family) -> Result<()> {
     );
     let _servers = reflectors_in(lab, family, &[1, 2, 3, 5])?;
     let _here = server::web(lab, &lab.router, &[8080])?;
+    let _here_too = UdpServer::echo(&lab.router, at(Family::V4.loopback(), 8080))?;
     let (proxy, _config) = start_with_rules(lab, "--own-traffic", &rules)?;
     let router = Client { namespace: &lab.router, address: family.uplink() };
     router.expect_listed(&proxy, target(family, 1), Passed, Some(1))?;
@@ -319,6 +320,10 @@ fn own_traffic(lab: &Lab, family: Family) -> Result<()> {
     expect_curl_refused(&lab.router, &url(target(family, 2).ip(), PORT, "/"))?;
     router.expect_listed(&proxy, target(family, 3), Dropped, Some(3))?;
     expect_page(&lab.router, &url(target(family, 4).ip(), 80, "/"), "127.0.0.1 8080")?;
+    let asked = at(within(family, 4, 1), 80);
+    let socket = peer::udp(&lab.router, unused(family.uplink()))?;
+    let (echo, from) = peer::exchange(&socket, asked, b"who is there?")?;
+    ensure!(echo == b"who is there?" && from == asked, "{asked} was asked; {from} answered {echo:?}");
     // It arrives on no interface.
     router.expect_listed(&proxy, target(family, 5), Proxied, None)?;
     Client::of(lab, family).expect(target(family, 5), Dropped)

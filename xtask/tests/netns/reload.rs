@@ -31,6 +31,7 @@ pub(crate) const ONCE: Scenarios = &[
     ("F3_invalid_config_changes_nothing", invalid),
     ("F3_reload_that_fails_halfway_changes_nothing", fails_halfway),
     ("H9_flows_outlive_their_rule", outlive),
+    ("H9_diverted_flows_keep_their_target", targets),
     ("reload_names_what_needs_a_restart", restart),
     ("reload_by_signal", by_signal),
     ("reload_by_watched_file", by_watched_file),
@@ -84,7 +85,7 @@ fn under_load(lab: &Lab, _: Family) -> Result<()> {
     let (proxy, config) = start_with_rules(lab, "", &a)?;
     let load = Load {
         targets: of_all(LOAD).collect(),
-        concurrency: 4,
+        concurrency: 2,
         connections: u64::MAX,
         duration: Duration::from_mins(1),
         reset: false,
@@ -193,6 +194,7 @@ fn mixture(lab: &Lab, _: Family) -> Result<()> {
                     let (fate, took) = tcp_fate(&lab.client, from, to, Duration::from_secs(5))?;
                     ensure!(matches!(fate, Passed | Rejected), "{from} to {to} was {fate:?} after {took:?}");
                     probes.fetch_add(1, Ordering::Relaxed);
+                    thread::sleep(Duration::from_millis(1));
                 }
             }
             Ok(())
@@ -399,6 +401,54 @@ fn outlive(lab: &Lab, _: Family) -> Result<()> {
             client.expect(target(family, 1), fate_of_first)?;
             client.expect(target(family, 2), fate_of_second)?;
         }
+    }
+    Ok(())
+}
+
+/// The name of a target, over TCP and UDP.
+fn named(lab: &Lab, name: &'static str, port: u16) -> Result<(TcpServer, UdpServer)> {
+    let address = at(Family::V4.loopback(), port);
+    let tcp = TcpServer::start(&lab.router, address, move |mut stream, _| {
+        while peer::read_line(&mut stream).is_ok() {
+            // A failure shows at the client.
+            let _ = stream.write_all(format!("{name}\n").as_bytes());
+        }
+    })?;
+    Ok((tcp, UdpServer::start(&lab.router, address, move |_, _| Some(name.into()))?))
+}
+
+fn targets(lab: &Lab, _: Family) -> Result<()> {
+    let _targets = [named(lab, "first", 7001)?, named(lab, "second", 7002)?];
+    let to_target = |port| format!("{}target = '127.0.0.1:{port}'\n", rule(1, "divert"));
+    let (proxy, config) = start_with_rules(lab, "", &to_target(7001))?;
+    let open = |family: Family| -> Result<_> {
+        let to = target(family, 1);
+        let stream = peer::connect(&lab.client, None, to, Duration::from_secs(5))?;
+        Ok((stream, peer::udp(&lab.client, unused(family.client()))?, to))
+    };
+    let expect = |(stream, socket, to): &mut (TcpStream, UdpSocket, SocketAddr), name: &str| -> Result<()> {
+        let (answer, _) = peer::ask(stream, "who is there?")?;
+        let (over_udp, from) = peer::exchange(socket, *to, b"who is there?")?;
+        ensure!(
+            answer == name && over_udp == name.as_bytes() && from == *to,
+            "expected {name}: {answer} over TCP, {:?} from {from} over UDP",
+            String::from_utf8_lossy(&over_udp)
+        );
+        Ok(())
+    };
+    let mut old = Family::ALL.into_iter().map(open).collect::<Result<Vec<_>>>()?;
+    for flow in &mut old {
+        expect(flow, "first")?;
+    }
+    for rules in [to_target(7002), rule(1, "drop"), to_target(7002)] {
+        config.write(&rules)?;
+        reload(&proxy)?;
+        for flow in &mut old {
+            expect(flow, "first").with_context(|| rules.clone())?;
+        }
+    }
+    for family in Family::ALL {
+        expect(&mut open(family)?, "second")?;
     }
     Ok(())
 }
