@@ -141,17 +141,6 @@ pub enum Command {
     /// All of it is checked first; with a mistake nothing changes (exit code 2). Flows that
     /// run go on as they are. What only a restart can change is named.
     Reload(DataArgs),
-    /// Make a configuration of rules of iptables or nft that lead traffic to a proxy
-    ///
-    /// Reads what iptables-save, ip6tables-save (or both, one after the other) or
-    /// nft -j list ruleset prints, and prints a configuration file. What it cannot
-    /// say is in there as a comment, and on standard error. Exit code 2 where none
-    /// can be made. For example: iptables-save | tproxy-user import > tproxy.toml
-    Import {
-        /// File to read; none, or -: standard input
-        #[arg(value_name = "FILE")]
-        file: Option<PathBuf>,
-    },
     /// Print shell completions
     ///
     /// For example: tproxy-user completions bash > /etc/bash_completion.d/tproxy-user
