@@ -94,10 +94,15 @@ fn tcp(skb: &Skb, packet: &Packet) -> i32 {
     // One that was set aside was counted, and decided over, then: it has not all of
     // what rules may ask for any more.
     let let_in = handshake::take_admission(skb);
-    let decision = match flow {
+    let mut decision = match flow {
         Some(flow) if let_in => flow.decision(),
         _ => policy::decision(skb),
     };
+    // The rules have changed since the connection before it. The stack will find the socket
+    // of that one, and drop what it was to forward (`ip_forward`), for a minute.
+    if decision.raw_verdict() == Verdict::Pass as u8 && time_wait.is_some() {
+        decision = Decision::by_default(Verdict::Proxy);
+    }
     if !Verdict::is_for_proxy(decision.raw_verdict(), TCP) {
         if let Some(flow) = FlowRef::open(skb, &key, decision, Origin::Captured) {
             flow.up(skb, packet);

@@ -23,6 +23,7 @@ use crate::policy::{
     all_reflectors, nets, other_networks, replace, start_with_rules, target, tcp_fate, within,
 };
 use crate::snapshot::Snapshot;
+use crate::tcp;
 
 /// All are for both families at once.
 pub(crate) const ONCE: Scenarios = &[
@@ -32,6 +33,7 @@ pub(crate) const ONCE: Scenarios = &[
     ("F3_reload_that_fails_halfway_changes_nothing", fails_halfway),
     ("H9_flows_outlive_their_rule", outlive),
     ("H9_diverted_flows_keep_their_target", targets),
+    ("H9_a_port_is_used_again_after_a_reload", port_used_again),
     ("reload_names_what_needs_a_restart", restart),
     ("reload_by_signal", by_signal),
     ("reload_by_watched_file", by_watched_file),
@@ -449,6 +451,25 @@ fn targets(lab: &Lab, _: Family) -> Result<()> {
     }
     for family in Family::ALL {
         expect(&mut open(family)?, "second")?;
+    }
+    Ok(())
+}
+
+/// The proxy's socket of the connection before is in `TIME_WAIT`: the stack finds it for
+/// the SYN, and does not forward a packet that has a socket.
+fn port_used_again(lab: &Lab, _: Family) -> Result<()> {
+    let _servers =
+        Family::ALL.map(|family| tcp::closes_first(lab, family)).into_iter().collect::<Result<Vec<_>>>()?;
+    let (proxy, config) = start_with_rules(lab, "", "")?;
+    for family in Family::ALL {
+        tcp::rounds(lab, family, 1)?;
+    }
+    config.write("[[rule]]\naction = 'pass'\n")?;
+    reload(&proxy)?;
+    for family in Family::ALL {
+        let times = tcp::rounds(lab, family, 2)?;
+        let slow = pace::patience(Duration::from_millis(800));
+        ensure!(times.iter().all(|time| *time < slow), "connections from the same port took {times:?}");
     }
     Ok(())
 }

@@ -185,7 +185,7 @@ const REUSED: u16 = 41_000;
 
 /// A server that closes first, so that `TIME_WAIT` stays on its side: with a
 /// proxy in between, on the proxy's.
-fn closes_first(lab: &Lab, family: Family) -> Result<TcpServer> {
+pub(crate) fn closes_first(lab: &Lab, family: Family) -> Result<TcpServer> {
     TcpServer::start(&lab.server, at(family.unspecified(), 9001), |mut stream, _| {
         if peer::read_line(&mut stream).is_ok() {
             // A failure shows at the client.
@@ -195,7 +195,7 @@ fn closes_first(lab: &Lab, family: Family) -> Result<TcpServer> {
 }
 
 /// Connects from one port, over and over: how long each took, from connect to close.
-fn rounds(lab: &Lab, family: Family, rounds: usize) -> Result<Vec<Duration>> {
+pub(crate) fn rounds(lab: &Lab, family: Family, rounds: usize) -> Result<Vec<Duration>> {
     let (from, to) = (at(family.client(), REUSED), at(family.anywhere(1), 9001));
     lab.client.enter(|| {
         let mut times = Vec::new();
