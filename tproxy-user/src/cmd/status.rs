@@ -12,7 +12,7 @@ use crate::failure::Failure;
 use crate::instance::control::{self, Request};
 use crate::instance::state::State;
 use crate::instance::{Instance, Paths};
-use crate::output::{self, Align, Table, span};
+use crate::output::{self, Align, Table, bytes, span};
 use crate::stats::Snapshot;
 
 /// Prints it.
@@ -130,6 +130,14 @@ fn text(status: &Value, now: SystemTime) -> String {
         let counts: Vec<_> = connections.iter().map(|(kind, count)| format!("{count} {kind}")).collect();
         line("connections", counts.join(", "));
     }
+    if let (Some(rules), Some(size)) =
+        (status["policy"]["rules"].as_u64(), status["policy"]["bytes"].as_u64())
+    {
+        line("rules", format!("{rules}, {} in the kernel", bytes(size)));
+    }
+    if let Some(resident) = status["memory_bytes"].as_u64() {
+        line("memory", bytes(resident));
+    }
     if let Some(counters) = status["counters"].as_object() {
         text.push('\n');
         text.push_str(&counter_table(counters));
@@ -185,6 +193,8 @@ mod tests {
             "listeners": ["tcp 127.0.0.1:15001"],
             "upstreams": [{"name": "direct", "up": true}],
             "connections": {"tcp": 3, "udp": 4},
+            "policy": {"rules": 2, "bytes": 2048},
+            "memory_bytes": 5 << 20,
             "counters": {"steered_udp": 5, "pass_local": 0, "of_a_later_version": 1},
         });
         let now = humantime::parse_rfc3339("2001-09-09T01:52:00Z").expect("time");
@@ -194,6 +204,8 @@ mod tests {
             "interfaces:  eth0 (tcx), wg0 (clsact)",
             "upstreams:   direct up",
             "connections: 3 tcp, 4 udp",
+            "rules:       2, 2.0 KiB in the kernel",
+            "memory:      5.0 MiB",
             "steered_udp             5  UDP datagrams handed to the proxy's listener.",
             "of_a_later_version      1",
         ] {

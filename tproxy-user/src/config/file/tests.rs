@@ -27,6 +27,23 @@ fn refused(text: &[u8]) -> String {
     }
 }
 
+/// The files of the tutorial, but for the files of networks that they name.
+#[test]
+fn the_tutorial_has_configs() {
+    let tutorial = include_str!("../../../../TUTORIAL.md");
+    let blocks: Vec<_> =
+        tutorial.split("```toml\n").skip(1).filter_map(|rest| rest.split("```").next()).collect();
+    assert_eq!(blocks.len(), 3);
+    let directory = tempfile::tempdir().expect("a directory");
+    for name in ["country.txt", "known.txt"] {
+        std::fs::write(directory.path().join(name), "198.51.100.0/24\n").expect("written");
+    }
+    for block in blocks {
+        let parsed = parse(block.as_bytes(), &directory.path().join("tproxy.toml"));
+        assert!(parsed.is_ok_and(|(_, rules)| !rules.is_empty()), "{block}");
+    }
+}
+
 #[test]
 fn mistakes_name_line_column_and_key() {
     for (text, expected) in [
