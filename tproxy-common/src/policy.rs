@@ -43,8 +43,8 @@ pub const VECTOR_LINES: usize = 2;
 /// Words of a vector that have a bit for each of the others that is not zero.
 pub const SUMMARY_WORDS: usize = 2;
 
-/// The most levels of a tree: 8^7 ends of 128 bits are two million, of 32 bits that
-/// takes 5 levels.
+/// The most levels of a tree above its leaves: 7 · 8^7 ends of 128 bits are 14 million,
+/// of 32 bits those of a million networks take 4 levels.
 pub const MAX_LEVELS: usize = 8;
 
 /// What of a packet rules may ask for. Each is looked up by itself.
@@ -141,10 +141,11 @@ pub mod layout {
 
     /// Words that describe a dimension.
     pub const DESCRIPTION: usize = LINE / 2;
-    /// Description: levels of its tree, 0 where all values are alike.
+    /// Description: levels of its tree above the leaves, 0 where there is one leaf.
     pub const LEVELS: usize = 0;
-    /// Description: the first line of class numbers, one an interval.
-    pub const CLASSES: usize = 1;
+    /// Description: the first leaf. Leaves are lines with the ends of intervals, in order,
+    /// and their classes.
+    pub const LEAVES: usize = 1;
     /// Description: the first line of vectors, one a class.
     pub const VECTORS: usize = 2;
     /// Description: the class of a packet that has no such value.
@@ -155,6 +156,16 @@ pub mod layout {
     pub const PARAMETER: usize = 5;
     /// Description: the first line of each level, the root first.
     pub const TREE: usize = 8;
+
+    /// Ends in a leaf of values of one word. Word 0 is the first of them, and
+    /// half words 2 to 32 are what each is above that; unused ones hold the most.
+    pub const SHORT_LEAF: usize = 31;
+    /// The first half word of their classes.
+    pub const SHORT_LEAF_CLASSES: usize = 2 + SHORT_LEAF;
+    /// Ends in a leaf of longer values, whole; unused ones hold the most.
+    pub const LONG_LEAF: usize = 7;
+    /// The first half word of their classes.
+    pub const LONG_LEAF_CLASSES: usize = 8 * LONG_LEAF;
 
     /// The line that describes a dimension, and where in it.
     #[must_use]

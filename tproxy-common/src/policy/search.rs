@@ -1,6 +1,6 @@
 //! A value's class: its interval by a tree of fixed fan-out, then the interval's class.
 
-use super::layout::{CLASSES, LEVELS, TREE};
+use super::layout::{LEAVES, LEVELS, LONG_LEAF, LONG_LEAF_CLASSES, SHORT_LEAF, SHORT_LEAF_CLASSES, TREE};
 use super::{Description, Image, LINE, Line, MAX_LEVELS, word};
 
 /// A value of a dimension, in the order of numbers.
@@ -11,17 +11,41 @@ pub(super) trait Value: Copy {
     /// Words of one in a line, the highest first.
     const WIDTH: usize;
 
+    /// The first half word of the classes in a leaf.
+    const LEAF_CLASSES: usize;
+
     /// 1 where the one at this place of a line is less, else 0.
     fn exceeds(self, image: &impl Image, line: &Line, place: usize) -> usize;
+
+    /// How many ends of a leaf are less. The last is not.
+    fn place_in_leaf(self, image: &impl Image, leaf: &Line) -> usize;
 }
 
 impl Value for u32 {
     const WIDTH: usize = 1;
+    const LEAF_CLASSES: usize = SHORT_LEAF_CLASSES;
 
     #[inline(always)]
     fn exceeds(self, image: &impl Image, line: &Line, place: usize) -> usize {
         let end = u64::from(word(line, bounded(image, place)));
         (image.opaque(end.wrapping_sub(u64::from(self))) >> 63) as usize
+    }
+
+    #[inline(always)]
+    fn place_in_leaf(self, image: &impl Image, leaf: &Line) -> usize {
+        /// Half words before the ends: those of the first end.
+        const ENDS: usize = 2;
+        // What the value is above the first end, 0 where it is below.
+        let above = image.opaque(u64::from(self).wrapping_sub(u64::from(word(leaf, 0))));
+        let above = above & (above >> 63).wrapping_sub(1);
+        let mut below = 0;
+        let mut step = SHORT_LEAF.div_ceil(2);
+        while step > 0 {
+            let end = u64::from(half_word(image, leaf, ENDS + below + step - 1));
+            below += step * (image.opaque(end.wrapping_sub(above)) >> 63) as usize;
+            step /= 2;
+        }
+        below
     }
 }
 
@@ -29,12 +53,24 @@ impl Value for u32 {
 /// 128-bit numbers.
 impl Value for (u64, u64) {
     const WIDTH: usize = 4;
+    const LEAF_CLASSES: usize = LONG_LEAF_CLASSES;
 
     #[inline(always)]
     fn exceeds(self, image: &impl Image, line: &Line, place: usize) -> usize {
         let at = bounded(image, place * Self::WIDTH);
         let (high, low) = (double_word(line, at), double_word(line, at + 2));
         (less(image, high, self.0) | (!less(image, self.0, high) & less(image, low, self.1))) as usize
+    }
+
+    #[inline(always)]
+    fn place_in_leaf(self, image: &impl Image, leaf: &Line) -> usize {
+        let mut below = 0;
+        let mut step = LONG_LEAF.div_ceil(2);
+        while step > 0 {
+            below += step * self.exceeds(image, leaf, below + step - 1);
+            step /= 2;
+        }
+        below
     }
 }
 
@@ -72,9 +108,10 @@ fn places_below<V: Value>(image: &impl Image, line: &Line, value: V) -> u32 {
 /// The class of a value. An image, a description and a number of two words are as many
 /// arguments as eBPF has, with the place for the answer.
 ///
-/// A level is the ends of intervals (the lowest), or the greatest ends of the
-/// lines below; the last of all is not in the tree. So each level says which line
-/// of the next one holds the interval, and the lowest says which interval.
+/// A level is the greatest ends of the leaves (the lowest), or of the lines below; the last
+/// of all is not in the tree. So each level says which line of the next one holds
+/// the interval, and the lowest says which leaf. That has the class beside the end: in a
+/// tree of a million networks each line that is read waits for memory.
 #[inline(never)]
 pub(super) fn class<V: Value>(image: &impl Image, described: &Description, value: V) -> Option<u32> {
     let fan_out = (LINE / V::WIDTH) as u32;
@@ -87,6 +124,12 @@ pub(super) fn class<V: Value>(image: &impl Image, described: &Description, value
         let line = image.line(described[TREE + level].wrapping_add(place))?;
         place = place.wrapping_mul(fan_out).wrapping_add(places_below(image, line, value));
     }
-    let line = image.line(described[CLASSES].wrapping_add(place / LINE as u32))?;
-    Some(word(line, place as usize))
+    let leaf = image.line(described[LEAVES].wrapping_add(place))?;
+    Some(half_word(image, leaf, V::LEAF_CLASSES + value.place_in_leaf(image, leaf)))
+}
+
+/// The low half of a word comes first.
+#[inline(always)]
+fn half_word(image: &impl Image, line: &Line, at: usize) -> u32 {
+    word(line, bounded(image, at / 2)) >> (at % 2 * 16) & 0xffff
 }

@@ -123,6 +123,9 @@ pub enum Unfit {
         most = MARKS.len()
     )]
     Masks(usize),
+    /// Their sets of values overlap in so many ways, within one key.
+    #[error("rules overlap in {0} ways within one key, such as `to`; at most 65,536 are possible")]
+    Overlaps(usize),
     /// They ask for control groups at more depths than there are dimensions for.
     #[error(
         "rules ask for control groups at {0} different depths of the hierarchy; at most {most} are possible",
@@ -146,7 +149,7 @@ pub fn compile(set: &RuleSet) -> Result<Vec<Line>, Unfit> {
     let mut image = vec![[0; LINE]; descriptions];
     for (selector, dimension) in dimensions(set)? {
         image[0][layout::USED] |= 1 << dimension as u32;
-        add_dimension(&mut image, set, selector, dimension);
+        add_dimension(&mut image, set, selector, dimension)?;
     }
     let verdicts: Vec<u32> = set.rules.iter().map(|rule| rule.verdict).chain([set.otherwise]).collect();
     image[0][layout::RULES] = word(set.rules.len());
@@ -180,7 +183,12 @@ fn condition(rule: &Rule, selector: Selector) -> Option<&Ranges> {
     condition.map(|condition| &*condition.values)
 }
 
-fn add_dimension(image: &mut Vec<Line>, set: &RuleSet, selector: Selector, dimension: Dimension) {
+fn add_dimension(
+    image: &mut Vec<Line>,
+    set: &RuleSet,
+    selector: Selector,
+    dimension: Dimension,
+) -> Result<(), Unfit> {
     let mut vectors = Vectors::default();
     // Where the rules change that a value satisfies: from which value on, and which one.
     let mut changes = Vec::new();
@@ -202,7 +210,8 @@ fn add_dimension(image: &mut Vec<Line>, set: &RuleSet, selector: Selector, dimen
         changes.last().is_none_or(|(from, _)| bits == 128 || *from <= 1 << bits),
         "{selector:?} has {bits} bits"
     );
-    let (mut ends, mut classes) = (Vec::new(), Vec::new());
+    // The end and the class of each interval.
+    let mut intervals = Vec::new();
     let mut satisfied = absent.clone();
     let mut class = vectors.class_of(&satisfied);
     for changes in changes.chunk_by(|a, b| a.0 == b.0) {
@@ -212,17 +221,22 @@ fn add_dimension(image: &mut Vec<Line>, set: &RuleSet, selector: Selector, dimen
         let next = vectors.class_of(&satisfied);
         let from = changes[0].0;
         if next != class && from > 0 {
-            ends.push(from - 1);
-            classes.push(class);
+            intervals.push((from - 1, class));
         }
         class = next;
     }
-    classes.push(class);
+    intervals.push((u128::MAX >> (128 - bits), class));
     let (absent, unknown) = (vectors.class_of(&absent), vectors.class_of(&unknown));
+    if vectors.in_order.len() > 1 << 16 {
+        return Err(Unfit::Overlaps(vectors.in_order.len()));
+    }
 
     let (line, at) = layout::description(dimension as usize);
-    let tree = tree(image, &ends, dimension.width());
-    let classes = append(image, &classes, 0);
+    let (leaves, mut greatest) = if dimension.width() == 1 { short(&intervals) } else { long(&intervals) };
+    greatest.pop();
+    let tree = tree(image, &greatest, dimension.width());
+    let first_leaf = word(image.len());
+    image.extend(leaves);
     let first_vector = word(image.len());
     for vector in &vectors.in_order {
         append(image, &vector.0, 0);
@@ -230,11 +244,57 @@ fn add_dimension(image: &mut Vec<Line>, set: &RuleSet, selector: Selector, dimen
     let described = &mut image[line][at..at + layout::DESCRIPTION];
     described[layout::LEVELS] = word(tree.len());
     described[layout::TREE..layout::TREE + tree.len()].copy_from_slice(&tree);
-    described[layout::CLASSES] = classes;
+    described[layout::LEAVES] = first_leaf;
     described[layout::VECTORS] = first_vector;
     described[layout::ABSENT] = absent;
     described[layout::UNKNOWN] = unknown;
     described[layout::PARAMETER] = selector.parameter();
+    Ok(())
+}
+
+/// Leaves of intervals (end and class, in order) of values of one word; the last end of each.
+#[expect(clippy::cast_possible_truncation, reason = "ends of 32 bits, and fewer than 2^16 classes")]
+fn short(intervals: &[(u128, u32)]) -> (Vec<Line>, Vec<u128>) {
+    let (mut leaves, mut greatest) = (Vec::new(), Vec::new());
+    let mut rest = intervals;
+    while let Some((base, _)) = rest.first() {
+        let fits = |(end, _): &&(u128, u32)| end - base <= u128::from(u16::MAX);
+        let (leaf, others) = rest.split_at(rest.iter().take(layout::SHORT_LEAF).take_while(fits).count());
+        let mut line = [0; LINE];
+        line[0] = *base as u32;
+        for slot in 0..layout::SHORT_LEAF {
+            let (offset, class) =
+                leaf.get(slot).map_or((u16::MAX, 0), |(end, class)| ((end - base) as u16, *class));
+            put_half_word(&mut line, 2 + slot, offset.into());
+            put_half_word(&mut line, layout::SHORT_LEAF_CLASSES + slot, class);
+        }
+        leaves.push(line);
+        greatest.push(leaf[leaf.len() - 1].0);
+        rest = others;
+    }
+    (leaves, greatest)
+}
+
+/// The same of longer values.
+fn long(intervals: &[(u128, u32)]) -> (Vec<Line>, Vec<u128>) {
+    let leaf = |leaf: &[(u128, u32)]| {
+        let mut line = [0; LINE];
+        line[..layout::LONG_LEAF_CLASSES / 2].fill(u32::MAX);
+        for (slot, (end, class)) in leaf.iter().enumerate() {
+            for (at, word) in words(*end, 4).enumerate() {
+                line[4 * slot + at] = word;
+            }
+            put_half_word(&mut line, layout::LONG_LEAF_CLASSES + slot, *class);
+        }
+        line
+    };
+    let leaves = intervals.chunks(layout::LONG_LEAF);
+    leaves.map(|intervals| (leaf(intervals), intervals[intervals.len() - 1].0)).unzip()
+}
+
+/// Sets a half word that is zero; the low half of a word comes first.
+fn put_half_word(line: &mut Line, at: usize, value: u32) {
+    line[at / 2] |= value << (at % 2 * 16);
 }
 
 /// Appends the levels of a tree over ends in order; the first line of each, the root first.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 use tproxy_common::abi::{Family, mapped};
-use tproxy_common::policy::{Known, LINE, MAX_RULES};
+use tproxy_common::policy::{Known, LINE, MAX_RULES, layout};
 
 use super::compile::{Condition, Rule, RuleSet, Selector, Unfit, compile};
 use super::facts::{Memory, Packet};
@@ -49,9 +49,12 @@ fn every_interval_is_found() {
         (Selector::Cgroup { depth: 2 }, 4),
     ] {
         let fan_out = LINE / words;
-        let full = [fan_out, fan_out * fan_out, fan_out * fan_out * fan_out, fan_out * (fan_out + 1)];
-        // Two ends an interval.
-        let counts = full.into_iter().flat_map(|ends| [ends / 2 - 1, ends / 2, ends / 2 + 1]);
+        // Of few values, spread over all, a short leaf holds one alone.
+        let leaf = if words == 1 { layout::SHORT_LEAF } else { layout::LONG_LEAF };
+        let leaves = [1, fan_out, fan_out * fan_out, fan_out * (fan_out + 1)];
+        let full = leaves.into_iter().flat_map(|leaves| [leaves, leaves * leaf]);
+        // Two ends an interval, and the end of all values.
+        let counts = full.flat_map(|ends| [(ends / 2).saturating_sub(1), ends / 2, ends / 2 + 1]);
         for count in counts.chain([0, 1, 2, fan_out * fan_out * 8 + 5]) {
             find_intervals(selector, count as u128);
         }
@@ -107,6 +110,26 @@ fn packet_with(selector: Selector, value: u128) -> Option<Packet> {
         }
     }
     Some(packet)
+}
+
+/// Each rule matches the addresses that have one bit: every combination is another class.
+#[test]
+fn more_overlaps_than_fit_are_refused() {
+    let rules = |bits: u32| {
+        let with = move |bit: u32| (0..1_u128 << bits).filter(move |address| address >> bit & 1 == 1);
+        let rule = move |bit| {
+            let values = Arc::new(Ranges::new(with(bit).map(|address| (address, address)).collect()));
+            Rule { conditions: vec![Condition { selector: Selector::Destination4, values }], verdict: bit }
+        };
+        RuleSet { rules: (0..bits).map(rule).collect(), otherwise: 99 }
+    };
+    // A class is left for packets of which nothing is known, as for those that have all bits.
+    let image = Memory(compile(&rules(16)).expect("65,536 classes"));
+    for (address, verdict) in [(0_u32, 99), (1, 0), (0xa000, 13), (0xffff, 0), (0x1_0001, 99)] {
+        let destination = mapped(address.to_be_bytes());
+        assert_eq!(image.decide(&Packet { destination, ..Packet::EMPTY }).0, verdict, "{address:#x}");
+    }
+    assert_eq!(compile(&rules(17)), Err(Unfit::Overlaps(1 << 17)));
 }
 
 #[test]
