@@ -7,7 +7,7 @@
 //! the rules that this value satisfies. The first bit that all have is the rule.
 //! A value is found in a tree over the ends of intervals, so prefixes, ranges
 //! and single values are one thing, and a million IPv4 prefixes of one rule are some
-//! four million words.
+//! two million words.
 //!
 //! The compiled form is one image of equal [`Line`]s, which kernel programs read
 //! from a map and userspace from memory; this is the code of both. `tproxy-user`

@@ -55,7 +55,8 @@ pub fn packet(config: &Config, question: &Question, json: bool) -> anyhow::Resul
         output::print_json(&answer)?;
     } else {
         let by = answer.rule.map_or_else(String::new, |rule| format!(" by rule {rule}"));
-        let not = answer.not.iter().map(|(rule, key)| format!("  not rule {rule}: {key} differs\n"));
+        let not =
+            answer.not.iter().map(|miss| format!("  not rule {}: {} differs\n", miss.rule, miss.condition));
         let not: String = not.collect();
         output::print(&format!("{question}\n{}{by}: {}\n{not}", answer.action, answer.because))?;
     }

@@ -24,8 +24,17 @@ pub struct Answer {
     pub rule: Option<u16>,
     /// Why.
     pub because: String,
-    /// Rules before it, and the first of their conditions that is not met.
-    pub not: Vec<(u16, &'static str)>,
+    /// Rules before it.
+    pub not: Vec<Miss>,
+}
+
+/// A rule that does not match.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Miss {
+    /// Its number.
+    pub rule: u16,
+    /// The first of its conditions that is not met.
+    pub condition: &'static str,
 }
 
 impl Answer {
@@ -79,8 +88,8 @@ fn answer(plan: &Plan, set: &RuleSet, packet: &Packet, (word, place): (u32, u32)
         ),
     };
     let not = set.rules[..place].iter().filter_map(|rule| {
-        let number = Decision::from_word(rule.verdict).rule();
-        Some((number, key(unmet(&rule.conditions, packet)?)))
+        let condition = key(unmet(&rule.conditions, packet)?);
+        Some(Miss { rule: Decision::from_word(rule.verdict).rule(), condition })
     });
     let action = match Verdict::from_raw(decision.raw_verdict()) {
         Some(Verdict::Proxy) | None => "proxy",
@@ -89,7 +98,7 @@ fn answer(plan: &Plan, set: &RuleSet, packet: &Packet, (word, place): (u32, u32)
         Some(Verdict::Reject) => "reject",
         Some(Verdict::Drop) => "drop",
     };
-    let not = not.filter(|(number, _)| *number > 0).collect();
+    let not = not.filter(|miss| miss.rule > 0).collect();
     Answer { action, rule: (decision.rule() != 0).then_some(decision.rule()), because, not }
 }
 
@@ -238,7 +247,8 @@ action = "reject"
     fn rules_before_it_tell_what_they_miss() {
         let question = "udp 192.168.1.66:1 > 8.8.8.8:99 iface lan".parse().expect("a packet");
         let answer = explain(&plan(), &question).expect("an answer");
-        assert_eq!(answer.not, [(1, "to"), (2, "to_port"), (3, "mac")]);
+        let not: Vec<_> = answer.not.iter().map(|miss| (miss.rule, miss.condition)).collect();
+        assert_eq!(not, [(1, "to"), (2, "to_port"), (3, "mac")]);
         let elsewhere = "tcp 1.1.1.1:1 > 1.1.1.1:2 iface eth7".parse().expect("a packet");
         assert_eq!(explain(&plan(), &elsewhere), Err("iface eth7: no such interface".to_owned()));
     }
