@@ -158,3 +158,166 @@ pub(super) fn range(net: &IpNet) -> (u128, u128) {
         IpNet::V6(net) => (net.network().to_bits(), net.broadcast().to_bits()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::IpAddr;
+    use std::path::PathBuf;
+
+    use proptest::prelude::*;
+    use tproxy_common::abi::{Family, TCP, UDP, mapped};
+    use tproxy_common::policy::Known;
+
+    use super::*;
+    use crate::config::Mark;
+    use crate::config::rule::PrefixFile;
+    use crate::policy::compile::compile;
+    use crate::policy::facts::{Memory, Packet};
+
+    const INTERFACES: [(u32, &str); 3] = [(1, "lan0"), (2, "lan1"), (3, "wan")];
+
+    /// What a condition says, read by itself.
+    fn meets(of: &Conditions, packet: &Packet) -> bool {
+        let any = |list: bool, met: bool| !list || met;
+        let is = |first: u16, last: u16, port| (first..=last).contains(&port);
+        let Known::Is((from_port, to_port)) = packet.ports else { panic!("no ports") };
+        let name = packet.interface.and_then(|index| INTERFACES.iter().find(|(known, _)| *known == index));
+        let named = |glob: &String| {
+            name.is_some_and(|(_, name)| {
+                glob.strip_suffix('*').map_or(glob == name, |start| name.starts_with(start))
+            })
+        };
+        any(!of.protocols.is_empty(), of.protocols.contains(&packet.protocol))
+            && within(&of.from, address(packet, &packet.source))
+            && within(&of.to, address(packet, &packet.destination))
+            && any(!of.from_ports.is_empty(), of.from_ports.iter().any(|(a, b)| is(*a, *b, from_port)))
+            && any(!of.to_ports.is_empty(), of.to_ports.iter().any(|(a, b)| is(*a, *b, to_port)))
+            && any(!of.interfaces.is_empty(), of.interfaces.iter().any(named))
+            && any(!of.macs.is_empty(), of.macs.iter().any(|mac| packet.mac == Some(number(*mac))))
+            && any(!of.dscps.is_empty(), of.dscps.contains(&packet.dscp))
+            && any(!of.marks.is_empty(), of.marks.iter().any(|mark| mark.matches(packet.mark)))
+            && any(
+                !of.uids.is_empty(),
+                of.uids.iter().any(|(a, b)| packet.uid.is_some_and(|uid| (*a..=*b).contains(&uid))),
+            )
+    }
+
+    fn within(of: &Addresses, address: IpAddr) -> bool {
+        let holds = |nets: &[IpNet]| nets.iter().any(|net| net.contains(&address));
+        let number = match address {
+            IpAddr::V4(v4) => u128::from(v4.to_bits()),
+            IpAddr::V6(v6) => v6.to_bits(),
+        };
+        let in_file = |file: &PrefixFile| {
+            if address.is_ipv4() { file.v4.contains(number) } else { file.v6.contains(number) }
+        };
+        let all = of.nets.is_empty() && of.files.is_empty();
+        (all || holds(&of.nets) || of.files.iter().any(in_file)) && !holds(&of.not)
+    }
+
+    fn address(packet: &Packet, addr: &[u8; 16]) -> IpAddr {
+        match packet.family {
+            Family::V4 => [addr[12], addr[13], addr[14], addr[15]].into(),
+            Family::V6 => (*addr).into(),
+        }
+    }
+
+    /// Few values, so that rules and packets meet.
+    fn ip() -> impl Strategy<Value = IpAddr> {
+        prop_oneof![
+            (0_u32..8).prop_map(|low| IpAddr::V4((0x0a00_0000 + low).into())),
+            (0_u128..8).prop_map(|low| IpAddr::V6(((0xfd00 << 112) + low).into())),
+        ]
+    }
+
+    fn nets() -> impl Strategy<Value = Vec<IpNet>> {
+        let net = (ip(), 0_u8..4).prop_map(|(ip, short)| {
+            let most = if ip.is_ipv4() { 32 } else { 128 };
+            IpNet::new(ip, most - short).expect("a length").trunc()
+        });
+        prop::collection::vec(net, 0..3)
+    }
+
+    fn addresses() -> impl Strategy<Value = Addresses> {
+        let files = prop::collection::vec(nets().prop_map(|nets| file(&nets)), 0..2);
+        (nets(), files, nets()).prop_map(|(nets, files, not)| Addresses { nets, files, not })
+    }
+
+    fn file(nets: &[IpNet]) -> PrefixFile {
+        let of = |v4: bool| nets.iter().filter(move |net| net.addr().is_ipv4() == v4).map(range);
+        let (v4, v6) = (collect(of(true)), collect(of(false)));
+        PrefixFile { path: PathBuf::new(), count: nets.len(), v4, v6 }
+    }
+
+    fn list<S: Strategy>(of: S) -> impl Strategy<Value = Vec<S::Value>> {
+        prop_oneof![2 => Just(0..1_usize), 1 => Just(1..3)].prop_flat_map({
+            let of = std::sync::Arc::new(of);
+            move |size| prop::collection::vec(std::sync::Arc::clone(&of), size)
+        })
+    }
+
+    fn span() -> impl Strategy<Value = (u16, u16)> {
+        (0_u16..6, 0_u16..6).prop_map(|(a, b)| (a.min(b), a.max(b)))
+    }
+
+    prop_compose! {
+        fn conditions()(
+            protocols in list(prop::sample::select(vec![TCP, UDP])),
+            from in addresses(), to in addresses(),
+            from_ports in list(span()), to_ports in list(span()),
+            interfaces in list(prop::sample::select(vec!["lan*", "wan", "lan1", "eth9"])),
+            macs in list((0_u8..3).prop_map(|last| [2, 0, 0, 0, 0, last])),
+            dscps in list(0_u8..3),
+            marks in list((0_u32..4, prop::sample::select(vec![1, 3])).prop_map(|(value, mask)| {
+                Mark { value: value & mask, mask }
+            })),
+            uids in list(span().prop_map(|(a, b)| (a.into(), b.into()))),
+        ) -> Conditions {
+            let interfaces = interfaces.into_iter().map(str::to_owned).collect();
+            Conditions {
+                protocols, from, to, from_ports, to_ports, interfaces, macs, dscps, marks, uids,
+                cgroups: Vec::new(),
+            }
+        }
+    }
+
+    prop_compose! {
+        fn packet()(
+            ends in (ip(), ip()).prop_filter("of one family", |(a, b)| a.is_ipv4() == b.is_ipv4()),
+            ports in (0_u16..6, 0_u16..6), protocol in prop::sample::select(vec![TCP, UDP]),
+            interface in prop::option::of(1_u32..4), mac in prop::option::of(0x0200_0000_0000_u64..0x0200_0000_0003),
+            dscp in 0_u8..3, mark in 0_u32..8, uid in prop::option::of(0_u32..6),
+        ) -> Packet {
+            let addr = |ip| match ip {
+                IpAddr::V4(v4) => mapped(v4.octets()),
+                IpAddr::V6(v6) => v6.octets(),
+            };
+            Packet {
+                family: if ends.0.is_ipv4() { Family::V4 } else { Family::V6 },
+                source: addr(ends.0), destination: addr(ends.1), ports: Known::Is(ports),
+                protocol, interface, mac, dscp, mark, uid, cgroups: Vec::new(),
+            }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(1000))]
+
+        #[test]
+        fn the_first_rule_that_matches_decides(
+            rules in prop::collection::vec(conditions(), 0..8), packets in prop::collection::vec(packet(), 1..16),
+        ) {
+            let interfaces = INTERFACES.map(|(index, name)| (index, name.to_owned()));
+            let rules: Vec<_> =
+                rules.into_iter().map(|conditions| Configured { conditions, action: Action::Drop }).collect();
+            let names = Names::new(&interfaces, &rules);
+            let set = rule_set(&Scope::default(), &rules, &names, &Targets::default()).expect("no targets");
+            let image = Memory(compile(&set).expect("few rules"));
+            for packet in packets {
+                let first = rules.iter().position(|rule| meets(&rule.conditions, &packet));
+                let rule = Decision::from_word(image.decide(&packet).0).rule();
+                prop_assert_eq!(usize::from(rule), first.map_or(0, |at| at + 1), "{:?}", packet);
+            }
+        }
+    }
+}
