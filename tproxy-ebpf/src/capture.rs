@@ -96,6 +96,8 @@ fn tcp(skb: &Skb, packet: &Packet) -> i32 {
     let let_in = handshake::take_admission(skb);
     let mut decision = match flow {
         Some(flow) if let_in => flow.decision(),
+        // The flow table has lost it. Its client sends another.
+        None if let_in => return drop(Counter::SynNotAdmitted),
         _ => policy::decision(skb),
     };
     // The rules have changed since the connection before it. The stack will find the socket
@@ -144,6 +146,13 @@ pub(crate) fn unproxied(verdict: u8) -> i32 {
     } else {
         pass(Counter::PassPolicy)
     }
+}
+
+/// A packet that goes to the proxy by this verdict over its flow, while no proxy is there.
+/// What the rules refuse is no flow of the proxy's, whose choice it were.
+#[inline(always)]
+pub(crate) fn unheard(verdict: u8) -> i32 {
+    if verdict == Verdict::Reject as u8 { drop(Counter::PolicyDropped) } else { fail() }
 }
 
 /// A packet of a proxied connection that is no SYN. Where the connection has ended,
@@ -207,7 +216,7 @@ fn udp(skb: &Skb, packet: &Packet) -> i32 {
                 }
                 return unproxied(decision.raw_verdict());
             }
-            let Some(sock) = sock::listener(skb, packet) else { return fail() };
+            let Some(sock) = sock::listener(skb, packet) else { return unheard(decision.raw_verdict()) };
             // The route of its destination leads back in here. Taken again it
             // would be sent again, with a new TTL and without end.
             if settings::client_port() == 0 && sock::is_sent_by_own_udp(skb, packet) {
@@ -220,7 +229,7 @@ fn udp(skb: &Skb, packet: &Packet) -> i32 {
             return to_socket(skb, sock, Mark::Tproxy, Counter::SteeredUdp);
         }
     };
-    let Some(sock) = sock::listener(skb, packet) else { return fail() };
+    let Some(sock) = sock::listener(skb, packet) else { return unheard(flow.verdict()) };
     flow.up(skb, packet);
     to_socket(skb, sock, Mark::Tproxy, Counter::SteeredUdp)
 }

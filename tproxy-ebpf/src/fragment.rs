@@ -7,7 +7,7 @@ use tproxy_common::counter::Counter;
 use tproxy_common::wire::{Fragment, Packet};
 
 use crate::account::{FlowRef, count, up_key};
-use crate::capture::{answered_request, note_host_pair, note_request_to_host, unproxied};
+use crate::capture::{answered_request, note_host_pair, note_request_to_host, unheard, unproxied};
 use crate::maps::FRAGMENTS;
 use crate::nat;
 use crate::policy;
@@ -15,7 +15,7 @@ use crate::scratch;
 use crate::settings;
 use crate::skb::Skb;
 use crate::sock;
-use crate::steer::{Mark, fail, pass, to_stack};
+use crate::steer::{Mark, pass, to_stack};
 
 /// What differs between the two sides of the proxy. Neither is asked about
 /// packets for this host.
@@ -68,7 +68,7 @@ pub(crate) fn ingress<S: Side>(skb: &Skb, packet: &Packet) -> i32 {
     }
     // All workers listen, or none does: the port does not matter here.
     if S::COUNTS && sock::listener(skb, packet).is_none() {
-        return fail();
+        return unheard(verdict);
     }
     to_stack(skb, Mark::Tproxy, Counter::SteeredFragment)
 }

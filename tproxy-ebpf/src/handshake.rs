@@ -35,7 +35,7 @@ fn admitted_mark() -> u32 {
 /// Whether this is a SYN that userspace has let in. Its frame has no link-layer
 /// addresses, and the mark that it had is lost.
 #[inline(always)]
-pub(crate) fn is_let_in(skb: &Skb) -> bool {
+fn is_let_in(skb: &Skb) -> bool {
     is_faithful() && skb.mark() == admitted_mark()
 }
 

@@ -8,7 +8,7 @@ use tproxy_common::counter::Counter;
 use tproxy_common::wire::{Fragment, Packet};
 
 use crate::account::{FlowRef, down_key, leaves, skip_counter, up_key};
-use crate::capture::unproxied;
+use crate::capture::{unheard, unproxied};
 use crate::fragment::resolve_ports;
 use crate::handshake;
 use crate::policy;
@@ -69,7 +69,7 @@ fn own(skb: &Skb, packet: &Packet) -> i32 {
         // While the proxy drains its connections nobody listens.
         let taken = sock::listener(skb, packet).is_some()
             || (packet.protocol != UDP && sock::connection(skb, packet).is_some());
-        return if taken { to_loopback(skb, packet) } else { fail() };
+        return if taken { to_loopback(skb, packet) } else { unheard(flow.verdict()) };
     }
     if packet.protocol == UDP {
         // An answer of a service on this host.
@@ -91,6 +91,9 @@ fn own(skb: &Skb, packet: &Packet) -> i32 {
     let decision = policy::decision_on_own(skb);
     let captured = Verdict::is_for_proxy(decision.raw_verdict(), packet.protocol);
     if captured && sock::listener(skb, packet).is_none() {
+        if decision.raw_verdict() == Verdict::Reject as u8 {
+            return unheard(decision.raw_verdict());
+        }
         // See `capture`: an entry of an earlier, proxied connection.
         if FlowRef::find(&key).is_some() && settings::fail_open() == 1 {
             FlowRef::open(skb, &key, Decision::by_default(Verdict::Pass), Origin::Own);

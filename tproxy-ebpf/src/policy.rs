@@ -8,7 +8,6 @@ use tproxy_common::abi::{Addr, Decision, Family, Verdict};
 use tproxy_common::policy::{Facts, Image, Known, Line, Work, decide};
 use tproxy_common::wire::{Packet, dscp};
 
-use crate::handshake;
 use crate::maps::{LOCAL, POLICY, PolicyImage};
 use crate::scratch;
 use crate::settings;
@@ -171,11 +170,7 @@ impl Facts for Seen<'_> {
 
     #[inline(always)]
     fn mac(&self) -> Option<u64> {
-        if self.is_own() || handshake::is_let_in(self.skb) {
-            None
-        } else {
-            self.skb.ethernet_source(self.packet)
-        }
+        if self.is_own() { None } else { self.skb.ethernet_source(self.packet) }
     }
 
     #[inline(always)]
@@ -186,8 +181,7 @@ impl Facts for Seen<'_> {
 
     #[inline(always)]
     fn mark(&self) -> u32 {
-        // Without the sign that is in its place.
-        if handshake::is_let_in(self.skb) { 0 } else { self.skb.mark() }
+        self.skb.mark()
     }
 
     #[inline(always)]

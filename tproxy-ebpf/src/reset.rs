@@ -111,7 +111,7 @@ fn refuse(skb: &Skb, packet: &Packet, transport: u32) -> Option<()> {
     // the packet is kept.
     let replaced = unsafe {
         let change = bpf_csum_diff(old.as_mut_ptr(), SIZE, new.as_mut_ptr(), SIZE, 0);
-        bpf_l4_csum_replace(skb.as_ptr(), transport + CHECKSUM_AT, 0, change as u64, 0)
+        bpf_l4_csum_replace(skb.as_ptr(), transport + CHECKSUM_AT, 0, change.cast_unsigned(), 0)
     };
     if replaced != 0 {
         return None;

@@ -256,8 +256,8 @@ impl Upkeep<'_> {
                 () = watch.changed() => behind = self.follow(behind).await,
                 () = tokio::time::sleep(AGAIN), if behind => behind = self.follow(behind).await,
                 () = &mut answers => {}
-                _ = ticks.tick(), if !behind => {
-                    if let Some(steering) = self.steering.as_mut() {
+                _ = ticks.tick() => {
+                    if let Some(steering) = self.steering.as_mut().filter(|_| !behind) {
                         // What fails here fails in `follow` as well, which tells.
                         behind = steering.check(self.instance).await.is_err();
                     }
@@ -351,7 +351,8 @@ async fn end(
     }
     tokio::select! {
         () = tokio::time::sleep(patience) => {}
-        name = signals.recv() => {
+        // One that asks for a reload asks for nothing any more.
+        name = signals.end(true) => {
             tracing::info!("{name} again: stopping at once");
             controller.stop();
         }

@@ -52,7 +52,7 @@ impl Controller {
             () = tokio::time::sleep(deadline) => {
                 tracing::info!("drain time-out of {deadline:?} is over: cutting what is left");
             }
-            name = signals.recv() => tracing::info!("{name} again: stopping at once"),
+            name = signals.end(true) => tracing::info!("{name} again: stopping at once"),
         }
         self.stop();
     }
@@ -121,6 +121,15 @@ impl Signals {
         })
     }
 
+    /// Waits for one that asks for the end, and names it.
+    pub async fn end(&mut self, reload: bool) -> &'static str {
+        loop {
+            if let Asked::End(name) = self.next(reload).await {
+                return name;
+            }
+        }
+    }
+
     /// Waits for the next one where there is something to `reload`.
     pub async fn next(&mut self, reload: bool) -> Asked {
         match self.recv().await {
@@ -130,7 +139,7 @@ impl Signals {
     }
 
     /// Waits for the next one and names it.
-    pub async fn recv(&mut self) -> &'static str {
+    async fn recv(&mut self) -> &'static str {
         let hangup = async {
             match &mut self.hangup {
                 Some(hangup) => hangup.recv().await,

@@ -189,6 +189,8 @@ stats! {
         udp_receive_errors,
         /// UDP datagrams dropped because the kernel did not tell their original destination.
         udp_no_destination,
+        /// Connections and datagrams refused because the flow table had lost their flow, while rules divert or reject.
+        flows_lost,
         /// UDP datagrams dropped because no socket towards upstream could be had.
         udp_no_socket,
         /// Programs that another detached (filter, qdisc, tcx or `sk_lookup` link), put back.

@@ -15,6 +15,7 @@ use tokio::io::unix::AsyncFd;
 use tproxy_common::abi::{ABI_VERSION, ListenerKind, MAX_WORKERS, Settings, listener_index};
 
 use crate::clsact;
+use crate::config::rule::{Action, Rule};
 use crate::config::{Attach, Config, Fail, Handshake, SourceMode};
 use crate::datapath::attach::Hook;
 use crate::datapath::bpffs;
@@ -217,7 +218,8 @@ impl Steering {
     /// Has the kernel decide by the rules of a plan, by one write.
     fn set_policy(&mut self, plan: &Plan, names: Names) -> anyhow::Result<()> {
         if !plan.policy.is_empty() {
-            self.targets.ask_for();
+            let binds = |rule: &Rule| matches!(rule.action, Action::Divert(_) | Action::Reject);
+            self.targets.ask_for(plan.policy.iter().any(binds));
         }
         let set = rule_set(&plan.scope, &plan.policy, &names, &self.targets)?;
         if self.policy.as_ref().map(|(set, _)| set) != Some(&set) {

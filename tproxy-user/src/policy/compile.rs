@@ -124,8 +124,8 @@ pub enum Unfit {
     )]
     Masks(usize),
     /// Their sets of values overlap in so many ways, within one key.
-    #[error("rules overlap in {0} ways within one key, such as `to`; at most 65,536 are possible")]
-    Overlaps(usize),
+    #[error("rules overlap in more than {MOST_CLASSES} ways within one key, such as `to`")]
+    Overlaps,
     /// They ask for control groups at more depths than there are dimensions for.
     #[error(
         "rules ask for control groups at {0} different depths of the hierarchy; at most {most} are possible",
@@ -157,6 +157,9 @@ pub fn compile(set: &RuleSet) -> Result<Vec<Line>, Unfit> {
     Ok(image)
 }
 
+/// Classes of a dimension: leaves have half words for their numbers.
+const MOST_CLASSES: usize = 1 << 16;
+
 /// What rules ask for, each with a dimension of its own.
 fn dimensions(set: &RuleSet) -> Result<Vec<(Selector, Dimension)>, Unfit> {
     let conditions = set.rules.iter().flat_map(|rule| &rule.conditions);
@@ -176,11 +179,11 @@ fn dimensions(set: &RuleSet) -> Result<Vec<(Selector, Dimension)>, Unfit> {
     Ok(dimensions)
 }
 
-fn condition(rule: &Rule, selector: Selector) -> Option<&Ranges> {
+fn condition(rule: &Rule, selector: Selector) -> Option<&Arc<Ranges>> {
     let mut of_selector = rule.conditions.iter().filter(|condition| condition.selector == selector);
     let condition = of_selector.next();
     debug_assert!(of_selector.next().is_none(), "two conditions for {selector:?}");
-    condition.map(|condition| &*condition.values)
+    condition.map(|condition| &condition.values)
 }
 
 fn add_dimension(
@@ -190,15 +193,23 @@ fn add_dimension(
     dimension: Dimension,
 ) -> Result<(), Unfit> {
     let mut vectors = Vectors::default();
-    // Where the rules change that a value satisfies: from which value on, and which one.
-    let mut changes = Vec::new();
     let (mut absent, mut unknown) = (Vector::EMPTY, Vector::EMPTY);
+    // Rules by the set that they ask for: one that they share counts once.
+    let mut sets = Vec::<(&Arc<Ranges>, Vec<usize>)>::new();
     for (number, rule) in set.rules.iter().enumerate() {
         unknown.toggle(number);
         let Some(values) = condition(rule, selector) else {
             absent.toggle(number);
             continue;
         };
+        match sets.iter_mut().find(|(known, _)| Arc::ptr_eq(known, values)) {
+            Some((_, rules)) => rules.push(number),
+            None => sets.push((values, vec![number])),
+        }
+    }
+    // Where the sets change that a value is in: from which value on, and which one.
+    let mut changes = Vec::new();
+    for (number, (values, _)) in sets.iter().enumerate() {
         for (first, last) in values.as_slice() {
             changes.push((*first, number));
             changes.extend(last.checked_add(1).map(|after| (after, number)));
@@ -215,10 +226,13 @@ fn add_dimension(
     let mut satisfied = absent.clone();
     let mut class = vectors.class_of(&satisfied);
     for changes in changes.chunk_by(|a, b| a.0 == b.0) {
-        for (_, rule) in changes {
+        for rule in changes.iter().flat_map(|(_, set)| &sets[*set].1) {
             satisfied.toggle(*rule);
         }
         let next = vectors.class_of(&satisfied);
+        if vectors.in_order.len() > MOST_CLASSES {
+            return Err(Unfit::Overlaps);
+        }
         let from = changes[0].0;
         if next != class && from > 0 {
             intervals.push((from - 1, class));
@@ -227,8 +241,8 @@ fn add_dimension(
     }
     intervals.push((u128::MAX >> (128 - bits), class));
     let (absent, unknown) = (vectors.class_of(&absent), vectors.class_of(&unknown));
-    if vectors.in_order.len() > 1 << 16 {
-        return Err(Unfit::Overlaps(vectors.in_order.len()));
+    if vectors.in_order.len() > MOST_CLASSES {
+        return Err(Unfit::Overlaps);
     }
 
     let (line, at) = layout::description(dimension as usize);

@@ -149,11 +149,16 @@ fn facts(question: &Question, interface: Option<u32>) -> Packet {
         ports: Known::Is((question.source.port(), question.destination.port())),
         protocol: question.protocol,
         interface,
-        mac: question.mac.map(number),
+        // What the kernel knows of either: see `Facts` of its programs.
+        mac: question.mac.filter(|_| interface.is_some()).map(number),
         dscp: question.dscp,
         mark: question.mark,
-        uid: question.uid,
-        cgroups: question.cgroup.as_deref().map(Names::ancestors).unwrap_or_default(),
+        uid: question.uid.filter(|_| interface.is_none()),
+        cgroups: if interface.is_none() {
+            question.cgroup.as_deref().map(Names::ancestors).unwrap_or_default()
+        } else {
+            Vec::new()
+        },
     }
 }
 

@@ -18,6 +18,7 @@ pub struct Targets(Arc<Inner>);
 struct Inner {
     targets: RwLock<Vec<SocketAddr>>,
     rules: AtomicBool,
+    bind: AtomicBool,
 }
 
 /// There have been more targets than there are numbers.
@@ -40,15 +41,23 @@ impl Targets {
         u16::try_from(at).ok().filter(|number| *number < Decision::NUMBERS).ok_or(TooManyTargets)
     }
 
-    /// From now on some flow may have been decided over by a rule.
-    pub fn ask_for(&self) {
+    /// From now on some flow may have been decided over by a rule; if rules `bind`, one
+    /// may not go to its destination.
+    pub fn ask_for(&self, bind: bool) {
         self.0.rules.store(true, Ordering::Relaxed);
+        self.0.bind.fetch_or(bind, Ordering::Relaxed);
     }
 
-    /// Whether that is so.
+    /// Whether some flow may have been decided over by a rule.
     #[must_use]
     pub fn are_asked_for(&self) -> bool {
         self.0.rules.load(Ordering::Relaxed)
+    }
+
+    /// Whether some flow may not go to its destination.
+    #[must_use]
+    pub fn bind(&self) -> bool {
+        self.0.bind.load(Ordering::Relaxed)
     }
 
     /// The target with this number.

@@ -125,7 +125,9 @@ impl Flows {
             return stats.udp_no_destination.inc();
         };
         let client = ClientAddr::from(datagram.sender);
-        let route = self.worker.shared.routes.of(UDP, client, destination);
+        let routes = &self.worker.shared.routes;
+        // A system call: not for each datagram where it would tell the same.
+        let route = if routes.bind() { routes.of(UDP, client, destination, stats) } else { Route::DIRECT };
         let Some((_, to)) = self.worker.shared.upstream(route.way, destination) else {
             return self.refuse(client, destination, payload);
         };
@@ -173,6 +175,8 @@ impl Flows {
     /// A new flow, unless a limit forbids it.
     fn open(self: &Rc<Self>, client: ClientAddr, destination: OrigDst, route: Route) -> Option<Rc<Flow>> {
         let (shared, stats) = (&self.worker.shared, self.worker.stats());
+        let route =
+            if shared.routes.bind() { route } else { shared.routes.of(UDP, client, destination, stats) };
         let (direct, to) = shared.upstream(route.way, destination)?;
         let Some(slot) = shared.clients.admit(client.ip()) else {
             stats.client_limit_udp.inc();

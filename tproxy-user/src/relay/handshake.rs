@@ -159,7 +159,7 @@ fn arrived(worker: &Rc<Worker>, handshakes: &Handshakes, packet: Box<[u8]>) {
         return;
     }
     let (shared, stats) = (&worker.shared, worker.stats());
-    let route = shared.routes.of(TCP, syn.client, syn.destination);
+    let route = shared.routes.of(TCP, syn.client, syn.destination, stats);
     let Some((direct, to)) = shared.upstream(route.way, syn.destination) else {
         return handshakes.refuse(Refusal::Reset, &syn, &packet, worker);
     };

@@ -9,6 +9,7 @@ use tproxy_common::abi::{Addr, Flow, FlowKey, Verdict, mapped};
 use crate::addr::{ClientAddr, OrigDst};
 use crate::datapath::flows::FlowTable;
 use crate::policy::targets::Targets;
+use crate::stats::WorkerStats;
 
 /// What becomes of a flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,7 +32,8 @@ pub(crate) struct Route {
 }
 
 impl Route {
-    const DIRECT: Self = Self { way: Way::Direct, rule: None };
+    /// That of a flow which no rule has decided over.
+    pub(crate) const DIRECT: Self = Self { way: Way::Direct, rule: None };
 }
 
 /// Finds the ways of flows.
@@ -57,8 +59,20 @@ impl Routes {
         Self { table: None, targets: Targets::default() }
     }
 
-    /// The way of a flow. One that the table has lost goes to its destination.
-    pub(crate) fn of(&self, protocol: u8, client: ClientAddr, destination: OrigDst) -> Route {
+    /// Whether a flow may have another way than to its destination.
+    pub(crate) fn bind(&self) -> bool {
+        self.targets.bind()
+    }
+
+    /// The way of a flow. One that the table has lost in a flood has none where rules divert
+    /// or refuse: it may be one of those.
+    pub(crate) fn of(
+        &self,
+        protocol: u8,
+        client: ClientAddr,
+        destination: OrigDst,
+        stats: &WorkerStats,
+    ) -> Route {
         let Some(table) = self.table.as_ref().filter(|_| self.targets.are_asked_for()) else {
             return Route::DIRECT;
         };
@@ -70,7 +84,14 @@ impl Routes {
             client.port(),
             destination.port(),
         );
-        table.get(&key).map_or(Route::DIRECT, |flow| self.route(&flow))
+        match table.get(&key) {
+            Some(flow) => self.route(&flow),
+            None if self.bind() => {
+                stats.flows_lost.inc();
+                Route { way: Way::Reject, rule: None }
+            }
+            None => Route::DIRECT,
+        }
     }
 
     fn route(&self, flow: &Flow) -> Route {

@@ -133,7 +133,7 @@ fn admit(
     let Ok(destination) = stream.local_addr().map(OrigDst::from) else {
         return stats.accept_errors.inc();
     };
-    let route = worker.shared.routes.of(TCP, client, destination);
+    let route = worker.shared.routes.of(TCP, client, destination, stats);
     let Some((direct, to)) = worker.shared.upstream(route.way, destination) else {
         return sockopt::reset_on_close(&stream);
     };

@@ -19,6 +19,7 @@ tests![
     a_refused_connection_is_answered_with_a_reset,
     a_refused_connection_of_this_host_is_answered_too,
     a_refused_datagram_goes_to_the_proxy,
+    without_a_proxy_what_is_refused_stays_refused,
     a_diverted_flow_knows_its_target,
     the_verdict_of_a_flow_outlives_its_rule,
     a_quiet_datagram_flow_is_decided_over_anew,
@@ -153,6 +154,18 @@ fn a_refused_datagram_goes_to_the_proxy() {
         kernel.run(program::CAPTURE, &p::udp_v4(3)).expect(STEERED, "assign_eopnotsupp");
     }
     assert_eq!(kernel.only_flow().1.verdict, Verdict::Reject as u8);
+}
+
+fn without_a_proxy_what_is_refused_stays_refused() {
+    let own = Settings { own_traffic: 1, ..usual() };
+    for (program, settings) in [(program::CAPTURE, usual()), (program::OWN, own)] {
+        let mut kernel = Kernel::without_listeners(&settings);
+        rules(&mut kernel, Action::Reject);
+        for _ in 0..2 {
+            kernel.run(program, &p::udp_v4(3)).expect(DROP, "policy_dropped");
+        }
+        kernel.run(program, &p::syn_v4()).expect(REDIRECTED, "policy_reset");
+    }
 }
 
 fn a_diverted_flow_knows_its_target() {

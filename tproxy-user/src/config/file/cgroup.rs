@@ -7,6 +7,9 @@ use std::path::Path;
 /// Where control groups are, of version 2.
 pub(super) const ROOT: &str = "/sys/fs/cgroup";
 
+/// Where the groups of users are.
+const USERS: &str = "user.slice";
+
 /// Directories that are looked into for a unit. A host has some hundreds; containers add
 /// some each, and are not where units of the host are.
 const MOST: usize = 10_000;
@@ -16,7 +19,8 @@ const MOST: usize = 10_000;
 /// A unit is where systemd has put it, or where it would put a system service.
 pub(super) fn resolve(root: &Path, name: &str) -> String {
     if name.contains('/') || !is_unit(name) {
-        return name.strip_prefix(ROOT).unwrap_or(name).trim_matches('/').to_owned();
+        let path = name.strip_prefix(ROOT).unwrap_or(name);
+        return path.split('/').filter(|part| !matches!(*part, "" | ".")).collect::<Vec<_>>().join("/");
     }
     find(root, name).unwrap_or_else(|| place(name))
 }
@@ -35,7 +39,7 @@ fn is_unit(name: &str) -> bool {
         .is_some_and(|(_, kind)| matches!(kind, "service" | "scope" | "slice" | "socket" | "mount" | "swap"))
 }
 
-/// The directory of this name that is nearest to the root.
+/// The directory of this name that is nearest to the root, but for what users make.
 fn find(root: &Path, name: &str) -> Option<String> {
     let mut left = VecDeque::from([root.to_owned()]);
     for _ in 0..MOST {
@@ -45,6 +49,10 @@ fn find(root: &Path, name: &str) -> Option<String> {
         }
         // One that has gone, or may not be read, has none to find.
         let Ok(entries) = fs::read_dir(&directory) else { continue };
+        // A user may make groups below their own, of any name.
+        if directory.ends_with(USERS) {
+            continue;
+        }
         let directories = entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
         let mut below: Vec<_> = directories.map(|entry| entry.path()).collect();
         below.sort_unstable();
@@ -60,12 +68,16 @@ mod tests {
     #[test]
     fn units_are_found_or_placed() {
         let root = tempfile::tempdir().expect("a directory");
-        for group in ["system.slice/sshd.service", "user.slice/user-1000.slice/app.slice/a.service"] {
+        for group in
+            ["system.slice/sshd.service", "machine.slice/app.slice/a.service", "user.slice/b.service"]
+        {
             fs::create_dir_all(root.path().join(group)).expect("made");
         }
         for (name, expected) in [
             ("sshd.service", "system.slice/sshd.service"),
-            ("a.service", "user.slice/user-1000.slice/app.slice/a.service"),
+            ("a.service", "machine.slice/app.slice/a.service"),
+            ("b.service", "system.slice/b.service"),
+            ("a//./b/", "a/b"),
             ("user.slice", "user.slice"),
             ("nginx.service", "system.slice/nginx.service"),
             ("a-b-c.slice", "a.slice/a-b.slice/a-b-c.slice"),

@@ -48,6 +48,10 @@ impl Files {
 }
 
 fn content(path: &Path) -> io::Result<Vec<u8>> {
+    // To open a named pipe waits for who writes to it.
+    if !path.metadata()?.is_file() {
+        return Err(io::Error::other("it is no regular file"));
+    }
     let mut content = Vec::new();
     File::open(path)?.take(MOST_BYTES + 1).read_to_end(&mut content)?;
     if content.len() as u64 > MOST_BYTES {

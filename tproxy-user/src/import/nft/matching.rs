@@ -168,7 +168,10 @@ fn dimension(left: &Value) -> Option<(Dimension, Vec<Conditions>)> {
 fn numbers(dimension: Dimension, element: &Value) -> Option<Vec<(u128, u128)>> {
     if let Some([first, last]) = element["range"].as_array().map(Vec::as_slice) {
         let ends = (*numbers(dimension, first)?.first()?, *numbers(dimension, last)?.first()?);
-        return (ends.0.0 <= ends.1.1).then(|| vec![(ends.0.0, ends.1.1)]);
+        let (first, last) = (ends.0.0, ends.1.1);
+        // A configuration has link-layer addresses one by one.
+        let writable = dimension != Dimension::Mac || last.saturating_sub(first) < 1000;
+        return (first <= last && writable).then(|| vec![(first, last)]);
     }
     let word = element.as_str().map_or_else(|| element.to_string(), str::to_owned);
     let of_set = |set: Ranges| set.as_slice().to_vec();
