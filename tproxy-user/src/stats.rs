@@ -121,6 +121,12 @@ stats! {
         tcp_half_close_timeouts,
         /// TCP connections cut at the end of the run.
         tcp_cut,
+        /// TCP connections whose first bytes were looked at for a name, as rules ask for it.
+        tcp_asked,
+        /// TCP connections among these that had one.
+        tcp_named,
+        /// TCP connections among these that a rule refused.
+        tcp_rejected,
         /// Connects that the destination refused.
         connect_refused,
         /// Connects to which the network or host could not be reached.

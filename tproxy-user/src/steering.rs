@@ -26,10 +26,11 @@ use crate::instance::{self, Instance};
 use crate::interfaces;
 use crate::listener::WorkerListeners;
 use crate::plan::{Plan, PlannedInterface, Role};
+use crate::policy::Relayed;
+use crate::policy::asked::NamedRules;
 use crate::policy::compile::{RuleSet, compile};
 use crate::policy::names::Names;
 use crate::policy::rules::rule_set;
-use crate::policy::targets::Targets;
 use crate::privilege;
 use crate::routing;
 use crate::stats::Stats;
@@ -48,7 +49,7 @@ pub struct Steering {
     policy: Option<(RuleSet, usize)>,
     /// What they were made with.
     names: Names,
-    targets: Targets,
+    relayed: Relayed,
     handle: Handle,
     /// By index: what is attached now.
     attached: BTreeMap<u32, Attached>,
@@ -84,7 +85,7 @@ impl Steering {
         handle: &Handle,
         instance: &mut Instance,
         stats: &Arc<Stats>,
-        targets: &Targets,
+        relayed: &Relayed,
     ) -> anyhow::Result<Self> {
         let features = Features::of(privilege::kernel(config)?)?;
         check(config, features)?;
@@ -117,7 +118,7 @@ impl Steering {
             datapath,
             policy: None,
             names: Names::default(),
-            targets: targets.clone(),
+            relayed: relayed.clone(),
             handle: handle.clone(),
             attached: BTreeMap::new(),
             tun: tun.map(|tun| tun.link.clone()),
@@ -217,12 +218,13 @@ impl Steering {
     /// Has the kernel decide by the rules of a plan, by one write.
     fn set_policy(&mut self, plan: &Plan, names: Names) -> anyhow::Result<()> {
         if !plan.policy.is_empty() {
-            self.targets.ask_for();
+            self.relayed.targets.ask_for();
         }
-        let set = rule_set(&plan.scope, &plan.policy, &names, &self.targets)?;
+        let set = rule_set(&plan.scope, &plan.policy, &names, &self.relayed.targets)?;
         if self.policy.as_ref().map(|(set, _)| set) != Some(&set) {
             let image = compile(&set).map_err(Failure::usage)?;
-            self.datapath.set_policy(&image)?;
+            let asking = NamedRules::of(&set, &plan.policy).map_err(Failure::usage)?;
+            self.relayed.asked.replace(asking, || self.datapath.set_policy(&image))?;
             self.policy = Some((set, size_of_val(&*image)));
         }
         self.names = names;

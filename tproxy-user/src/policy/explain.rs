@@ -9,6 +9,7 @@ use tproxy_common::policy::Known;
 use crate::plan::{Plan, Role, prefixes};
 
 use super::compile::{Condition, Rule, RuleSet, Selector, compile};
+use super::domains::normal;
 use super::facts::{Memory, Packet};
 use super::names::Names;
 use super::question::{Origin, Question};
@@ -53,7 +54,7 @@ pub fn explain(plan: &Plan, question: &Question) -> Result<Answer, String> {
     if interface.is_none() && !plan.interfaces.iter().any(|i| i.role == Role::Loopback) {
         return Ok(Answer::passes("this host's own traffic is not captured"));
     }
-    let packet = facts(question, interface);
+    let packet = facts(question, interface, plan);
     if [&packet.source, &packet.destination].into_iter().any(|addr| is_special(addr, packet.family)) {
         return Ok(Answer::passes("loopback, link-local, multicast and such addresses are never captured"));
     }
@@ -83,7 +84,7 @@ fn answer(plan: &Plan, set: &RuleSet, packet: &Packet, (word, place): (u32, u32)
         Some((number, key(unmet(&rule.conditions, packet)?)))
     });
     let action = match Verdict::from_raw(decision.raw_verdict()) {
-        Some(Verdict::Proxy) | None => "proxy",
+        Some(Verdict::Proxy | Verdict::Ask) | None => "proxy",
         Some(Verdict::Divert) => "divert",
         Some(Verdict::Pass) => "pass",
         Some(Verdict::Reject) => "reject",
@@ -125,10 +126,13 @@ const fn key(selector: Selector) -> &'static str {
         Selector::Mark { .. } => "mark",
         Selector::Uid => "uid",
         Selector::Cgroup { .. } => "cgroup",
+        Selector::Domain => "domain",
     }
 }
 
-fn facts(question: &Question, interface: Option<u32>) -> Packet {
+fn facts(question: &Question, interface: Option<u32>, plan: &Plan) -> Packet {
+    let domains = plan.policy.iter().map(|rule| &rule.conditions.domains).find(|domains| !domains.is_empty());
+    let name = question.domain.as_deref().and_then(normal);
     let addr = |ip| match ip {
         IpAddr::V4(v4) => mapped(v4.octets()),
         IpAddr::V6(v6) => v6.octets(),
@@ -145,6 +149,7 @@ fn facts(question: &Question, interface: Option<u32>) -> Packet {
         mark: question.mark,
         uid: question.uid,
         cgroups: question.cgroup.as_deref().map(Names::ancestors).unwrap_or_default(),
+        domain: domains.zip(name).map(|(domains, name)| domains.all.set_of(&name)).into(),
     }
 }
 

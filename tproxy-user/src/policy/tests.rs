@@ -47,6 +47,7 @@ fn every_interval_is_found() {
         (Selector::Mark { mask: u32::MAX }, 1),
         (Selector::Uid, 1),
         (Selector::Cgroup { depth: 2 }, 4),
+        (Selector::Domain, 1),
     ] {
         let fan_out = LINE / words;
         let full = [fan_out, fan_out * fan_out, fan_out * fan_out * fan_out, fan_out * (fan_out + 1)];
@@ -105,6 +106,7 @@ fn packet_with(selector: Selector, value: u128) -> Option<Packet> {
             packet.cgroups = vec![0; usize::try_from(depth).ok()?];
             packet.cgroups.push(u64::try_from(value).ok()?);
         }
+        Selector::Domain => packet.domain = Known::Is(small?),
     }
     Some(packet)
 }

@@ -125,9 +125,16 @@ impl Flows {
             return stats.udp_no_destination.inc();
         };
         let client = ClientAddr::from(datagram.sender);
-        let route = self.worker.shared.routes.of(UDP, client, destination);
+        let routes = &self.worker.shared.routes;
+        let mut route = routes.of(UDP, client, destination);
+        if route.way == Way::Ask {
+            route = routes.decide(UDP, client, destination, None);
+        }
         let Some((_, to)) = self.worker.shared.upstream(route.way, destination) else {
-            return self.refuse(client, destination, payload);
+            if route.way == Way::Reject {
+                self.refuse(client, destination, payload);
+            }
+            return;
         };
         if self.worker.shared.own.takes(to) {
             return stats.loops_prevented.inc();

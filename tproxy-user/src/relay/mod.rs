@@ -1,5 +1,6 @@
 //! The relay: what the client sends goes to its destination, and back.
 
+mod ask;
 mod checksum;
 mod copy;
 mod errors;
@@ -13,6 +14,7 @@ mod record;
 pub(crate) mod refusal;
 mod route;
 mod send;
+pub mod sniff;
 mod syn;
 pub(crate) mod tcp;
 pub(crate) mod udp;
@@ -98,7 +100,7 @@ impl Shared {
         match way {
             Way::Direct => Some((&self.direct, destination.into())),
             Way::Divert(target) => Some((&self.divert, target.into())),
-            Way::Reject => None,
+            Way::Reject | Way::Drop | Way::Ask => None,
         }
     }
 

@@ -47,7 +47,7 @@ impl Files {
     }
 }
 
-fn content(path: &Path) -> io::Result<Vec<u8>> {
+pub(super) fn content(path: &Path) -> io::Result<Vec<u8>> {
     let mut content = Vec::new();
     File::open(path)?.take(MOST_BYTES + 1).read_to_end(&mut content)?;
     if content.len() as u64 > MOST_BYTES {

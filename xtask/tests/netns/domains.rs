@@ -1,0 +1,162 @@
+//! Rules that ask for names: what becomes of flows by what their first bytes say.
+
+use std::fs;
+use std::io::{Read as _, Write as _};
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use serde_json::json;
+use xtask::lab::command::Output;
+use xtask::lab::pace::{self, patience};
+use xtask::lab::peer::{self, TcpServer};
+use xtask::lab::proxy::Proxy;
+use xtask::lab::{Family, Lab, server};
+
+use crate::common::{Scenarios, at};
+use crate::matching::unused;
+use crate::policy::{reflectors_in, start_with_rules, target, tcp_fate};
+
+pub(crate) const SCENARIOS: Scenarios = &[
+    ("names_of_https_and_http", |lab, family| by_name(lab, family, "")),
+    ("names_with_faithful_handshakes", |lab, family| by_name(lab, family, "--handshake faithful")),
+    ("names_of_own_traffic", own_traffic),
+    ("names_in_parts", in_parts),
+    ("names_of_servers_that_speak_first", server_first),
+];
+
+/// What [`by_name`] lays out, and a page's last words at either place.
+const RULES: &str = "[[rule]]\ndomain = 'pass.example'\naction = 'pass'\n\
+     [[rule]]\ndomain = '*.divert.example'\nto_port = 80\naction = 'divert'\ntarget = '127.0.0.1:8080'\n\
+     [[rule]]\ndomain = '*.divert.example'\nto_port = 443\naction = 'divert'\ntarget = '127.0.0.1:8443'\n\
+     [[rule]]\ndomain_file = 'refused.txt'\naction = 'reject'\n\
+     [[rule]]\ndomain = 'dropped.example'\naction = 'drop'\n";
+
+/// `curl` of a name that it takes for this address, from this client.
+fn curl(lab: &Lab, from: IpAddr, scheme: &str, name: &str, to: IpAddr) -> Result<Output> {
+    let port = if scheme == "https" { 443 } else { 80 };
+    let to = if to.is_ipv6() { format!("[{to}]") } else { to.to_string() };
+    lab.client
+        .cmd("curl")
+        .args(["--silent", "--show-error", "--insecure", "--max-time", &pace::seconds(5)])
+        .arg("--interface")
+        .arg(from.to_string())
+        .arg("--resolve")
+        .arg(format!("{name}:{port}:{to}"))
+        .arg(format!("{scheme}://{name}/"))
+        .run()
+}
+
+/// The flow table tells of the rule that decided over the flow to this port.
+fn expect_listed(proxy: &Proxy, to: SocketAddr, action: &str, rule: Option<u16>) -> Result<()> {
+    let flows = proxy.flows()?;
+    let to = to.to_string();
+    let listed =
+        flows.iter().any(|flow| flow.destination == to && flow.action == action && flow.rule == json!(rule));
+    ensure!(listed, "no flow to {to} with {action} by rule {rule:?} in {flows:#?}");
+    Ok(())
+}
+
+fn by_name(lab: &Lab, family: Family, flags: &str) -> Result<()> {
+    fs::write(lab.dir().join("refused.txt"), "# ads\nads.example\n*.ads.example # and below\n")?;
+    let _outside = server::web_with_tls(lab, &lab.server, &[80], &[443])?;
+    let _inside = server::web_with_tls(lab, &lab.router, &[8080], &[8443])?;
+    let (proxy, _config) = start_with_rules(lab, flags, RULES)?;
+    for (scheme, port, inside) in [("http", 80, 8080), ("https", 443, 8443)] {
+        for (number, (name, action, rule)) in (0..).zip([
+            ("pass.example", "pass", Some(1)),
+            ("a.b.divert.example", "divert", Some(if port == 80 { 2 } else { 3 })),
+            ("divert.example", "proxy", None),
+            ("ads.example", "reject", Some(4)),
+            ("x.ads.example", "reject", Some(4)),
+            ("DROPPED.example", "drop", Some(5)),
+        ]) {
+            let to = family.anywhere(port + number);
+            let output = curl(lab, family.client(), scheme, name, to)?;
+            let page = output.stdout.trim_end();
+            let expected = match action {
+                "divert" => page.ends_with(&format!("127.0.0.1 {inside}")),
+                "pass" | "proxy" => {
+                    page.starts_with(&family.client().to_string()) && page.ends_with(&format!("{to} {port}"))
+                }
+                // Recv failure, or of TLS.
+                _ => matches!(output.code(), 35 | 56),
+            };
+            ensure!(expected, "{scheme}://{name}/: expected {action}, {}", output.describe());
+            ensure!(
+                output.elapsed < patience(Duration::from_secs(1)),
+                "{scheme}://{name}/ took long, {}",
+                output.describe()
+            );
+            expect_listed(&proxy, at(to, port), action, rule)?;
+        }
+    }
+    ensure!(proxy.counter("syn_set_aside")? == 0, "a SYN of a flow that is asked about was set aside");
+    Ok(())
+}
+
+fn own_traffic(lab: &Lab, family: Family) -> Result<()> {
+    let _outside = server::web(lab, &lab.server, &[80])?;
+    let _inside = server::web(lab, &lab.router, &[8080])?;
+    let rules = "[[rule]]\ndomain = 'a.example'\niface = 'lan'\naction = 'reject'\n\
+                 [[rule]]\ndomain = 'a.example'\naction = 'divert'\ntarget = '127.0.0.1:8080'\n";
+    let (proxy, _config) = start_with_rules(lab, "--own-traffic", rules)?;
+    let to = family.anywhere(1);
+    let host = if to.is_ipv6() { format!("[{to}]") } else { to.to_string() };
+    let page = lab
+        .router
+        .cmd("curl")
+        .args(["--silent", "--max-time", &pace::seconds(5), "--resolve"])
+        .arg(format!("a.example:80:{host}"))
+        .arg("http://a.example/")
+        .check()?;
+    ensure!(page.stdout.trim_end().ends_with("127.0.0.1 8080"), "not diverted, {}", page.describe());
+    expect_listed(&proxy, at(to, 80), "divert", Some(2))?;
+    let refused = curl(lab, family.client(), "http", "a.example", to)?;
+    ensure!(refused.code() == 56, "not refused, {}", refused.describe());
+    Ok(())
+}
+
+/// A request that comes byte by byte, and what comes behind it.
+fn in_parts(lab: &Lab, family: Family) -> Result<()> {
+    let to = target(family, 1);
+    let _server = TcpServer::start(&lab.server, to, |mut stream, _| {
+        let mut all = Vec::new();
+        let _ = stream.read_to_end(&mut all);
+        let _ = stream.write_all(&all);
+    })?;
+    let rules = "[[rule]]\ndomain = '*.example'\naction = 'proxy'\n[[rule]]\naction = 'drop'\n";
+    let (proxy, _config) = start_with_rules(lab, "", rules)?;
+    let sent = [&b"POST / HTTP/1.1\r\nHost: a.example\r\n\r\n"[..], &peer::pattern(100_000)].concat();
+    let mut stream = peer::connect(&lab.client, Some(unused(family.client())), to, Duration::from_secs(5))?;
+    stream.set_nodelay(true)?;
+    for byte in &sent[..40] {
+        stream.write_all(&[*byte])?;
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    stream.write_all(&sent[40..])?;
+    stream.shutdown(std::net::Shutdown::Write)?;
+    let mut back = Vec::new();
+    stream.read_to_end(&mut back)?;
+    ensure!(back == sent, "{} bytes came back of {}, or they differ", back.len(), sent.len());
+    expect_listed(&proxy, to, "proxy", Some(1))
+}
+
+fn server_first(lab: &Lab, family: Family) -> Result<()> {
+    let _servers = reflectors_in(lab, family, &[1])?;
+    let rules = "[[rule]]\ndomain = 'a.example'\naction = 'reject'\n\
+                 [[rule]]\nto_port = 7070\naction = 'pass'\n";
+    let (proxy, _config) = start_with_rules(lab, "", rules)?;
+    let from = unused(family.client());
+    let begun = Instant::now();
+    let (_, took) = tcp_fate(&lab.client, from, target(family, 1), Duration::from_secs(5))?;
+    ensure!(
+        begun.elapsed() < patience(Duration::from_millis(500)),
+        "a server that speaks first was heard after {took:?}"
+    );
+    expect_listed(&proxy, target(family, 1), "pass", Some(2))?;
+    // What does not depend on a name does not wait.
+    let flow = proxy.flow("tcp", &from.to_string(), &target(family, 1).to_string())?;
+    ensure!(flow.packets_down > 0, "{flow:#?}");
+    Ok(())
+}
