@@ -5,6 +5,7 @@ pub mod compile;
 pub mod domains;
 pub mod explain;
 pub mod facts;
+pub mod learned;
 #[cfg(test)]
 mod model;
 pub mod names;
@@ -15,12 +16,3 @@ mod scope;
 pub mod targets;
 #[cfg(test)]
 mod tests;
-
-/// What the relay has to know of the rules; one for all who have a copy.
-#[derive(Clone, Debug, Default)]
-pub struct Relayed {
-    /// Where diverted flows go.
-    pub targets: targets::Targets,
-    /// The rules that ask for names.
-    pub asked: asked::Asked,
-}

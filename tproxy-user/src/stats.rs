@@ -127,6 +127,8 @@ stats! {
         tcp_named,
         /// TCP connections among these that a rule refused.
         tcp_rejected,
+        /// DNS answers that told what addresses are called, as rules ask for it.
+        names_learned,
         /// Connects that the destination refused.
         connect_refused,
         /// Connects to which the network or host could not be reached.

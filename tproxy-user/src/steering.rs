@@ -20,19 +20,20 @@ use crate::datapath::attach::Hook;
 use crate::datapath::bpffs;
 use crate::datapath::features::Features;
 use crate::datapath::load::Datapath;
+use crate::datapath::names::NameTable;
 use crate::failure::Failure;
 use crate::instance::state::QdiscMade;
 use crate::instance::{self, Instance};
 use crate::interfaces;
 use crate::listener::WorkerListeners;
 use crate::plan::{Plan, PlannedInterface, Role};
-use crate::policy::Relayed;
 use crate::policy::asked::NamedRules;
 use crate::policy::compile::{RuleSet, compile};
 use crate::policy::names::Names;
 use crate::policy::rules::rule_set;
 use crate::privilege;
 use crate::routing;
+use crate::rulebook::Rulebook;
 use crate::stats::Stats;
 use crate::sysctl;
 use crate::tun::{self, Tun};
@@ -49,7 +50,7 @@ pub struct Steering {
     policy: Option<(RuleSet, usize)>,
     /// What they were made with.
     names: Names,
-    relayed: Relayed,
+    rulebook: Rulebook,
     handle: Handle,
     /// By index: what is attached now.
     attached: BTreeMap<u32, Attached>,
@@ -85,7 +86,7 @@ impl Steering {
         handle: &Handle,
         instance: &mut Instance,
         stats: &Arc<Stats>,
-        relayed: &Relayed,
+        rulebook: &Rulebook,
     ) -> anyhow::Result<Self> {
         let features = Features::of(privilege::kernel(config)?)?;
         check(config, features)?;
@@ -118,12 +119,14 @@ impl Steering {
             datapath,
             policy: None,
             names: Names::default(),
-            relayed: relayed.clone(),
+            rulebook: rulebook.clone(),
             handle: handle.clone(),
             attached: BTreeMap::new(),
             tun: tun.map(|tun| tun.link.clone()),
             upkeep: Upkeep::new(Arc::clone(stats)),
         };
+        let names = NameTable::open(&config.pin).context("cannot open the map of names")?;
+        rulebook.tell(names);
         steering.set_policy(plan, Names::new(&plan.names, &plan.policy))?;
         if let Some(tun) = tun {
             let hook = steering.hook();
@@ -218,13 +221,13 @@ impl Steering {
     /// Has the kernel decide by the rules of a plan, by one write.
     fn set_policy(&mut self, plan: &Plan, names: Names) -> anyhow::Result<()> {
         if !plan.policy.is_empty() {
-            self.relayed.targets.ask_for();
+            self.rulebook.targets.ask_for();
         }
-        let set = rule_set(&plan.scope, &plan.policy, &names, &self.relayed.targets)?;
+        let set = rule_set(&plan.scope, &plan.policy, &names, &self.rulebook.targets)?;
         if self.policy.as_ref().map(|(set, _)| set) != Some(&set) {
             let image = compile(&set).map_err(Failure::usage)?;
             let asking = NamedRules::of(&set, &plan.policy).map_err(Failure::usage)?;
-            self.relayed.asked.replace(asking, || self.datapath.set_policy(&image))?;
+            self.rulebook.replace(asking, || self.datapath.set_policy(&image))?;
             self.policy = Some((set, size_of_val(&*image)));
         }
         self.names = names;

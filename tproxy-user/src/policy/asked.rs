@@ -1,6 +1,6 @@
 //! The rules that ask for names, as the relay reads them once it has found one.
 
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 
 use tproxy_common::abi::Decision;
 use tproxy_common::policy::Known;
@@ -35,6 +35,12 @@ impl NamedRules {
         Ok(Some(Self { domains: Arc::clone(&rule.conditions.domains.all), image: Memory(compile(&set)?) }))
     }
 
+    /// The names that they ask for.
+    #[must_use]
+    pub fn domains(&self) -> &Domains {
+        &self.domains
+    }
+
     /// What they say of a flow that is for this name, where a rule of the number `before`, or
     /// with 0 none, decides otherwise. `None`: nothing, so that it does.
     #[must_use]
@@ -44,35 +50,6 @@ impl NamedRules {
         let decision = Decision::from_word(word).settled();
         let stands_before = before == 0 || decision.rule() < before;
         (decision.rule() != 0 && stands_before).then_some(decision)
-    }
-}
-
-/// The rules that hold now, for all who ask.
-#[derive(Clone, Debug, Default)]
-pub struct Asked(Arc<RwLock<Option<Arc<NamedRules>>>>);
-
-impl Asked {
-    /// The rules; `None`: none asks for names.
-    #[must_use]
-    pub fn rules(&self) -> Option<Arc<NamedRules>> {
-        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    /// Has others hold once the kernel decides by them, as `switch` makes it. Who asks
-    /// meanwhile waits.
-    ///
-    /// # Errors
-    ///
-    /// That of `switch`: those of before hold.
-    pub fn replace<E>(
-        &self,
-        rules: Option<NamedRules>,
-        switch: impl FnOnce() -> Result<(), E>,
-    ) -> Result<(), E> {
-        let mut held = self.0.write().unwrap_or_else(PoisonError::into_inner);
-        switch()?;
-        *held = rules.map(Arc::new);
-        Ok(())
     }
 }
 

@@ -39,6 +39,9 @@ use crate::upstream::Reason;
 /// answer that is under way.
 const DRAIN_QUIET: Duration = Duration::from_secs(1);
 
+/// Port of DNS servers.
+const DNS: u16 = 53;
+
 /// All flows of one worker.
 pub(crate) struct Flows {
     worker: Rc<Worker>,
@@ -358,6 +361,12 @@ impl Flows {
                     let Some(server) = flow.source(server) else { continue };
                     flow.last.set(Instant::now());
                     flow.replied.set(true);
+                    // Before its client has it and connects.
+                    if server.port() == DNS
+                        && self.worker.shared.routes.learn(flow.client, server.into(), &buffer[..len])
+                    {
+                        stats.names_learned.inc();
+                    }
                     match self.replies.send(server, flow.client, class, &buffer[..len]) {
                         Ok(()) => {
                             stats.udp_datagrams_down.inc();

@@ -10,8 +10,9 @@ use tproxy_common::policy::Known;
 
 use crate::addr::{ClientAddr, OrigDst};
 use crate::datapath::flows::FlowTable;
-use crate::policy::Relayed;
 use crate::policy::facts::Packet;
+use crate::relay::sniff::dns;
+use crate::rulebook::Rulebook;
 
 /// What becomes of a flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,7 +46,7 @@ impl Route {
 #[derive(Debug)]
 pub struct Routes {
     table: Option<FlowTable>,
-    policy: Relayed,
+    rules: Rulebook,
 }
 
 impl Routes {
@@ -54,19 +55,19 @@ impl Routes {
     /// # Errors
     ///
     /// Where it cannot be opened.
-    pub fn new(pin: &Path, policy: Relayed) -> Result<Self, MapError> {
-        Ok(Self { table: Some(FlowTable::open(pin)?), policy })
+    pub fn new(pin: &Path, rules: Rulebook) -> Result<Self, MapError> {
+        Ok(Self { table: Some(FlowTable::open(pin)?), rules })
     }
 
     /// All go to their destinations: rules of others steer.
     #[must_use]
     pub fn direct() -> Self {
-        Self { table: None, policy: Relayed::default() }
+        Self { table: None, rules: Rulebook::default() }
     }
 
     /// The way of a flow. One that the table has lost goes to its destination.
     pub(crate) fn of(&self, protocol: u8, client: ClientAddr, destination: OrigDst) -> Route {
-        let Some(table) = self.table.as_ref().filter(|_| self.policy.targets.are_asked_for()) else {
+        let Some(table) = self.table.as_ref().filter(|_| self.rules.targets.are_asked_for()) else {
             return Route::DIRECT;
         };
         let key = key(protocol, client, destination);
@@ -90,7 +91,7 @@ impl Routes {
         let Some(table) = &self.table else { return Route::DIRECT };
         let key = key(protocol, client, destination);
         let Some(flow) = table.get(&key) else { return Route::DIRECT };
-        let rules = self.policy.asked.rules();
+        let rules = self.rules.named();
         let named = name
             .zip(rules)
             .and_then(|(name, rules)| rules.decide(name, facts(&key, &flow, client.ip()), flow.rule));
@@ -101,10 +102,22 @@ impl Routes {
         self.route(decision)
     }
 
+    /// Learns what addresses are called, from what a DNS server says to a client that has asked it:
+    /// not from whoever finds the proxy's port. Whether it has learned something.
+    pub(crate) fn learn(&self, client: ClientAddr, server: OrigDst, datagram: &[u8]) -> bool {
+        let Some(table) = self.table.as_ref().filter(|_| self.rules.named().is_some()) else { return false };
+        let Some(answer) = dns::answer(datagram) else { return false };
+        let asked = table.get(&key(UDP, client, server)).is_some();
+        if asked {
+            self.rules.learn(&answer.name, &answer.addresses);
+        }
+        asked
+    }
+
     fn route(&self, decision: Decision) -> Route {
         let way = match Verdict::from_raw(decision.raw_verdict()) {
             Some(Verdict::Divert) => {
-                self.policy.targets.get(decision.target()).map_or(Way::Reject, Way::Divert)
+                self.rules.targets.get(decision.target()).map_or(Way::Reject, Way::Divert)
             }
             Some(Verdict::Reject) => Way::Reject,
             Some(Verdict::Drop) => Way::Drop,

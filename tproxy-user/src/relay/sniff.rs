@@ -1,9 +1,10 @@
-//! The name that a connection is for, from the first bytes that its client sends. Pure: bytes in,
-//! a name out.
+//! The name that a connection is for, from the first bytes that its client sends, and what [`dns`]
+//! answers say. Pure: bytes in, a name out.
 //!
 //! What is visible is taken: with Encrypted Client Hello (RFC 9849) that is the name of the server
 //! which faces the client, and nobody can tell that from an extension that is sent as a grease.
 
+pub mod dns;
 mod http;
 mod tls;
 

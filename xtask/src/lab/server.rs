@@ -116,6 +116,7 @@ fn start_dns(
         "--conf-file=/dev/null",
         "--no-resolv",
         "--no-hosts",
+        "--local-ttl=300",
         "--user=root",
         "--pid-file=",
         "--log-queries=extra",

@@ -11,11 +11,12 @@ use xtask::lab::command::Output;
 use xtask::lab::pace::{self, patience};
 use xtask::lab::peer::{self, TcpServer};
 use xtask::lab::proxy::Proxy;
+use xtask::lab::sockets::Protocol;
 use xtask::lab::{Family, Lab, server};
 
 use crate::common::{Scenarios, at};
 use crate::matching::unused;
-use crate::policy::{reflectors_in, start_with_rules, target, tcp_fate};
+use crate::policy::{Client, Fate, reflectors_in, replace, start_with_rules, target, tcp_fate};
 
 pub(crate) const SCENARIOS: Scenarios = &[
     ("names_of_https_and_http", |lab, family| by_name(lab, family, "")),
@@ -23,6 +24,8 @@ pub(crate) const SCENARIOS: Scenarios = &[
     ("names_of_own_traffic", own_traffic),
     ("names_in_parts", in_parts),
     ("names_of_servers_that_speak_first", server_first),
+    ("names_learned_from_dns", |lab, family| learned(lab, family, false)),
+    ("names_learned_from_diverted_dns", |lab, family| learned(lab, family, true)),
 ];
 
 /// What [`by_name`] lays out, and a page's last words at either place.
@@ -159,4 +162,40 @@ fn server_first(lab: &Lab, family: Family) -> Result<()> {
     let flow = proxy.flow("tcp", &from.to_string(), &target(family, 1).to_string())?;
     ensure!(flow.packets_down > 0, "{flow:#?}");
     Ok(())
+}
+
+/// What a client has been told over DNS the kernel decides by, at the SYN.
+fn learned(lab: &Lab, family: Family, diverted: bool) -> Result<()> {
+    let answers = [Family::V4, Family::V6].map(|family| target(family, 1).ip());
+    let _servers = reflectors_in(lab, family, &[1, 2])?;
+    let _dns = if diverted {
+        server::local_dns(lab, &lab.router, 5353, answers)?
+    } else {
+        server::dns(lab, &lab.server, answers)?
+    };
+    let hijack = if diverted {
+        "[[rule]]\nprotocol = 'udp'\nto_port = 53\naction = 'divert'\ntarget = '127.0.0.1:5353'\n"
+    } else {
+        ""
+    };
+    let rules = |action| format!("{hijack}[[rule]]\ndomain = '*.example.test'\naction = '{action}'\n");
+    let (proxy, config) = start_with_rules(lab, "", &rules("pass"))?;
+    let (client, to) = (Client::of(lab, family), target(family, 1));
+    client.expect_tcp(to, Fate::Proxied)?;
+    let asked = server::dig(&lab.client, family.server(), family, Protocol::Udp)?;
+    ensure!(asked == to.ip(), "{asked} was answered");
+    let steered = proxy.counter("steered_tcp_new")?;
+    client.expect_tcp(to, Fate::Passed)?;
+    expect_listed(&proxy, to, "pass", Some(if diverted { 2 } else { 1 }))?;
+    ensure!(proxy.counter("steered_tcp_new")? == steered, "what is passed was steered");
+    // Another address has no name.
+    client.expect_tcp(target(family, 2), Fate::Proxied)?;
+    // What was learned holds for the next rules.
+    replace(&config.0, &rules("reject"))?;
+    proxy.cmd("reload")?.check()?;
+    client.expect_tcp(to, Fate::Rejected)?;
+    ensure!(proxy.counter("policy_reset")? == 1, "the kernel itself refuses");
+    replace(&config.0, hijack)?;
+    proxy.cmd("reload")?.check()?;
+    client.expect_tcp(to, Fate::Proxied).map(drop)
 }
