@@ -127,6 +127,10 @@ stats! {
         tcp_named,
         /// TCP connections among these that a rule refused.
         tcp_rejected,
+        /// UDP flows that were looked at for a name, as rules ask for it.
+        udp_asked,
+        /// UDP flows among these that had one.
+        udp_named,
         /// DNS answers that told what addresses are called, as rules ask for it.
         names_learned,
         /// Connects that the destination refused.

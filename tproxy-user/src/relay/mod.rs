@@ -18,6 +18,7 @@ pub mod sniff;
 mod syn;
 pub(crate) mod tcp;
 pub(crate) mod udp;
+mod waiting;
 
 pub(crate) use flow::Flows;
 pub(crate) use handshake::Handshakes;

@@ -6,6 +6,7 @@
 
 pub mod dns;
 mod http;
+pub mod quic;
 mod tls;
 
 /// Bytes that are looked at; a name that comes later is none.

@@ -9,7 +9,7 @@ use anyhow::{Result, ensure};
 use serde_json::json;
 use xtask::lab::command::Output;
 use xtask::lab::pace::{self, patience};
-use xtask::lab::peer::{self, TcpServer};
+use xtask::lab::peer::{self, TcpServer, UdpServer};
 use xtask::lab::proxy::Proxy;
 use xtask::lab::sockets::Protocol;
 use xtask::lab::{Family, Lab, server};
@@ -24,6 +24,7 @@ pub(crate) const SCENARIOS: Scenarios = &[
     ("names_of_own_traffic", own_traffic),
     ("names_in_parts", in_parts),
     ("names_of_servers_that_speak_first", server_first),
+    ("names_of_quic", quic),
     ("names_learned_from_dns", |lab, family| learned(lab, family, false)),
     ("names_learned_from_diverted_dns", |lab, family| learned(lab, family, true)),
 ];
@@ -198,4 +199,65 @@ fn learned(lab: &Lab, family: Family, diverted: bool) -> Result<()> {
     replace(&config.0, hijack)?;
     proxy.cmd("reload")?.check()?;
     client.expect_tcp(to, Fate::Proxied).map(drop)
+}
+
+/// Datagrams that open QUIC connections to example.com: a whole one, and one in two parts.
+fn initials() -> Result<Vec<Vec<u8>>> {
+    let byte = |pair: &[u8]| Ok(u8::from_str_radix(std::str::from_utf8(pair)?, 16)?);
+    let line = |line: &str| line.as_bytes().chunks(2).map(byte).collect();
+    include_str!("domains/initials.txt").lines().map(line).collect()
+}
+
+fn quic(lab: &Lab, family: Family) -> Result<()> {
+    let inside = at(Family::V4.loopback(), 8443);
+    let _inside = UdpServer::echo(&lab.router, inside)?;
+    let _outside = UdpServer::echo(&lab.server, target(family, 1))?;
+    let rules = "[[rule]]\ndomain = 'example.com'\nto_port = 443\naction = 'divert'\ntarget = '127.0.0.1:8443'\n\
+                 [[rule]]\ndomain = '*.example.com'\naction = 'drop'\n\
+                 [[rule]]\ndomain = 'example.com'\nto_port = 444\naction = 'reject'\n";
+    let (proxy, _config) = start_with_rules(lab, "", rules)?;
+    let initials = initials()?;
+    let socket = |to: SocketAddr| -> Result<_> {
+        let socket = peer::udp(&lab.client, unused(family.client()))?;
+        socket.set_read_timeout(Some(patience(Duration::from_secs(2))))?;
+        socket.connect(to)?;
+        Ok(socket)
+    };
+    // In one datagram, and in two: all come back, and what follows goes there, too.
+    for datagrams in [&initials[..1], &initials[1..]] {
+        let to = at(family.anywhere(443), 443);
+        let socket = socket(to)?;
+        let begun = Instant::now();
+        for datagram in datagrams.iter().map(Vec::as_slice).chain([&b"and more"[..]]) {
+            socket.send(datagram)?;
+        }
+        for expected in datagrams.iter().map(Vec::as_slice).chain([&b"and more"[..]]) {
+            let mut back = [0; 2000];
+            let length = socket.recv(&mut back)?;
+            ensure!(back[..length] == *expected, "{length} bytes came back that were not sent then");
+        }
+        ensure!(begun.elapsed() < patience(Duration::from_millis(90)), "it took {:?}", begun.elapsed());
+        expect_listed(&proxy, to, "divert", Some(1))?;
+    }
+    let refused = socket(at(family.anywhere(444), 444))?;
+    refused.send(&initials[0])?;
+    let error = refused.recv(&mut [0; 100]).err().map(|error| error.kind());
+    ensure!(error == Some(std::io::ErrorKind::ConnectionRefused), "refused, but {error:?}");
+    expect_listed(&proxy, at(family.anywhere(444), 444), "reject", Some(3))?;
+    // A part alone, and what is no QUIC: by what holds without a name, in time.
+    let to = target(family, 1);
+    for (datagram, least) in [(&initials[1][..], 90), (b"who am I?", 0)] {
+        let socket = socket(to)?;
+        let begun = Instant::now();
+        socket.send(datagram)?;
+        let mut back = [0; 2000];
+        let length = socket.recv(&mut back)?;
+        let took = begun.elapsed();
+        ensure!(back[..length] == *datagram, "{length} other bytes came back");
+        ensure!(
+            took >= Duration::from_millis(least) && took < patience(Duration::from_millis(least + 90)),
+            "a datagram waited for {took:?}"
+        );
+    }
+    expect_listed(&proxy, to, "proxy", None)
 }
