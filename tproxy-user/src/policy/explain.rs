@@ -240,6 +240,22 @@ action = "reject"
     }
 
     #[test]
+    fn a_name_is_what_the_question_says() {
+        let mut plan = plan();
+        let config = "[[rule]]\ndomain = '*.example'\naction = 'reject'\n[[rule]]\naction = 'pass'\n";
+        plan.policy = file::parse(config.as_bytes(), "t.toml".as_ref()).expect("rules").1.into();
+        for (name, rule, not) in [
+            ("domain a.Example", 1, vec![]),
+            ("domain example", 2, vec![(1, "domain")]),
+            ("", 2, vec![(1, "domain")]),
+        ] {
+            let question = format!("tcp 192.168.1.5:1 > 8.8.8.8:443 {name}").parse().expect("a packet");
+            let answer = explain(&plan, &question).expect("an answer");
+            assert_eq!((answer.rule, answer.not), (Some(rule), not), "{name}");
+        }
+    }
+
+    #[test]
     fn rules_before_it_tell_what_they_miss() {
         let question = "udp 192.168.1.66:1 > 8.8.8.8:99 iface lan".parse().expect("a packet");
         let answer = explain(&plan(), &question).expect("an answer");

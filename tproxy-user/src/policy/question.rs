@@ -162,6 +162,7 @@ mod tests {
             ("tcp 1.1.1.1:1 > 1.1.1.1:1 iface", "'iface' has no value"),
             ("tcp 1.1.1.1:1 > 1.1.1.1:1 iface a/b", "iface 'a/b': expected the name"),
             ("tcp 1.1.1.1:1 > 1.1.1.1:1 dscp 64", "dscp '64': "),
+            ("tcp 1.1.1.1:1 > 1.1.1.1:1 domain *.a", "a flow is for one name"),
         ] {
             let error = text.parse::<Question>().expect_err(text);
             assert!(error.contains(part), "{text}: {error}");
