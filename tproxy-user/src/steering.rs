@@ -29,6 +29,7 @@ use crate::listener::WorkerListeners;
 use crate::plan::{Plan, PlannedInterface, Role};
 use crate::policy::asked::NamedRules;
 use crate::policy::compile::{RuleSet, compile};
+use crate::policy::domains::Domains;
 use crate::policy::names::Names;
 use crate::policy::rules::rule_set;
 use crate::privilege;
@@ -224,7 +225,10 @@ impl Steering {
             self.rulebook.targets.ask_for();
         }
         let set = rule_set(&plan.scope, &plan.policy, &names, &self.rulebook.targets)?;
-        if self.policy.as_ref().map(|(set, _)| set) != Some(&set) {
+        let held = self.rulebook.named();
+        // Other names may make sets of the same numbers.
+        let same_names = held.as_ref().map(|rules| rules.domains()) == Domains::of(&plan.policy);
+        if self.policy.as_ref().map(|(set, _)| set) != Some(&set) || !same_names {
             let image = compile(&set).map_err(Failure::usage)?;
             let asking = NamedRules::of(&set, &plan.policy).map_err(Failure::usage)?;
             self.rulebook.replace(asking, || self.datapath.set_policy(&image))?;

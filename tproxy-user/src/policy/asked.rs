@@ -25,19 +25,17 @@ impl NamedRules {
     ///
     /// [`Unfit`].
     pub fn of(set: &RuleSet, rules: &[Configured]) -> Result<Option<Self>, Unfit> {
-        let Some(rule) = rules.iter().find(|rule| !rule.conditions.domains.is_empty()) else {
-            return Ok(None);
-        };
+        let Some(domains) = Domains::of(rules) else { return Ok(None) };
         let asks = |rule: &&super::compile::Rule| {
             rule.conditions.iter().any(|condition| condition.selector == Selector::Domain)
         };
         let set = RuleSet { rules: set.rules.iter().filter(asks).cloned().collect(), otherwise: 0 };
-        Ok(Some(Self { domains: Arc::clone(&rule.conditions.domains.all), image: Memory(compile(&set)?) }))
+        Ok(Some(Self { domains: Arc::clone(domains), image: Memory(compile(&set)?) }))
     }
 
     /// The names that they ask for.
     #[must_use]
-    pub fn domains(&self) -> &Domains {
+    pub fn domains(&self) -> &Arc<Domains> {
         &self.domains
     }
 

@@ -122,6 +122,16 @@ impl Domains {
         Ranges::new(numbers.collect())
     }
 
+    /// Those that rules share.
+    #[must_use]
+    pub fn of(rules: &[Rule]) -> Option<&Arc<Self>> {
+        rules
+            .iter()
+            .map(|rule| &rule.conditions.domains)
+            .find(|asked| !asked.is_empty())
+            .map(|asked| &asked.all)
+    }
+
     /// Tells rules that ask for names which sets they mean.
     pub fn share(rules: &mut [Rule]) {
         let mut asking: Vec<&mut Rule> =

@@ -9,7 +9,7 @@ use tproxy_common::policy::Known;
 use crate::plan::{Plan, Role, prefixes};
 
 use super::compile::{Condition, Rule, RuleSet, Selector, compile};
-use super::domains::normal;
+use super::domains::{Domains, normal};
 use super::facts::{Memory, Packet};
 use super::names::Names;
 use super::question::{Origin, Question};
@@ -131,7 +131,7 @@ const fn key(selector: Selector) -> &'static str {
 }
 
 fn facts(question: &Question, interface: Option<u32>, plan: &Plan) -> Packet {
-    let domains = plan.policy.iter().map(|rule| &rule.conditions.domains).find(|domains| !domains.is_empty());
+    let domains = Domains::of(&plan.policy);
     let name = question.domain.as_deref().and_then(normal);
     let addr = |ip| match ip {
         IpAddr::V4(v4) => mapped(v4.octets()),
@@ -149,7 +149,7 @@ fn facts(question: &Question, interface: Option<u32>, plan: &Plan) -> Packet {
         mark: question.mark,
         uid: question.uid,
         cgroups: question.cgroup.as_deref().map(Names::ancestors).unwrap_or_default(),
-        domain: domains.zip(name).map(|(domains, name)| domains.all.set_of(&name)).into(),
+        domain: domains.zip(name).map(|(domains, name)| domains.set_of(&name)).into(),
     }
 }
 

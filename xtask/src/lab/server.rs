@@ -41,10 +41,15 @@ pub fn web_with_tls(lab: &Lab, namespace: &Namespace, ports: &[u16], tls: &[u16]
         .collect();
     let mut listen = listen.concat();
     if !tls.is_empty() {
-        let [key, certificate] = ["key.pem", "certificate.pem"].map(|name| dir.join(name));
+        let [key, certificate, config] =
+            ["key.pem", "certificate.pem", "openssl.cnf"].map(|name| dir.join(name));
+        // Its own may not be there.
+        fs::write(&config, "[req]\ndistinguished_name = name\n[name]\n")?;
         Cmd::host("openssl")
             .args(["req", "-x509", "-nodes", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"])
-            .args(["-subj", "/CN=test", "-days", "1", "-keyout"])
+            .args(["-subj", "/CN=test", "-days", "1", "-config"])
+            .arg(&config)
+            .arg("-keyout")
             .arg(&key)
             .arg("-out")
             .arg(&certificate)

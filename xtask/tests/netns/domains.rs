@@ -192,10 +192,16 @@ fn learned(lab: &Lab, family: Family, diverted: bool) -> Result<()> {
     // Another address has no name.
     client.expect_tcp(target(family, 2), Fate::Proxied)?;
     // What was learned holds for the next rules.
+    let other = rules("reject").replace("*.example.test", "*.other.test");
     replace(&config.0, &rules("reject"))?;
     proxy.cmd("reload")?.check()?;
     client.expect_tcp(to, Fate::Rejected)?;
     ensure!(proxy.counter("policy_reset")? == 1, "the kernel itself refuses");
+    // Of other names the rules look the same to the kernel.
+    replace(&config.0, &other)?;
+    proxy.cmd("reload")?.check()?;
+    client.expect_tcp(to, Fate::Proxied)?;
+    ensure!(proxy.status()?["counters"]["tcp_asked"] == 2, "the kernel knew that the name is another's");
     replace(&config.0, hijack)?;
     proxy.cmd("reload")?.check()?;
     client.expect_tcp(to, Fate::Proxied).map(drop)
