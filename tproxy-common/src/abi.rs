@@ -5,7 +5,7 @@
 //! reads maps that another version may have pinned.
 
 /// Version of everything in this module.
-pub const ABI_VERSION: u32 = 6;
+pub const ABI_VERSION: u32 = 7;
 
 /// Most workers (listeners of one kind) that [`map::LISTENERS`] holds.
 pub const MAX_WORKERS: u32 = 64;
@@ -33,8 +33,15 @@ pub mod map {
     /// the proxy's own packets. The key's client is the address and port that the server sees,
     /// the value those of the proxy's socket.
     pub const NAT: &str = "NAT";
+    /// LRU hash [`Addr`](super::Addr) → [`Name`](super::Name): what addresses are called, as far
+    /// as rules ask for it.
+    pub const NAMES: &str = "NAMES";
+    /// LRU hash [`FlowKey`](super::FlowKey) → [`Decided`](super::Decided): what the proxy has
+    /// decided of flows that it was [asked](super::Verdict::Ask) about.
+    pub const DECIDED: &str = "DECIDED";
     /// All of them: what is pinned.
-    pub const ALL: [&str; 8] = [FLOWS, COUNTERS, LISTENERS, LOCAL, POLICY, FRAGMENTS, HOST_PAIRS, NAT];
+    pub const ALL: [&str; 10] =
+        [FLOWS, COUNTERS, LISTENERS, LOCAL, POLICY, FRAGMENTS, HOST_PAIRS, NAT, NAMES, DECIDED];
 }
 
 /// Program names, as in the object.
@@ -161,6 +168,9 @@ pub enum Verdict {
     Reject = 4,
     /// It is thrown away.
     Drop = 5,
+    /// It goes to the proxy, which decides by the name that the flow is for; where it
+    /// finds none, by what [`Flow::fallback`] says.
+    Ask = 6,
 }
 
 impl Verdict {
@@ -174,6 +184,7 @@ impl Verdict {
             3 => Some(Self::Divert),
             4 => Some(Self::Reject),
             5 => Some(Self::Drop),
+            6 => Some(Self::Ask),
             _ => None,
         }
     }
@@ -184,12 +195,14 @@ impl Verdict {
     pub const fn is_for_proxy(raw: u8, protocol: u8) -> bool {
         raw == Self::Proxy as u8
             || raw == Self::Divert as u8
+            || raw == Self::Ask as u8
             || (raw == Self::Reject as u8 && protocol == UDP)
     }
 }
 
 /// What the rules say of a flow, in the word that an image of them holds: the
-/// [`Verdict`], the number of the rule, and that of its target.
+/// [`Verdict`], the number of the rule, and that of its target; of a flow whose name has to be
+/// found also the verdict where none is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Decision(u32);
 
@@ -197,6 +210,10 @@ pub struct Decision(u32);
 impl Decision {
     /// Numbers of rules and of targets are below this.
     pub const NUMBERS: u16 = 1 << 12;
+
+    const VERDICT: u32 = 0x0f;
+    const FALLBACK: u32 = 4;
+    const BEHIND_NAMES: u32 = 0x80;
 
     /// A decision that is no rule's.
     #[inline(always)]
@@ -232,7 +249,52 @@ impl Decision {
     #[inline(always)]
     #[must_use]
     pub const fn raw_verdict(self) -> u8 {
-        self.0 as u8
+        (self.0 & Self::VERDICT) as u8
+    }
+
+    /// This, of a rule (or of none) that stands behind rules which ask for names: for a flow
+    /// whose name is not known it holds only where none of those matches.
+    #[inline(always)]
+    #[must_use]
+    pub const fn behind_names(self) -> Self {
+        Self(self.0 | Self::BEHIND_NAMES)
+    }
+
+    /// Whether it is such.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_behind_names(self) -> bool {
+        self.0 & Self::BEHIND_NAMES != 0
+    }
+
+    /// This, for good: it does not matter any more where its rule stands.
+    #[inline(always)]
+    #[must_use]
+    pub const fn settled(self) -> Self {
+        Self(self.0 & !Self::BEHIND_NAMES)
+    }
+
+    /// The proxy is to [ask](Verdict::Ask) for the name; this is decided where there is none.
+    #[inline(always)]
+    #[must_use]
+    pub const fn asked(self) -> Self {
+        let verdict = self.0 & Self::VERDICT;
+        let rest = self.settled().0 & !Self::VERDICT;
+        Self(rest | verdict << Self::FALLBACK | Verdict::Ask as u32)
+    }
+
+    /// What was decided where there is no name, of a flow that is [asked](Self::asked) about.
+    #[inline(always)]
+    #[must_use]
+    pub const fn fallback(self) -> u8 {
+        (self.0 >> Self::FALLBACK) as u8 & 0x07
+    }
+
+    /// What an entry of the flow table says.
+    #[inline(always)]
+    #[must_use]
+    pub const fn of_flow(verdict: u8, fallback: u8, rule: u16, target: u16) -> Self {
+        Self(Self::of(verdict, rule, target).0 | (fallback as u32) << Self::FALLBACK)
     }
 
     /// Number of the rule; 0 where none decided.
@@ -292,8 +354,10 @@ pub struct Flow {
     pub seen_down: u8,
     /// Number of the target that it is diverted to.
     pub target: u16,
+    /// The [`Verdict`] where the proxy is [asked](Verdict::Ask) and finds no name; else 0.
+    pub fallback: u8,
     /// Zero.
-    pub pad: [u8; 4],
+    pub pad: [u8; 3],
 }
 
 /// Key of an LPM trie over both families. IPv4 prefixes are 96 bits longer.
@@ -351,6 +415,34 @@ pub struct HostPair {
     pub client: Addr,
     /// The address that was asked.
     pub destination: Addr,
+}
+
+/// What an address is called.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Name {
+    /// Set of its names, by number: which rules they meet.
+    pub set: u32,
+    /// Zero.
+    pub pad: u32,
+    /// Until when that holds, nanoseconds of `CLOCK_MONOTONIC`.
+    pub expires: u64,
+}
+
+/// What the proxy has decided of a flow.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Decided {
+    /// [`Flow::first_seen`] of that flow: another may have had the same addresses and ports.
+    pub first_seen: u64,
+    /// Number of the rule that decided; 0 where none did.
+    pub rule: u16,
+    /// Number of the target that it is diverted to.
+    pub target: u16,
+    /// A [`Verdict`].
+    pub verdict: u8,
+    /// Zero.
+    pub pad: [u8; 3],
 }
 
 /// An address and port.
@@ -429,13 +521,15 @@ const _: () = {
     assert!(size_of::<FragmentInfo>() == 24);
     assert!(size_of::<HostPair>() == 32);
     assert!(size_of::<Endpoint>() == 20);
+    assert!(size_of::<Name>() == 16);
+    assert!(size_of::<Decided>() == 16);
     assert!(size_of::<Settings>() == 28 + 20 + 8 + 8 + 2 * MAX_LISTENERS as usize);
 };
 
 /// Userspace copies these types in and out of maps.
 #[cfg(feature = "user")]
 mod pod {
-    use super::{Flow, FlowKey, FragmentInfo, FragmentKey, HostPair, Settings};
+    use super::{Decided, Flow, FlowKey, FragmentInfo, FragmentKey, HostPair, Name, Settings};
     use crate::counter::Counters;
 
     macro_rules! pod {
@@ -447,5 +541,5 @@ mod pod {
             )+
         };
     }
-    pod!(Counters, Flow, FlowKey, FragmentInfo, FragmentKey, HostPair, Settings);
+    pod!(Counters, Decided, Flow, FlowKey, FragmentInfo, FragmentKey, HostPair, Name, Settings);
 }

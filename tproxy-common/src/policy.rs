@@ -87,11 +87,14 @@ pub enum Dimension {
     Cgroup1,
     /// The same at a third depth.
     Cgroup2,
+    /// Set of the name that the flow is for, by the number that userspace gives it. Rules that
+    /// ask for names share all sets that names can be in.
+    Domain,
 }
 
 impl Dimension {
     /// All, in the order of their numbers.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::Source4,
         Self::Source6,
         Self::Destination4,
@@ -108,6 +111,7 @@ impl Dimension {
         Self::Cgroup0,
         Self::Cgroup1,
         Self::Cgroup2,
+        Self::Domain,
     ];
 
     /// Words of a value. What is longer than one is taken for as long as an IPv6 address:
@@ -213,11 +217,16 @@ pub trait Facts {
     /// Control group at this depth that the sending socket is in or below; `None` where
     /// there is none, and for traffic of others.
     fn cgroup(&self, depth: u32) -> Option<u64>;
+    /// Set of the name that it is for.
+    fn domain(&self) -> Known<u32>;
 }
 
 /// Memory for one decision: the lines of the vectors that are to be joined, and behind
-/// them an end. No packet has addresses of both families, so there is room for it.
-pub type Work = [u32; Dimension::ALL.len()];
+/// them an end. No packet has addresses of both families, so there is room for it; and a power of
+/// two has a remainder whose bounds the kernel's verifier knows.
+pub type Work = [u32; Dimension::ALL.len() - 1];
+
+const _: () = assert!(Dimension::ALL.len() - 1 == 16);
 
 /// Ends a list of lines. To count them instead would tell the kernel's verifier at each
 /// step how many there are, and it would follow what comes after once for each number.
@@ -314,6 +323,7 @@ fn vectors(image: &impl Image, used: u32, facts: &impl Facts, work: &mut Work) -
     look_up!(Cgroup0, depth => Known::from(facts.cgroup(depth)).map(long));
     look_up!(Cgroup1, depth => Known::from(facts.cgroup(depth)).map(long));
     look_up!(Cgroup2, depth => Known::from(facts.cgroup(depth)).map(long));
+    look_up!(Domain, facts.domain());
     work[joined as usize % work.len()] = END;
     Some(())
 }

@@ -14,7 +14,7 @@ use tproxy_common::wire::{Packet, Skip};
 
 use crate::capture::note_host_pair;
 use crate::fragment;
-use crate::maps::{COUNTERS, FLOWS};
+use crate::maps::{COUNTERS, DECIDED, FLOWS};
 use crate::nat;
 use crate::scratch;
 use crate::settings;
@@ -80,6 +80,7 @@ impl FlowRef {
             rule: decision.rule(),
             target: decision.target(),
             verdict: decision.raw_verdict(),
+            fallback: decision.fallback(),
             origin: origin as u8,
             ..Flow::default()
         };
@@ -110,8 +111,10 @@ impl FlowRef {
     #[inline(always)]
     pub(crate) fn decision(&self) -> Decision {
         // SAFETY: see `FlowRef`.
-        let (verdict, rule, target) = unsafe { ((*self.0).verdict, (*self.0).rule, (*self.0).target) };
-        Decision::of(verdict, rule, target)
+        let (verdict, fallback) = unsafe { ((*self.0).verdict, (*self.0).fallback) };
+        // SAFETY: see `FlowRef`.
+        let (rule, target) = unsafe { ((*self.0).rule, (*self.0).target) };
+        Decision::of_flow(verdict, fallback, rule, target)
     }
 
     /// Whether this was decided of it.
@@ -124,6 +127,25 @@ impl FlowRef {
     #[inline(always)]
     pub(crate) fn is_proxied(&self, protocol: u8) -> bool {
         Verdict::is_for_proxy(self.verdict(), protocol)
+    }
+
+    /// Whether the proxy decides over it, by its name.
+    #[inline(always)]
+    pub(crate) fn is_asked(&self) -> bool {
+        self.verdict() == Verdict::Ask as u8
+    }
+
+    /// Whether the proxy was asked about the flow, which has this key, and has decided that it
+    /// is thrown away: then what follows need not be handed to it.
+    #[inline(always)]
+    pub(crate) fn is_dropped_by_name(&self, key: &FlowKey) -> bool {
+        self.is_asked()
+            && DECIDED.get_ptr(key).is_some_and(|decided| {
+                // SAFETY: see `FlowRef`, for both entries.
+                unsafe {
+                    (*decided).verdict == Verdict::Drop as u8 && (*decided).first_seen == (*self.0).first_seen
+                }
+            })
     }
 
     /// Whether a UDP flow has been quiet for so long that it is over.
@@ -244,7 +266,7 @@ unsafe fn see(seen: *mut u8, tcp_flags: u8) {
 /// `CLOCK_MONOTONIC`, to the timer tick (1 to 10 ms) where that clock may be read
 /// (Linux 5.11): the other costs a fifth of what is spent on a reply.
 #[inline(always)]
-fn now() -> u64 {
+pub(crate) fn now() -> u64 {
     // SAFETY: no preconditions.
     unsafe { if settings::coarse_clock() == 1 { bpf_ktime_get_coarse_ns() } else { bpf_ktime_get_ns() } }
 }

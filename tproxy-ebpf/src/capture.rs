@@ -129,7 +129,9 @@ fn tcp(skb: &Skb, packet: &Packet) -> i32 {
         flow.arrives_on(skb);
         flow.up(skb, packet);
     }
-    if handshake::is_faithful() && !let_in {
+    // Of a flow that is asked about, the first bytes say where it goes, and a client sends
+    // them once it is answered.
+    if handshake::is_faithful() && !let_in && decision.raw_verdict() != Verdict::Ask as u8 {
         return handshake::set_aside(skb, packet);
     }
     // A SYN on a TIME_WAIT socket goes to that socket: the stack checks the
@@ -186,7 +188,13 @@ fn natted(skb: &Skb, packet: &Packet, reason: Counter) -> i32 {
 fn udp(skb: &Skb, packet: &Packet) -> i32 {
     let key = up_key(packet);
     let flow = match FlowRef::find(&key).filter(|flow| !flow.is_stale()) {
-        Some(flow) if flow.is_proxied(UDP) => flow,
+        Some(flow) if flow.is_proxied(UDP) => {
+            if flow.is_dropped_by_name(&key) {
+                flow.up(skb, packet);
+                return unproxied(Verdict::Drop as u8);
+            }
+            flow
+        }
         Some(flow) => {
             flow.up(skb, packet);
             return unproxied(flow.verdict());

@@ -4,7 +4,8 @@
 use aya_ebpf::btf_maps::{Array, ArrayOfMaps, LpmTrie, LruHashMap, PerCpuArray, SockMap};
 use aya_ebpf::macros::btf_map;
 use tproxy_common::abi::{
-    Addr, DEFAULT_MAX_FLOWS, Endpoint, Flow, FlowKey, FragmentInfo, FragmentKey, HostPair, MAX_LISTENERS,
+    Addr, DEFAULT_MAX_FLOWS, Decided, Endpoint, Flow, FlowKey, FragmentInfo, FragmentKey, HostPair,
+    MAX_LISTENERS, Name,
 };
 use tproxy_common::counter::Counters;
 use tproxy_common::policy::Line;
@@ -43,3 +44,11 @@ pub(crate) static HOST_PAIRS: LruHashMap<HostPair, u8, 16_384> = LruHashMap::new
 /// What NAT made of the proxy's packets: as many as there may be connections by default.
 #[btf_map]
 pub(crate) static NAT: LruHashMap<FlowKey, Endpoint, 65_536> = LruHashMap::new();
+
+/// What addresses are called. Userspace writes it.
+#[btf_map]
+pub(crate) static NAMES: LruHashMap<Addr, Name, 65_536> = LruHashMap::new();
+
+/// What userspace has decided of flows by their names.
+#[btf_map]
+pub(crate) static DECIDED: LruHashMap<FlowKey, Decided, 65_536> = LruHashMap::new();

@@ -148,6 +148,8 @@ fn turned_back(skb: &Skb, packet: &Packet) -> i32 {
         && !let_in
         && packet.is_syn()
         && sock.as_ref().is_none_or(sock::Sock::is_time_wait)
+        // See `capture`: its client is to send its first bytes.
+        && !FlowRef::find(&up_key(packet)).is_some_and(|flow| flow.is_asked())
     {
         if sock::listener(skb, packet).is_none() {
             return fail();

@@ -8,7 +8,8 @@ use tproxy_common::abi::{Addr, Decision, Family, Verdict};
 use tproxy_common::policy::{Facts, Image, Known, Line, Work, decide};
 use tproxy_common::wire::{Packet, dscp};
 
-use crate::maps::{LOCAL, POLICY, PolicyImage};
+use crate::account::now;
+use crate::maps::{LOCAL, NAMES, POLICY, PolicyImage};
 use crate::scratch;
 use crate::settings;
 use crate::skb::Skb;
@@ -24,13 +25,13 @@ pub(crate) fn is_local(addr: &Addr) -> bool {
 /// What the rules say of the flow that the packet opens, the one which this run has parsed.
 #[inline(always)]
 pub(crate) fn decision(skb: &Skb) -> Decision {
-    Decision::from_word(tproxy_decide(skb.as_ptr(), PORTS_KNOWN))
+    decide_by(skb, PORTS_KNOWN)
 }
 
 /// The same of a packet of this host itself.
 #[inline(always)]
 pub(crate) fn decision_on_own(skb: &Skb) -> Decision {
-    Decision::from_word(tproxy_decide(skb.as_ptr(), PORTS_KNOWN | OWN))
+    decide_by(skb, PORTS_KNOWN | OWN)
 }
 
 /// Whether they might not let the packet pass, were its ports known. Where rules that ask for
@@ -43,7 +44,19 @@ pub(crate) fn might_not_pass(skb: &Skb) -> bool {
 
 #[inline(always)]
 fn passes(skb: &Skb, how: u32) -> bool {
-    Decision::from_word(tproxy_decide(skb.as_ptr(), how)).raw_verdict() == Verdict::Pass as u8
+    decide_by(skb, how).raw_verdict() == Verdict::Pass as u8
+}
+
+/// The decision, or that the proxy has to ask for the name: where the flow has one that is not
+/// known here, and it is decided otherwise by rules that ask for names.
+#[inline(always)]
+fn decide_by(skb: &Skb, how: u32) -> Decision {
+    let decision = Decision::from_word(tproxy_decide(skb.as_ptr(), how));
+    if !decision.is_behind_names() {
+        return decision;
+    }
+    let any = Decision::from_word(tproxy_decide(skb.as_ptr(), how | NAME_UNKNOWN));
+    if any == decision { decision.settled() } else { decision.asked() }
 }
 
 /// The packet has its ports.
@@ -52,8 +65,13 @@ const PORTS_KNOWN: u32 = 0;
 const PORTS_ABSENT: u32 = 1;
 /// It may have any, so that every rule which asks for one matches.
 const PORTS_UNKNOWN: u32 = 2;
+/// Which of these it is.
+const PORTS: u32 = 3;
 /// Beside one of these: this host sends it.
 const OWN: u32 = 4;
+/// Beside these: where it is not known what its destination is called, it may have any
+/// name. Without, it has none then.
+const NAME_UNKNOWN: u32 = 8;
 
 /// The [`Decision`] of the rules over the packet that this run has parsed; without rules it passes.
 ///
@@ -151,7 +169,7 @@ impl Facts for Seen<'_> {
 
     #[inline(always)]
     fn ports(&self) -> Known<(u16, u16)> {
-        match self.how & !OWN {
+        match self.how & PORTS {
             PORTS_ABSENT => Known::Absent,
             PORTS_UNKNOWN => Known::Unknown,
             _ => Known::Is((self.packet.source_port, self.packet.destination_port)),
@@ -192,5 +210,15 @@ impl Facts for Seen<'_> {
     #[inline(always)]
     fn cgroup(&self, depth: u32) -> Option<u64> {
         if self.is_from_socket() { self.skb.cgroup(depth) } else { None }
+    }
+
+    #[inline(always)]
+    fn domain(&self) -> Known<u32> {
+        match NAMES.get_ptr(&self.packet.destination) {
+            // SAFETY: entries of an LRU map are never unmapped while a program runs.
+            Some(name) if now() < unsafe { (*name).expires } => Known::Is(unsafe { (*name).set }),
+            _ if self.how & NAME_UNKNOWN != 0 => Known::Unknown,
+            _ => Known::Absent,
+        }
     }
 }

@@ -19,9 +19,9 @@ use crate::instance::control::{self, Request};
 use crate::listener::{self, BindError, WorkerListeners};
 use crate::owner;
 use crate::plan::Plan;
-use crate::policy::targets::Targets;
 use crate::relay::{Routes, Shared};
 use crate::reload::{Reloaded, Watched};
+use crate::rulebook::Rulebook;
 use crate::shutdown::{self, Asked, Controller, Signals};
 use crate::stats::Stats;
 use crate::steering::Steering;
@@ -82,17 +82,17 @@ async fn serve(
         Handshake::Faithful => Some(Tun::create(config.workers, handle).await?),
         Handshake::Eager => None,
     };
-    let targets = Targets::default();
+    let rulebook = Rulebook::default();
     let mut steering = match config.steering.by {
         Steer::Ebpf => {
             let parts = (&listeners[..], tun.as_ref());
-            Some(Steering::prepare(config, &plan, parts, handle, instance, &stats, &targets).await?)
+            Some(Steering::prepare(config, &plan, parts, handle, instance, &stats, &rulebook).await?)
         }
         Steer::None => None,
     };
     let control = control::bind(&instance.paths().control()).context("cannot make the control socket")?;
     let addresses = addresses(&listeners);
-    let (controller, workers) = start_workers(config, listeners, tun, &stats, targets)?;
+    let (controller, workers) = start_workers(config, listeners, tun, &stats, rulebook)?;
     // Last of all: from here on packets come.
     if let Some(steering) = &mut steering {
         steering.start(instance).await?;
@@ -171,11 +171,11 @@ fn start_workers(
     listeners: Vec<WorkerListeners>,
     tun: Option<Tun>,
     stats: &Arc<Stats>,
-    targets: Targets,
+    rulebook: Rulebook,
 ) -> anyhow::Result<(Controller, Vec<WorkerHandle>)> {
     let (controller, shutdown) = shutdown::channel();
     let routes = match config.steering.by {
-        Steer::Ebpf => Routes::new(&config.pin, targets).context("cannot read the flow table")?,
+        Steer::Ebpf => Routes::new(&config.pin, rulebook).context("cannot read the flow table")?,
         Steer::None => Routes::direct(),
     };
     let shared = Shared::new(config, &listeners, Arc::clone(stats), routes);

@@ -31,6 +31,7 @@ pub mod privilege;
 pub mod relay;
 pub mod reload;
 pub mod routing;
+pub mod rulebook;
 pub mod shutdown;
 pub mod sockopt;
 pub mod stats;

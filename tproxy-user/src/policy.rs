@@ -1,8 +1,11 @@
 //! Rules, and the image of them that the kernel decides by.
 
+pub mod asked;
 pub mod compile;
+pub mod domains;
 pub mod explain;
 pub mod facts;
+pub mod learned;
 #[cfg(test)]
 mod model;
 pub mod names;

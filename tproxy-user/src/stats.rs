@@ -121,6 +121,18 @@ stats! {
         tcp_half_close_timeouts,
         /// TCP connections cut at the end of the run.
         tcp_cut,
+        /// TCP connections whose first bytes were looked at for a name, as rules ask for it.
+        tcp_asked,
+        /// TCP connections among these that had one.
+        tcp_named,
+        /// TCP connections among these that a rule refused.
+        tcp_rejected,
+        /// UDP flows that were looked at for a name, as rules ask for it.
+        udp_asked,
+        /// UDP flows among these that had one.
+        udp_named,
+        /// DNS answers that told what addresses are called, as rules ask for it.
+        names_learned,
         /// Connects that the destination refused.
         connect_refused,
         /// Connects to which the network or host could not be reached.

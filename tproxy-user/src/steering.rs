@@ -21,18 +21,21 @@ use crate::datapath::attach::Hook;
 use crate::datapath::bpffs;
 use crate::datapath::features::Features;
 use crate::datapath::load::Datapath;
+use crate::datapath::names::NameTable;
 use crate::failure::Failure;
 use crate::instance::state::QdiscMade;
 use crate::instance::{self, Instance};
 use crate::interfaces;
 use crate::listener::WorkerListeners;
 use crate::plan::{Plan, PlannedInterface, Role};
+use crate::policy::asked::NamedRules;
 use crate::policy::compile::{RuleSet, compile};
+use crate::policy::domains::Domains;
 use crate::policy::names::Names;
 use crate::policy::rules::rule_set;
-use crate::policy::targets::Targets;
 use crate::privilege;
 use crate::routing;
+use crate::rulebook::Rulebook;
 use crate::stats::Stats;
 use crate::sysctl;
 use crate::tun::{self, Tun};
@@ -49,7 +52,7 @@ pub struct Steering {
     policy: Option<(RuleSet, usize)>,
     /// What they were made with.
     names: Names,
-    targets: Targets,
+    rulebook: Rulebook,
     handle: Handle,
     /// By index: what is attached now.
     attached: BTreeMap<u32, Attached>,
@@ -85,7 +88,7 @@ impl Steering {
         handle: &Handle,
         instance: &mut Instance,
         stats: &Arc<Stats>,
-        targets: &Targets,
+        rulebook: &Rulebook,
     ) -> anyhow::Result<Self> {
         let features = Features::of(privilege::kernel(config)?)?;
         check(config, features)?;
@@ -118,12 +121,14 @@ impl Steering {
             datapath,
             policy: None,
             names: Names::default(),
-            targets: targets.clone(),
+            rulebook: rulebook.clone(),
             handle: handle.clone(),
             attached: BTreeMap::new(),
             tun: tun.map(|tun| tun.link.clone()),
             upkeep: Upkeep::new(Arc::clone(stats)),
         };
+        let names = NameTable::open(&config.pin).context("cannot open the map of names")?;
+        rulebook.tell(names);
         steering.set_policy(plan, Names::new(&plan.names, &plan.policy))?;
         if let Some(tun) = tun {
             let hook = steering.hook();
@@ -218,13 +223,20 @@ impl Steering {
     /// Has the kernel decide by the rules of a plan, by one write.
     fn set_policy(&mut self, plan: &Plan, names: Names) -> anyhow::Result<()> {
         if !plan.policy.is_empty() {
-            let binds = |rule: &Rule| matches!(rule.action, Action::Divert(_) | Action::Reject);
-            self.targets.ask_for(plan.policy.iter().any(binds));
+            let binds = |rule: &Rule| {
+                matches!(rule.action, Action::Divert(_) | Action::Reject)
+                    || !rule.conditions.domains.is_empty()
+            };
+            self.rulebook.targets.ask_for(plan.policy.iter().any(binds));
         }
-        let set = rule_set(&plan.scope, &plan.policy, &names, &self.targets)?;
-        if self.policy.as_ref().map(|(set, _)| set) != Some(&set) {
+        let set = rule_set(&plan.scope, &plan.policy, &names, &self.rulebook.targets)?;
+        let held = self.rulebook.named();
+        // Other names may make sets of the same numbers.
+        let same_names = held.as_ref().map(|rules| rules.domains()) == Domains::of(&plan.policy);
+        if self.policy.as_ref().map(|(set, _)| set) != Some(&set) || !same_names {
             let image = compile(&set).map_err(Failure::usage)?;
-            self.datapath.set_policy(&image)?;
+            let asking = NamedRules::of(&set, &plan.policy).map_err(Failure::usage)?;
+            self.rulebook.replace(asking, || self.datapath.set_policy(&image))?;
             self.policy = Some((set, size_of_val(&*image)));
         }
         self.names = names;

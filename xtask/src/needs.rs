@@ -28,6 +28,7 @@ pub(crate) const NETNS: &[Need] = &[
     IPTABLES,
     Need::new("nc", "netcat-openbsd", "connections that are half closed, datagrams from a shell"),
     Need::new("socat", "socat", "small servers, over TCP and UDP"),
+    Need::new("openssl", "openssl", "the certificate of a TLS server"),
     Need::new("iperf3", "iperf3", "bulk transfers"),
     Need::new("ping", "iputils-ping", "ICMP"),
     Need::new("ethtool", "ethtool", "switching segmentation offload off"),

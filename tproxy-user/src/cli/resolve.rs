@@ -103,7 +103,8 @@ pub fn config(args: &RunArgs) -> Result<Config, Failure> {
 fn files(args: &RunArgs) -> Vec<PathBuf> {
     let of_rules = args.capture.rules.iter().flat_map(|rule| {
         let conditions = &rule.conditions;
-        conditions.from.files.iter().chain(&conditions.to.files).map(|file| file.path.clone())
+        let networks = conditions.from.files.iter().chain(&conditions.to.files).map(|file| file.path.clone());
+        networks.chain(conditions.domains.files.iter().map(|file| file.path.clone()))
     });
     let mut files: Vec<_> = args.config.iter().cloned().chain(of_rules).collect();
     files.sort_unstable();

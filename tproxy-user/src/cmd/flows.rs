@@ -153,7 +153,8 @@ impl Row {
             Some(Verdict::Drop) => ("drop", None),
             Some(Verdict::Divert) => ("divert", None),
             // The kernel program writes no other; one of a later version is not a reason to fail.
-            Some(Verdict::Proxy) | None => ("proxy", Some("direct")),
+            // One that the proxy is asked about is there until it has decided.
+            Some(Verdict::Proxy | Verdict::Ask) | None => ("proxy", Some("direct")),
         };
         let last_seen_at = clock.wall(flow.last_seen);
         Self {

@@ -7,6 +7,7 @@
 mod cgroup;
 mod error;
 mod list;
+mod names;
 mod prefixes;
 mod resolve;
 pub mod rule;

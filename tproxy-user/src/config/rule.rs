@@ -9,6 +9,8 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 use super::Mark;
+use crate::policy;
+use crate::policy::domains::Pattern;
 use crate::policy::ranges::Ranges;
 
 /// One rule: flows that meet all its conditions are treated so.
@@ -46,6 +48,44 @@ pub struct Conditions {
     /// Control groups that the sending socket is in, below `/sys/fs/cgroup` and without
     /// slashes at either end; the host's own traffic alone.
     pub cgroups: Vec<String>,
+    /// Names that it is for.
+    pub domains: Domains,
+}
+
+/// Names: those of `listed` and `files`; no condition where both are empty.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Domains {
+    /// Patterns of the rule itself.
+    pub listed: Vec<Pattern>,
+    /// Files of patterns.
+    pub files: Vec<NameFile>,
+    /// Sets of names that are meant, by their numbers in `all`: see
+    /// [`share`](policy::domains::Domains::share).
+    pub sets: Arc<Ranges>,
+    /// The names of all rules.
+    pub all: Arc<policy::domains::Domains>,
+}
+
+impl Domains {
+    /// Whether no name is asked for.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.listed.is_empty() && self.files.is_empty()
+    }
+
+    /// All patterns.
+    pub fn patterns(&self) -> impl Iterator<Item = &Pattern> {
+        self.listed.iter().chain(self.files.iter().flat_map(|file| &*file.patterns))
+    }
+}
+
+/// A file of names, as it was read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NameFile {
+    /// Where it is.
+    pub path: PathBuf,
+    /// Its names.
+    pub patterns: Arc<[Pattern]>,
 }
 
 /// A set of addresses: those of `nets` and `files`, all where both are empty, but those of `not`.

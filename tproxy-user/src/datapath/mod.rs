@@ -7,5 +7,6 @@ pub mod features;
 pub mod flows;
 pub mod load;
 pub mod local;
+pub mod names;
 pub mod policy;
 pub mod query;

@@ -65,6 +65,9 @@ pub enum Selector {
         /// How many directories below the root of its hierarchy it is.
         depth: u32,
     },
+    /// Set of the name that it is for, by its number in
+    /// [`Domains`](super::domains::Domains).
+    Domain,
 }
 
 impl Selector {
@@ -84,6 +87,7 @@ impl Selector {
             Self::Mark { .. } => &MARKS,
             Self::Uid => &[Dimension::Uid],
             Self::Cgroup { .. } => &CGROUPS,
+            Self::Domain => &[Dimension::Domain],
         }
     }
 
@@ -145,7 +149,7 @@ pub fn compile(set: &RuleSet) -> Result<Vec<Line>, Unfit> {
     if set.rules.len() > MAX_RULES {
         return Err(Unfit::Rules(set.rules.len()));
     }
-    let descriptions = layout::description(Dimension::ALL.len()).0;
+    let descriptions = layout::description(Dimension::ALL.len() - 1).0 + 1;
     let mut image = vec![[0; LINE]; descriptions];
     for (selector, dimension) in dimensions(set)? {
         image[0][layout::USED] |= 1 << dimension as u32;

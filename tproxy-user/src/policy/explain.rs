@@ -9,6 +9,7 @@ use tproxy_common::policy::Known;
 use crate::plan::{Plan, Role, prefixes};
 
 use super::compile::{Condition, Rule, RuleSet, Selector, compile};
+use super::domains::{Domains, normal};
 use super::facts::{Memory, Packet};
 use super::names::Names;
 use super::question::{Origin, Question};
@@ -62,7 +63,7 @@ pub fn explain(plan: &Plan, question: &Question) -> Result<Answer, String> {
     if interface.is_none() && !plan.interfaces.iter().any(|i| i.role == Role::Loopback) {
         return Ok(Answer::passes("this host's own traffic is not captured"));
     }
-    let packet = facts(question, interface);
+    let packet = facts(question, interface, plan);
     if [&packet.source, &packet.destination].into_iter().any(|addr| is_special(addr, packet.family)) {
         return Ok(Answer::passes("loopback, link-local, multicast and such addresses are never captured"));
     }
@@ -92,7 +93,7 @@ fn answer(plan: &Plan, set: &RuleSet, packet: &Packet, (word, place): (u32, u32)
         Some(Miss { rule: Decision::from_word(rule.verdict).rule(), condition })
     });
     let action = match Verdict::from_raw(decision.raw_verdict()) {
-        Some(Verdict::Proxy) | None => "proxy",
+        Some(Verdict::Proxy | Verdict::Ask) | None => "proxy",
         Some(Verdict::Divert) => "divert",
         Some(Verdict::Pass) => "pass",
         Some(Verdict::Reject) => "reject",
@@ -134,10 +135,13 @@ const fn key(selector: Selector) -> &'static str {
         Selector::Mark { .. } => "mark",
         Selector::Uid => "uid",
         Selector::Cgroup { .. } => "cgroup",
+        Selector::Domain => "domain",
     }
 }
 
-fn facts(question: &Question, interface: Option<u32>) -> Packet {
+fn facts(question: &Question, interface: Option<u32>, plan: &Plan) -> Packet {
+    let domains = Domains::of(&plan.policy);
+    let name = question.domain.as_deref().and_then(normal);
     let addr = |ip| match ip {
         IpAddr::V4(v4) => mapped(v4.octets()),
         IpAddr::V6(v6) => v6.octets(),
@@ -159,6 +163,7 @@ fn facts(question: &Question, interface: Option<u32>) -> Packet {
         } else {
             Vec::new()
         },
+        domain: domains.zip(name).map(|(domains, name)| domains.set_of(&name)).into(),
     }
 }
 
@@ -246,6 +251,21 @@ action = "reject"
         assert_eq!(ask("tcp 192.168.1.2:1 > 192.168.1.1:22").2, "192.168.1.1 is an address of this host");
         assert_eq!(ask("udp 192.168.1.2:1 > 224.0.0.1:22").0, "pass");
         assert_eq!(ask("udp 192.168.1.1:1 > 1.1.1.1:22 own").2, "this host's own traffic is not captured");
+    }
+
+    #[test]
+    fn a_name_is_what_the_question_says() {
+        let mut plan = plan();
+        let config = "[[rule]]\ndomain = '*.example'\naction = 'reject'\n[[rule]]\naction = 'pass'\n";
+        plan.policy = file::parse(config.as_bytes(), "t.toml".as_ref()).expect("rules").1.into();
+        for (name, rule, not) in
+            [("domain a.Example", 1, None), ("domain example", 2, Some("domain")), ("", 2, Some("domain"))]
+        {
+            let question = format!("tcp 192.168.1.5:1 > 8.8.8.8:443 {name}").parse().expect("a packet");
+            let answer = explain(&plan, &question).expect("an answer");
+            let missed = answer.not.first().map(|miss| miss.condition);
+            assert_eq!((answer.rule, missed), (Some(rule), not), "{name}");
+        }
     }
 
     #[test]

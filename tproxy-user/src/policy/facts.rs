@@ -28,6 +28,8 @@ pub struct Packet {
     pub uid: Option<u32>,
     /// Control groups that the sending socket is in, from the root down.
     pub cgroups: Vec<u64>,
+    /// Set of the name that it is for.
+    pub domain: Known<u32>,
 }
 
 impl Packet {
@@ -44,6 +46,7 @@ impl Packet {
         mark: 0,
         uid: None,
         cgroups: Vec::new(),
+        domain: Known::Absent,
     };
 }
 
@@ -90,6 +93,10 @@ impl Facts for Packet {
 
     fn cgroup(&self, depth: u32) -> Option<u64> {
         self.cgroups.get(usize::try_from(depth).ok()?).copied()
+    }
+
+    fn domain(&self) -> Known<u32> {
+        self.domain
     }
 }
 

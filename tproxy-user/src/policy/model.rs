@@ -12,7 +12,7 @@ use tproxy_user::policy::facts::Packet;
 use tproxy_user::policy::ranges::Ranges;
 
 /// What rules may ask for: as many masks and depths as there may be.
-const SELECTORS: [Selector; 16] = [
+const SELECTORS: [Selector; 17] = [
     Selector::Source4,
     Selector::Source6,
     Selector::Destination4,
@@ -29,6 +29,7 @@ const SELECTORS: [Selector; 16] = [
     Selector::Cgroup { depth: 0 },
     Selector::Cgroup { depth: 1 },
     Selector::Cgroup { depth: 3 },
+    Selector::Domain,
 ];
 
 /// What a rule sees of a packet, value by value: `None` where the packet has no such value.
@@ -53,6 +54,10 @@ fn value(packet: &Packet, selector: Selector) -> Option<u128> {
         Selector::Mark { mask } => Some((packet.mark & mask).into()),
         Selector::Uid => packet.uid.map(Into::into),
         Selector::Cgroup { depth } => packet.cgroups.get(depth as usize).copied().map(Into::into),
+        Selector::Domain => match packet.domain {
+            Known::Is(set) => Some(set.into()),
+            Known::Absent | Known::Unknown => None,
+        },
     }
 }
 
@@ -70,6 +75,7 @@ pub(crate) fn naive(set: &RuleSet, packet: &Packet) -> (u32, u32) {
             Selector::Source4 | Selector::Destination4 => packet.family == Family::V4,
             Selector::Source6 | Selector::Destination6 => packet.family == Family::V6,
             Selector::SourcePort | Selector::DestinationPort => packet.ports != Known::Unknown,
+            Selector::Domain => packet.domain != Known::Unknown,
             _ => true,
         };
         !of_family
@@ -95,7 +101,7 @@ fn number(selector: Selector) -> BoxedStrategy<u128> {
         Selector::Source6 | Selector::Destination6 => (0x2001_0db8 << 96, (0xfe00 << 112) - 1),
         Selector::SourcePort | Selector::DestinationPort => (0, 0xffff),
         Selector::Protocol => (0, 0xff),
-        Selector::Interface | Selector::Mark { .. } | Selector::Uid => (0, 0xffff_ffff),
+        Selector::Interface | Selector::Mark { .. } | Selector::Uid | Selector::Domain => (0, 0xffff_ffff),
         Selector::Mac => (0, 0xffff_ffff_ffff),
         Selector::Dscp => (0, 0x3f),
         Selector::Cgroup { .. } => (0, u64::MAX.into()),
@@ -150,6 +156,11 @@ prop_compose! {
         mark in number(Selector::Mark { mask: u32::MAX }),
         uid in prop::option::of(number(Selector::Uid)),
         cgroups in prop::collection::vec(number(Selector::Cgroup { depth: 0 }), 0..6),
+        domain in prop_oneof![
+            8 => number(Selector::Domain).prop_map(|set| Known::Is(word(set))),
+            1 => Just(Known::Absent),
+            1 => Just(Known::Unknown),
+        ],
     ) -> Packet {
         let (family, source, destination) = if v4 {
             (Family::V4, mapped(word(source4).to_be_bytes()), mapped(word(destination4).to_be_bytes()))
@@ -165,6 +176,7 @@ prop_compose! {
             mark: word(mark),
             uid: uid.map(word),
             cgroups: cgroups.into_iter().map(long).collect(),
+            domain,
         }
     }
 }

@@ -1,5 +1,6 @@
 //! A packet in words, such as `tcp 192.168.1.5:1234 > 1.1.1.1:443 iface br-lan`, and what
-//! else rules may ask for: `mac`, `dscp`, `mark`, and of what this host sends `uid`, `cgroup`.
+//! else rules may ask for: `domain`, `mac`, `dscp`, `mark`, and of what this host sends `uid`,
+//! `cgroup`.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -8,6 +9,8 @@ use std::str::FromStr;
 use tproxy_common::abi::{TCP, UDP};
 
 use crate::cli::parse;
+
+use super::domains::Pattern;
 
 /// What `check --packet` asks about.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,6 +33,8 @@ pub struct Question {
     pub uid: Option<u32>,
     /// The control group of that socket, below `/sys/fs/cgroup`.
     pub cgroup: Option<String>,
+    /// The name that the flow is for; `None`: none is found.
+    pub domain: Option<String>,
 }
 
 /// Where a packet comes from.
@@ -73,6 +78,7 @@ impl FromStr for Question {
             mark: 0,
             uid: None,
             cgroup: None,
+            domain: None,
         };
         while let Some(key) = words.next() {
             if key == "own" {
@@ -92,6 +98,13 @@ impl FromStr for Question {
                 "mark" => question.mark = parse::number(value).map_err(named)?,
                 "uid" => question.uid = Some(parse::number(value).map_err(named)?),
                 "cgroup" => question.cgroup = Some(value.trim_matches('/').to_owned()),
+                "domain" => {
+                    let name = Pattern::parse(value).map_err(named)?.to_string();
+                    if name.starts_with('*') {
+                        return Err(format!("domain '{value}': a flow is for one name, such as example.org"));
+                    }
+                    question.domain = Some(name);
+                }
                 _ => return Err(format!("'{key}' says nothing here; {EXPECTED}")),
             }
         }
@@ -149,6 +162,7 @@ mod tests {
             ("tcp 1.1.1.1:1 > 1.1.1.1:1 iface", "'iface' has no value"),
             ("tcp 1.1.1.1:1 > 1.1.1.1:1 iface a/b", "iface 'a/b': expected the name"),
             ("tcp 1.1.1.1:1 > 1.1.1.1:1 dscp 64", "dscp '64': "),
+            ("tcp 1.1.1.1:1 > 1.1.1.1:1 domain *.a", "a flow is for one name"),
         ] {
             let error = text.parse::<Question>().expect_err(text);
             assert!(error.contains(part), "{text}: {error}");

@@ -39,7 +39,22 @@ pub fn rule_set(
         let conditions = alternatives(&rule.conditions, names);
         set.rules.extend(conditions.into_iter().map(|conditions| Rule { conditions, verdict }));
     }
-    Ok(set)
+    Ok(tell_of_names(set))
+}
+
+/// Marks what stands behind rules that ask for names: only that may depend on one.
+fn tell_of_names(mut set: RuleSet) -> RuleSet {
+    let mut behind = false;
+    for rule in &mut set.rules {
+        if behind {
+            rule.verdict = Decision::from_word(rule.verdict).behind_names().word();
+        }
+        behind |= rule.conditions.iter().any(|condition| condition.selector == Selector::Domain);
+    }
+    if behind {
+        set.otherwise = Decision::from_word(set.otherwise).behind_names().word();
+    }
+    set
 }
 
 /// A packet that meets one of these meets the conditions of a rule: values of one key may
@@ -110,6 +125,9 @@ fn common(of: &Conditions, names: &Names) -> Vec<Condition> {
         if asked {
             require(selector, values);
         }
+    }
+    if !of.domains.is_empty() {
+        require(Selector::Domain, Arc::clone(&of.domains.sets));
     }
     conditions
 }
@@ -276,7 +294,7 @@ mod tests {
             let interfaces = interfaces.into_iter().map(str::to_owned).collect();
             Conditions {
                 protocols, from, to, from_ports, to_ports, interfaces, macs, dscps, marks, uids,
-                cgroups: Vec::new(),
+                cgroups: Vec::new(), ..Conditions::default()
             }
         }
     }
@@ -295,7 +313,7 @@ mod tests {
             Packet {
                 family: if ends.0.is_ipv4() { Family::V4 } else { Family::V6 },
                 source: addr(ends.0), destination: addr(ends.1), ports: Known::Is(ports),
-                protocol, interface, mac, dscp, mark, uid, cgroups: Vec::new(),
+                protocol, interface, mac, dscp, mark, uid, ..Packet::EMPTY
             }
         }
     }

@@ -47,6 +47,7 @@ fn every_interval_is_found() {
         (Selector::Mark { mask: u32::MAX }, 1),
         (Selector::Uid, 1),
         (Selector::Cgroup { depth: 2 }, 4),
+        (Selector::Domain, 1),
     ] {
         let fan_out = LINE / words;
         // Of few values, spread over all, a short leaf holds one alone.
@@ -108,6 +109,7 @@ fn packet_with(selector: Selector, value: u128) -> Option<Packet> {
             packet.cgroups = vec![0; usize::try_from(depth).ok()?];
             packet.cgroups.push(u64::try_from(value).ok()?);
         }
+        Selector::Domain => packet.domain = Known::Is(small?),
     }
     Some(packet)
 }

@@ -30,6 +30,7 @@ use super::record::{End, Protocol, Record};
 use super::route::{Route, Way};
 use super::send::send;
 use super::udp::BATCH;
+use super::waiting::{self, Queue, Told, Waiting};
 use crate::addr::{ClientAddr, OrigDst, UpstreamAddr};
 use crate::limits::ClientSlot;
 use crate::sockopt::{self, Fragments};
@@ -39,12 +40,16 @@ use crate::upstream::Reason;
 /// answer that is under way.
 const DRAIN_QUIET: Duration = Duration::from_secs(1);
 
+/// Port of DNS servers.
+const DNS: u16 = 53;
+
 /// All flows of one worker.
 pub(crate) struct Flows {
     worker: Rc<Worker>,
     replies: ReplySender,
     receiver: RefCell<Receiver>,
     icmp: Budget,
+    waiting: Queue,
     /// The least recently used goes first where room is needed.
     table: RefCell<LruCache<Key, Rc<Flow>>>,
 }
@@ -113,6 +118,7 @@ impl Flows {
             replies,
             receiver: RefCell::new(Receiver::new()),
             icmp: Budget::new(),
+            waiting: Queue::new(),
             table: RefCell::new(LruCache::unbounded()),
         })
     }
@@ -128,8 +134,77 @@ impl Flows {
         let routes = &self.worker.shared.routes;
         // A system call: not for each datagram where it would tell the same.
         let route = if routes.bind() { routes.of(UDP, client, destination, stats) } else { Route::DIRECT };
+        if route.way == Way::Ask {
+            return self.ask((client, destination), datagram, payload, dont_fragment);
+        }
+        self.forward_by(route, (client, destination), datagram, payload, dont_fragment);
+    }
+
+    /// Finds the name of a flow, from this datagram or with those that follow, which wait.
+    fn ask(
+        self: &Rc<Self>,
+        key: (ClientAddr, OrigDst),
+        datagram: &Received,
+        payload: &[u8],
+        dont_fragment: bool,
+    ) {
+        match self.waiting.add(key, datagram, payload, dont_fragment) {
+            Told::Name(name, before) => {
+                let route = self.decide(key, name.as_deref(), &before);
+                self.forward_by(route, key, datagram, payload, dont_fragment);
+            }
+            Told::Waits(Some(number)) => self.wait(key, number),
+            Told::Waits(None) => {}
+            Told::Instead(number, other, unnamed) => {
+                self.decide(other, None, &unnamed);
+                self.wait(key, number);
+            }
+        }
+    }
+
+    /// Goes on without a name where none is found in time.
+    fn wait(self: &Rc<Self>, key: (ClientAddr, OrigDst), number: u64) {
+        let flows = Rc::clone(self);
+        drop(spawn_local(async move {
+            tokio::time::sleep(waiting::PATIENCE).await;
+            let unnamed = flows.waiting.take(key, number);
+            if !unnamed.is_empty() {
+                flows.decide(key, None, &unnamed);
+            }
+        }));
+    }
+
+    /// Decides over a flow by its name, and sends on what has waited for that.
+    fn decide(self: &Rc<Self>, key: (ClientAddr, OrigDst), name: Option<&str>, waiting: &[Waiting]) -> Route {
+        let stats = self.worker.stats();
+        stats.udp_asked.inc();
+        if name.is_some() {
+            stats.udp_named.inc();
+        }
+        let (client, destination) = key;
+        let route = self.worker.shared.routes.decide(UDP, client, destination, name, stats);
+        tracing::debug!("{client} to {destination}: for {name:?}, so {:?}", route.way);
+        for one in waiting {
+            self.forward_by(route, key, &one.datagram, &one.payload, one.dont_fragment);
+        }
+        route
+    }
+
+    /// Sends a datagram the way that is known, in its flow or a new one.
+    fn forward_by(
+        self: &Rc<Self>,
+        route: Route,
+        (client, destination): (ClientAddr, OrigDst),
+        datagram: &Received,
+        payload: &[u8],
+        dont_fragment: bool,
+    ) {
+        let stats = self.worker.stats();
         let Some((_, to)) = self.worker.shared.upstream(route.way, destination) else {
-            return self.refuse(client, destination, payload);
+            if route.way == Way::Reject {
+                self.refuse(client, destination, payload);
+            }
+            return;
         };
         if self.worker.shared.own.takes(to) {
             return stats.loops_prevented.inc();
@@ -355,6 +430,12 @@ impl Flows {
                     let Some(server) = flow.source(server) else { continue };
                     flow.last.set(Instant::now());
                     flow.replied.set(true);
+                    // Before its client has it and connects.
+                    if server.port() == DNS
+                        && self.worker.shared.routes.learn(flow.client, server.into(), &buffer[..len])
+                    {
+                        stats.names_learned.inc();
+                    }
                     match self.replies.send(server, flow.client, class, &buffer[..len]) {
                         Ok(()) => {
                             stats.udp_datagrams_down.inc();

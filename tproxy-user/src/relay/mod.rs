@@ -1,5 +1,6 @@
 //! The relay: what the client sends goes to its destination, and back.
 
+mod ask;
 mod checksum;
 mod copy;
 mod errors;
@@ -13,9 +14,11 @@ mod record;
 pub(crate) mod refusal;
 mod route;
 mod send;
+pub mod sniff;
 mod syn;
 pub(crate) mod tcp;
 pub(crate) mod udp;
+mod waiting;
 
 pub(crate) use flow::Flows;
 pub(crate) use handshake::Handshakes;
@@ -98,7 +101,7 @@ impl Shared {
         match way {
             Way::Direct => Some((&self.direct, destination.into())),
             Way::Divert(target) => Some((&self.divert, target.into())),
-            Way::Reject => None,
+            Way::Reject | Way::Drop | Way::Ask => None,
         }
     }
 

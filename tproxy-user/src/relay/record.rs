@@ -21,6 +21,8 @@ pub(crate) enum End {
     NotConnected(Reason),
     /// The client went before there was one.
     ClientGone,
+    /// A rule that asks for its name refused it.
+    Rejected,
     /// A UDP flow was quiet for its time-out.
     Timeout,
     /// A UDP flow made room for a newer one.
@@ -40,6 +42,7 @@ impl End {
             Self::Copied(Ending::HalfClosed) => "half-close-timeout",
             Self::NotConnected(reason) => reason.name(),
             Self::ClientGone => "client-gone",
+            Self::Rejected => "rejected",
             Self::Timeout => "timeout",
             Self::Evicted => "evicted",
             Self::Cut => "cut",
@@ -64,7 +67,7 @@ pub(crate) struct Record {
     /// Of a UDP flow the first.
     destination: OrigDst,
     /// The rule that says where it goes; of a UDP flow the first.
-    rule: Option<u16>,
+    pub(crate) rule: Cell<Option<u16>>,
     begun: Instant,
     upstream: Cell<Option<(UpstreamAddr, Duration)>>,
     end: Cell<End>,
@@ -96,7 +99,7 @@ impl Record {
             protocol,
             client,
             destination,
-            rule,
+            rule: Cell::new(rule),
             begun: Instant::now(),
             upstream: Cell::new(None),
             end: Cell::new(End::Cut),
@@ -133,6 +136,7 @@ impl Record {
             End::NotConnected(Reason::Exhausted) => &stats.connect_exhausted,
             End::NotConnected(Reason::Other) => &stats.connect_other,
             End::ClientGone => &stats.connect_abandoned,
+            End::Rejected => &stats.tcp_rejected,
             End::Timeout => &stats.udp_timeouts,
             End::Evicted => &stats.udp_evictions,
             End::Cut if self.protocol == Protocol::Tcp => &stats.tcp_cut,
@@ -155,7 +159,7 @@ impl Drop for Record {
             client = %self.client,
             destination = %self.destination,
             upstream = upstream.map(|(addr, _)| tracing::field::display(addr)),
-            rule = self.rule,
+            rule = self.rule.get(),
             bytes_up = self.traffic.up.get(),
             bytes_down = self.traffic.down.get(),
             duration_ms = millis(self.begun.elapsed()),

@@ -1,14 +1,18 @@
-//! The way that a flow takes, as the kernel has decided: the flow table tells.
+//! The way that a flow takes, as the kernel has decided: the flow table tells. Where the kernel
+//! asks for a name, it is decided here.
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 
 use aya::maps::MapError;
-use tproxy_common::abi::{Addr, Flow, FlowKey, Verdict, mapped};
+use tproxy_common::abi::{Addr, Decision, Family, Flow, FlowKey, Origin, UDP, Verdict, mapped};
+use tproxy_common::policy::Known;
 
 use crate::addr::{ClientAddr, OrigDst};
 use crate::datapath::flows::FlowTable;
-use crate::policy::targets::Targets;
+use crate::policy::facts::Packet;
+use crate::relay::sniff::dns;
+use crate::rulebook::Rulebook;
 use crate::stats::WorkerStats;
 
 /// What becomes of a flow.
@@ -18,8 +22,12 @@ pub(crate) enum Way {
     Direct,
     /// To a target instead.
     Divert(SocketAddr),
-    /// Nowhere.
+    /// Nowhere, and its client is told.
     Reject,
+    /// Nowhere.
+    Drop,
+    /// As [`Routes::decide`] says, once it is known what name the flow is for.
+    Ask,
 }
 
 /// A flow's way, and the rule that says so.
@@ -40,7 +48,7 @@ impl Route {
 #[derive(Debug)]
 pub struct Routes {
     table: Option<FlowTable>,
-    targets: Targets,
+    rules: Rulebook,
 }
 
 impl Routes {
@@ -49,23 +57,23 @@ impl Routes {
     /// # Errors
     ///
     /// Where it cannot be opened.
-    pub fn new(pin: &Path, targets: Targets) -> Result<Self, MapError> {
-        Ok(Self { table: Some(FlowTable::open(pin)?), targets })
+    pub fn new(pin: &Path, rules: Rulebook) -> Result<Self, MapError> {
+        Ok(Self { table: Some(FlowTable::open(pin)?), rules })
     }
 
     /// All go to their destinations: rules of others steer.
     #[must_use]
     pub fn direct() -> Self {
-        Self { table: None, targets: Targets::default() }
+        Self { table: None, rules: Rulebook::default() }
     }
 
     /// Whether a flow may have another way than to its destination.
     pub(crate) fn bind(&self) -> bool {
-        self.targets.bind()
+        self.rules.targets.bind()
     }
 
-    /// The way of a flow. One that the table has lost in a flood has none where rules divert
-    /// or refuse: it may be one of those.
+    /// The way of a flow. One that the table has lost in a flood has none where rules bind: it
+    /// may be one that does not go to its destination.
     pub(crate) fn of(
         &self,
         protocol: u8,
@@ -73,35 +81,92 @@ impl Routes {
         destination: OrigDst,
         stats: &WorkerStats,
     ) -> Route {
-        let Some(table) = self.table.as_ref().filter(|_| self.targets.are_asked_for()) else {
+        let Some(table) = self.table.as_ref().filter(|_| self.rules.targets.are_asked_for()) else {
             return Route::DIRECT;
         };
-        let (client, destination) = (client.get(), destination.get());
-        let key = FlowKey::up(
-            protocol,
-            addr(client.ip()),
-            addr(destination.ip()),
-            client.port(),
-            destination.port(),
-        );
-        match table.get(&key) {
-            Some(flow) => self.route(&flow),
-            None if self.bind() => {
-                stats.flows_lost.inc();
-                Route { way: Way::Reject, rule: None }
-            }
-            None => Route::DIRECT,
-        }
+        let key = key(protocol, client, destination);
+        let Some(flow) = table.get(&key) else { return self.lost(stats) };
+        // A datagram is one of many, a connection that is accepted is new.
+        let decided = if protocol == UDP { table.decided(&key, &flow) } else { None };
+        let decision =
+            decided.unwrap_or_else(|| Decision::of_flow(flow.verdict, flow.fallback, flow.rule, flow.target));
+        self.route(decision)
     }
 
-    fn route(&self, flow: &Flow) -> Route {
-        let way = match Verdict::from_raw(flow.verdict) {
-            Some(Verdict::Divert) => self.targets.get(flow.target).map_or(Way::Reject, Way::Divert),
-            Some(Verdict::Reject) => Way::Reject,
-            _ => Way::Direct,
-        };
-        Route { way, rule: (flow.rule != 0).then_some(flow.rule) }
+    fn lost(&self, stats: &WorkerStats) -> Route {
+        if !self.bind() {
+            return Route::DIRECT;
+        }
+        stats.flows_lost.inc();
+        Route { way: Way::Reject, rule: None }
     }
+
+    /// Decides over a flow by the name that it is for; `None`: none is to be seen. Those who
+    /// look at the flow table are told.
+    pub(crate) fn decide(
+        &self,
+        protocol: u8,
+        client: ClientAddr,
+        destination: OrigDst,
+        name: Option<&str>,
+        stats: &WorkerStats,
+    ) -> Route {
+        let Some(table) = &self.table else { return Route::DIRECT };
+        let key = key(protocol, client, destination);
+        let Some(flow) = table.get(&key) else { return self.lost(stats) };
+        let rules = self.rules.named();
+        let named = name
+            .zip(rules)
+            .and_then(|(name, rules)| rules.decide(name, facts(&key, &flow, client.ip()), flow.rule));
+        let decision = named.unwrap_or_else(|| Decision::of(flow.fallback, flow.rule, flow.target));
+        if let Err(error) = table.decide(&key, &flow, decision) {
+            tracing::debug!("{client} to {destination}: cannot note what was decided: {error}");
+        }
+        self.route(decision)
+    }
+
+    /// Learns what addresses are called, from what a DNS server says to a client that has asked it:
+    /// not from whoever finds the proxy's port. Whether it has learned something.
+    pub(crate) fn learn(&self, client: ClientAddr, server: OrigDst, datagram: &[u8]) -> bool {
+        let Some(table) = self.table.as_ref().filter(|_| self.rules.named().is_some()) else { return false };
+        let Some(answer) = dns::answer(datagram) else { return false };
+        let asked = table.get(&key(UDP, client, server)).is_some();
+        if asked {
+            self.rules.learn(&answer.name, &answer.addresses);
+        }
+        asked
+    }
+
+    fn route(&self, decision: Decision) -> Route {
+        let way = match Verdict::from_raw(decision.raw_verdict()) {
+            Some(Verdict::Divert) => {
+                self.rules.targets.get(decision.target()).map_or(Way::Reject, Way::Divert)
+            }
+            Some(Verdict::Reject) => Way::Reject,
+            Some(Verdict::Drop) => Way::Drop,
+            Some(Verdict::Ask) => Way::Ask,
+            Some(Verdict::Proxy | Verdict::Pass) | None => Way::Direct,
+        };
+        Route { way, rule: (decision.rule() != 0).then_some(decision.rule()) }
+    }
+}
+
+/// What is known of a flow here.
+fn facts(key: &FlowKey, flow: &Flow, client: IpAddr) -> Packet {
+    Packet {
+        family: if client.is_ipv4() { Family::V4 } else { Family::V6 },
+        source: key.client,
+        destination: key.destination,
+        ports: Known::Is((key.client_port, key.destination_port)),
+        protocol: key.protocol,
+        interface: (flow.origin != Origin::Own as u8).then_some(flow.ifindex),
+        ..Packet::EMPTY
+    }
+}
+
+fn key(protocol: u8, client: ClientAddr, destination: OrigDst) -> FlowKey {
+    let (client, destination) = (client.get(), destination.get());
+    FlowKey::up(protocol, addr(client.ip()), addr(destination.ip()), client.port(), destination.port())
 }
 
 fn addr(ip: IpAddr) -> Addr {

@@ -15,8 +15,10 @@ use tokio::task::{spawn_local, yield_now};
 use tproxy_common::abi::TCP;
 
 use super::Worker;
+use super::ask;
 use super::copy::{Ending, Patience, copy, reset};
 use super::record::{End, Protocol, Record};
+use super::route::Way;
 use crate::addr::{ClientAddr, OrigDst, UpstreamAddr};
 use crate::limits::ClientSlot;
 use crate::sockopt;
@@ -134,15 +136,10 @@ fn admit(
         return stats.accept_errors.inc();
     };
     let route = worker.shared.routes.of(TCP, client, destination, stats);
-    let Some((direct, to)) = worker.shared.upstream(route.way, destination) else {
-        return sockopt::reset_on_close(&stream);
-    };
-    if worker.shared.own.takes(to) {
-        stats.loops_prevented.inc();
-        tracing::debug!("{client} asked for the proxy's own listener {to}: refused");
+    let upstream = upstream(worker, route.way, client, destination);
+    if upstream.is_none() && route.way != Way::Ask {
         return sockopt::reset_on_close(&stream);
     }
-    let direct = *direct;
     let mut stream = match TcpStream::from_std(stream) {
         Ok(stream) => Connection::new(stream),
         Err(error) => {
@@ -150,7 +147,8 @@ fn admit(
             return worker.shared.report_exhaustion("cannot wait for a connection", &error);
         }
     };
-    if let Some(handshakes) = &worker.handshakes {
+    // What is asked about was not set aside.
+    if let Some(handshakes) = worker.handshakes.as_ref().filter(|_| route.way != Way::Ask) {
         match handshakes.complete((client, destination), stream) {
             Ok(()) => return,
             // Its client took too long; it is served as if it came only now.
@@ -164,19 +162,49 @@ fn admit(
     };
     let Some(permit) = permit.or_else(|| worker.try_permit()) else { return };
     let record = Record::new(worker, Protocol::Tcp, client, destination, route.rule);
-    let task = serve(Rc::clone(worker), stream, record, (client, direct, to), (permit, slot));
+    let task = serve(Rc::clone(worker), stream, record, (client, destination, upstream), (permit, slot));
     drop(spawn_local(task));
 }
 
-/// One connection from its acceptance to its end. `_shares` are its parts of the limits.
+/// How a flow goes, and where to; `None`: nowhere, which is also where it would come back.
+fn upstream(
+    worker: &Worker,
+    way: Way,
+    client: ClientAddr,
+    destination: OrigDst,
+) -> Option<(Direct, UpstreamAddr)> {
+    let (direct, to) = worker.shared.upstream(way, destination)?;
+    if worker.shared.own.takes(to) {
+        worker.stats().loops_prevented.inc();
+        tracing::debug!("{client} asked for the proxy's own listener {to}: refused");
+        return None;
+    }
+    Some((*direct, to))
+}
+
+/// One connection from its acceptance to its end; without an upstream it is asked about first.
+/// `_shares` are its parts of the limits.
 async fn serve(
     worker: Rc<Worker>,
     client_side: Connection,
     record: Record,
-    (client, direct, to): (ClientAddr, Direct, UpstreamAddr),
+    (client, destination, mut to): (ClientAddr, OrigDst, Option<(Direct, UpstreamAddr)>),
     _shares: (OwnedSemaphorePermit, ClientSlot),
 ) {
     let stats = worker.stats();
+    if to.is_none() {
+        stats.tcp_asked.inc();
+        let Ok(name) = ask::name(&client_side).await else { return record.ends(End::ClientGone) };
+        if name.is_some() {
+            stats.tcp_named.inc();
+        }
+        let route = worker.shared.routes.decide(TCP, client, destination, name.as_deref(), stats);
+        tracing::debug!("{client} to {destination}: for {name:?}, so {:?}", route.way);
+        record.rule.set(route.rule);
+        to = upstream(&worker, route.way, client, destination);
+    }
+    // A connection that its client believes in can only be reset, whatever a rule says.
+    let Some((direct, to)) = to else { return record.ends(End::Rejected) };
     let connected = tokio::select! {
         connected = direct.connect(client, to, stats) => connected,
         () = reset(&client_side) => return record.ends(End::ClientGone),

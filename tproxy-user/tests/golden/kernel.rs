@@ -10,8 +10,8 @@ use aya::maps::{HashMap, Map, MapData, MapError, PerCpuArray};
 use aya::programs::{ProgramError, SchedClassifier, TcAttachType, TestRun as _, TestRunOptions};
 use nix::errno::Errno;
 use tproxy_common::abi::{
-    ABI_VERSION, Flow, FlowKey, FragmentInfo, FragmentKey, HostPair, ListenerKind, LpmKey, Settings,
-    listener_index, map, program,
+    ABI_VERSION, Addr, Decided, Flow, FlowKey, FragmentInfo, FragmentKey, HostPair, ListenerKind, LpmKey,
+    Name, Settings, listener_index, map, program,
 };
 use tproxy_common::counter::Counters;
 use tproxy_common::policy::Line;
@@ -352,6 +352,20 @@ impl Kernel {
             Some(map @ Map::LruHashMap(_)) => HashMap::try_from(map).expect("keys and values as declared"),
             _ => panic!("{name} is no LRU hash"),
         }
+    }
+
+    /// What an address is called: for so many seconds from now on, or until so many ago.
+    pub(crate) fn set_name(&mut self, addr: Addr, set: Option<u32>, seconds: i64) {
+        let Some(set) = set else { return self.remove::<_, Name>(map::NAMES, &addr) };
+        let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).expect("a clock");
+        let expires = u64::try_from((now.tv_sec() + seconds) * 1_000_000_000).expect("after the start");
+        let name = Name { set, pad: 0, expires };
+        self.hash::<Addr, Name>(map::NAMES).insert(addr, name, 0).expect("room");
+    }
+
+    /// What the proxy has decided of a flow.
+    pub(crate) fn set_decided(&mut self, key: &FlowKey, decided: Decided) {
+        self.hash::<FlowKey, Decided>(map::DECIDED).insert(key, decided, 0).expect("room");
     }
 
     pub(crate) fn add_local(&mut self, v4: [u8; 4]) {

@@ -23,6 +23,7 @@ mod headers;
 mod kernel;
 mod link;
 mod listeners;
+mod names;
 mod packets;
 mod predict;
 mod rules;
@@ -42,6 +43,7 @@ fn main() {
         headers::TESTS,
         link::TESTS,
         listeners::TESTS,
+        names::TESTS,
         rules::TESTS,
         sides::TESTS,
         verdicts::TESTS,

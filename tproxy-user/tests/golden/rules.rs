@@ -85,6 +85,8 @@ fn captures(kernel: &mut Kernel, seen: &Packet, own: bool) -> bool {
     } else {
         (program::CAPTURE, (STEERED, "assign_eopnotsupp"))
     };
+    let set = if let Known::Is(set) = seen.domain { Some(set) } else { None };
+    kernel.set_name(seen.destination, set, 3600);
     let outcome = kernel.run_with(program, &p::opening(seen), context);
     let captured = outcome.action != PASS;
     let expected = if captured { taken } else { (PASS, "pass_policy") };
@@ -98,6 +100,10 @@ fn as_frame(mut seen: Packet) -> Packet {
     seen.interface = Some(IFINDEX);
     if !matches!(seen.ports, Known::Is(_)) {
         seen.ports = Known::Is((40_000, 443));
+    }
+    // What is not known of a name is asked for by the words of verdicts, of which there are none here.
+    if seen.domain == Known::Unknown {
+        seen.domain = Known::Absent;
     }
     // All frames have an address, and none of what arrives has a socket.
     seen.mac = seen.mac.or(Some(0));

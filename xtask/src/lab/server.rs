@@ -5,6 +5,7 @@ use std::net::IpAddr;
 
 use anyhow::Result;
 
+use super::command::Cmd;
 use super::daemon::Daemon;
 use super::namespace::Namespace;
 use super::sockets::Protocol;
@@ -20,14 +21,42 @@ pub const NAME: &str = "service.example.test";
 /// # Errors
 /// Where it does not start.
 pub fn web(lab: &Lab, namespace: &Namespace, ports: &[u16]) -> Result<Daemon> {
+    web_with_tls(lab, namespace, ports, &[])
+}
+
+/// As [`web`], on other ports over TLS as well, with a certificate that nobody trusts.
+///
+/// # Errors
+/// Where it does not start.
+pub fn web_with_tls(lab: &Lab, namespace: &Namespace, ports: &[u16], tls: &[u16]) -> Result<Daemon> {
     let dir = lab.dir().join(format!("nginx-{}", namespace.role()));
     fs::create_dir_all(&dir)?;
     fs::create_dir_all(lab.dir().join("www"))?;
-    let listen: Vec<String> = ports
-        .iter()
-        .map(|port| format!("listen {port} backlog=4096; listen [::]:{port} backlog=4096 ipv6only=on;"))
+    let plain = ports.iter().map(|port| (port, ""));
+    let listen: Vec<String> = plain
+        .chain(tls.iter().map(|port| (port, "ssl")))
+        .map(|(port, tls)| {
+            format!("listen {port} {tls} backlog=4096; listen [::]:{port} {tls} backlog=4096 ipv6only=on;")
+        })
         .collect();
-    let listen = listen.concat();
+    let mut listen = listen.concat();
+    if !tls.is_empty() {
+        let [key, certificate, config] =
+            ["key.pem", "certificate.pem", "openssl.cnf"].map(|name| dir.join(name));
+        // Its own may not be there.
+        fs::write(&config, "[req]\ndistinguished_name = name\n[name]\n")?;
+        Cmd::host("openssl")
+            .args(["req", "-x509", "-nodes", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"])
+            .args(["-subj", "/CN=test", "-days", "1", "-config"])
+            .arg(&config)
+            .arg("-keyout")
+            .arg(&key)
+            .arg("-out")
+            .arg(&certificate)
+            .check()?;
+        let (key, certificate) = (key.display(), certificate.display());
+        listen = format!("{listen} ssl_certificate {certificate}; ssl_certificate_key {key};");
+    }
     let (here, www) = (dir.display(), lab.dir().display());
     let temporary = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
         .map(|kind| format!("{kind}_temp_path {here}/{kind};\n"));
@@ -56,7 +85,7 @@ pub fn web(lab: &Lab, namespace: &Namespace, ports: &[u16]) -> Result<Daemon> {
         "daemon off;",
     ]);
     let mut daemon = Daemon::start(lab, "nginx", &command)?;
-    for port in ports {
+    for port in ports.iter().chain(tls) {
         daemon.wait_bound(namespace, Protocol::Tcp, *port)?;
     }
     Ok(daemon)
@@ -92,6 +121,7 @@ fn start_dns(
         "--conf-file=/dev/null",
         "--no-resolv",
         "--no-hosts",
+        "--local-ttl=300",
         "--user=root",
         "--pid-file=",
         "--log-queries=extra",

@@ -15,6 +15,7 @@ mod capture;
 mod common;
 mod company;
 mod doctor;
+mod domains;
 mod faults;
 mod firewall;
 mod flood;
@@ -127,6 +128,7 @@ fn main() -> ExitCode {
         upkeep::SCENARIOS,
         company::SCENARIOS,
         policy::SCENARIOS,
+        domains::SCENARIOS,
     ];
     // What the family makes no difference to: both in one run.
     let once: &[Scenarios] = if selection.is_some() { &[] } else { &[policy::ONCE, reload::ONCE] };

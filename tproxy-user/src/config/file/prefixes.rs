@@ -47,7 +47,7 @@ impl Files {
     }
 }
 
-fn content(path: &Path) -> io::Result<Vec<u8>> {
+pub(super) fn content(path: &Path) -> io::Result<Vec<u8>> {
     // To open a named pipe waits for who writes to it.
     if !path.metadata()?.is_file() {
         return Err(io::Error::other("it is no regular file"));

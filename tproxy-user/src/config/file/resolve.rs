@@ -7,17 +7,22 @@ use tproxy_common::abi::{TCP, UDP};
 
 use super::error::Mistake;
 use super::list::List;
+use super::names;
 use super::prefixes::{self, Files};
 use super::value::{Network, Protocol, Uid, Uids};
 use super::{cgroup, rule};
-use crate::config::rule::{Action, Addresses, Conditions, PrefixFile, Rule};
+use crate::config::rule::{Action, Addresses, Conditions, Domains, NameFile, PrefixFile, Rule};
+use crate::policy::domains;
 
 /// Resolves rules; `directory` is what paths are relative to.
 pub(super) fn rules(rules: &[rule::Rule], directory: &Path) -> Result<Vec<Rule>, Mistake> {
     let mut files = Files::default();
     let resolve =
         |(index, rule)| Resolve { key: format!("rule[{index}]"), directory, files: &mut files }.rule(rule);
-    rules.iter().cloned().enumerate().map(resolve).collect()
+    let mut rules: Vec<Rule> =
+        rules.iter().cloned().enumerate().map(resolve).collect::<Result<_, Mistake>>()?;
+    domains::Domains::share(&mut rules);
+    Ok(rules)
 }
 
 /// What resolves one rule.
@@ -35,6 +40,7 @@ impl Resolve<'_> {
 
     fn rule(&mut self, rule: rule::Rule) -> Result<Rule, Mistake> {
         let action = self.action(&rule)?;
+        self.only_what_the_relay_knows(&rule)?;
         let conditions = Conditions {
             protocols: values(rule.protocol, |protocol| match protocol {
                 Protocol::Tcp => TCP,
@@ -57,6 +63,11 @@ impl Resolve<'_> {
             dscps: values(rule.dscp, Into::into),
             marks: values(rule.mark, Into::into),
             uids: self.uids(rule.uid)?,
+            domains: Domains {
+                listed: values(rule.domain, Into::into),
+                files: self.name_files(rule.domain_file)?,
+                ..Domains::default()
+            },
             cgroups: values(rule.cgroup, |name| cgroup::resolve(Path::new(cgroup::ROOT), &name.0)),
         };
         Ok(Rule { conditions, action })
@@ -82,15 +93,50 @@ impl Resolve<'_> {
         })
     }
 
+    /// A rule that asks for a name is decided over by the relay, which has seen no packet.
+    fn only_what_the_relay_knows(&self, rule: &rule::Rule) -> Result<(), Mistake> {
+        let others = [
+            ("mac", rule.mac.is_some()),
+            ("dscp", rule.dscp.is_some()),
+            ("mark", rule.mark.is_some()),
+            ("uid", rule.uid.is_some()),
+            ("cgroup", rule.cgroup.is_some()),
+        ];
+        let Some((other, _)) = others.iter().find(|(_, asked)| *asked) else { return Ok(()) };
+        let key = if rule.domain.is_some() {
+            ".domain"
+        } else if rule.domain_file.is_some() {
+            ".domain_file"
+        } else {
+            return Ok(());
+        };
+        let message = format!(
+            "a rule with names cannot have `{other}`, which is not known any more once the name is: leave one of them out"
+        );
+        Err(self.mistake(key, message))
+    }
+
+    fn name_files(&self, paths: Option<List<PathBuf>>) -> Result<Vec<NameFile>, Mistake> {
+        let read = |path: PathBuf| {
+            let path = self.directory.join(path);
+            names::read(&path).map_err(|error| self.unread("domain_file", &path, error))
+        };
+        paths.into_iter().flatten().map(read).collect()
+    }
+
+    fn unread(&self, key: &str, path: &Path, error: prefixes::Error) -> Mistake {
+        match error {
+            prefixes::Error::Io(error) => {
+                self.mistake(&format!(".{key}"), format!("cannot read {}: {error}", path.display()))
+            }
+            prefixes::Error::Content(failure) => Mistake::Elsewhere(failure),
+        }
+    }
+
     fn files(&mut self, key: &str, paths: Option<List<PathBuf>>) -> Result<Vec<PrefixFile>, Mistake> {
         let read = |path: PathBuf| {
             let path = self.directory.join(path);
-            self.files.read(path.clone()).map_err(|error| match error {
-                prefixes::Error::Io(error) => {
-                    self.mistake(&format!(".{key}"), format!("cannot read {}: {error}", path.display()))
-                }
-                prefixes::Error::Content(failure) => Mistake::Elsewhere(failure),
-            })
+            self.files.read(path.clone()).map_err(|error| self.unread(key, &path, error))
         };
         paths.into_iter().flatten().map(read).collect()
     }

@@ -7,7 +7,9 @@ use serde::de::Error;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::List;
-use super::value::{AnyMark, Cgroup, Dscp, Interface, Mac, Network, Ports, Protocol, Target, Uid, Upstream};
+use super::value::{
+    AnyMark, Cgroup, Domain, Dscp, Interface, Mac, Network, Ports, Protocol, Target, Uid, Upstream,
+};
 
 /// What becomes of flows that meet all conditions; each may be one value or a list, of which one is met.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -43,12 +45,13 @@ pub struct Rule {
     pub uid: Option<List<Uid>>,
     /// Control groups whose sockets send; of the host's own traffic alone.
     pub cgroup: Option<List<Cgroup>>,
+    /// Names that flows are for: by TLS and QUIC server name, HTTP host, or DNS answers seen.
+    pub domain: Option<List<Domain>>,
+    /// Files of names, one a line; relative to the config file.
+    pub domain_file: Option<List<PathBuf>>,
     /// Not supported yet.
     #[schemars(skip)]
     pub gid: Option<NotYet>,
-    /// Not supported yet.
-    #[schemars(skip)]
-    pub domain: Option<NotYet>,
     /// What becomes of them.
     pub action: Action,
     /// Where they are diverted to; with the action `divert` alone.

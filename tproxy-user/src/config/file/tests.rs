@@ -132,7 +132,18 @@ fn mistakes_in_rules() {
         ),
         ("action = 'proxy'\nupstream = 'exits'", "5:12: rule[1].upstream: 'exits': expected direct"),
         ("gid = 5\naction = 'pass'", "4:7: rule[1].gid: not supported yet; leave the key out"),
-        ("domain = ['*.x']\naction = 'pass'", "4:10: rule[1].domain: not supported yet; leave the key out"),
+        (
+            "domain = ['a.example', '*']\naction = 'pass'",
+            "4:24: rule[1].domain[1]: '*': expected a name such as example.org, or *.example.org for all names below it",
+        ),
+        (
+            "domain = 'a.example'\ndscp = 'ef'\naction = 'pass'",
+            "4:10: rule[1].domain: a rule with names cannot have `dscp`, which is not known any more once the name is: leave one of them out",
+        ),
+        (
+            "domain_file = 'nowhere'\naction = 'pass'",
+            "4:15: rule[1].domain_file: cannot read nowhere: No such file or directory (os error 2)",
+        ),
         (
             "uid = ['root', 'no such user']\naction = 'pass'",
             "4:7: rule[1].uid: 'no such user': this host has no user of this name",
@@ -319,9 +330,10 @@ fn keys_of_schema(
 fn the_sample_has_every_key_of_the_schema_and_no_other() {
     let directory = tempfile::tempdir().expect("a directory");
     std::fs::write(directory.path().join("networks.txt"), "10.0.0.0/8").expect("written");
+    std::fs::write(directory.path().join("names.txt"), "example.org").expect("written");
     let parsed = parse(sample().as_bytes(), &directory.path().join("tproxy.toml"));
     let (_, rules) = parsed.unwrap_or_else(|error| panic!("{error}"));
-    assert_eq!(rules.len(), 7);
+    assert_eq!(rules.len(), 9);
 
     let mut keys_of_sample = BTreeSet::new();
     let table: toml::Table = sample().parse().expect("parsed above");

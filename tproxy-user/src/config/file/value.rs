@@ -13,6 +13,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::cli::parse;
 use crate::config::Mark;
+use crate::policy::domains::Pattern;
 
 /// A protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -210,6 +211,8 @@ values! {
     Uid(Uids) = Uids::parse, Uids::to_string;
     /// A systemd unit such as "sshd.service", or a path below /sys/fs/cgroup.
     Cgroup(String) = cgroup, String::clone;
+    /// A name such as "example.org", or "*.example.org" for all names below it.
+    Domain(Pattern) = Pattern::parse, Pattern::to_string;
     /// An address and a port, such as `"127.0.0.53:53"` or `"[::1]:53"`.
     Target(SocketAddr) = parse::target, SocketAddr::to_string;
 }

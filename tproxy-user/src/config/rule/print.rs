@@ -4,7 +4,7 @@ use std::fmt;
 
 use tproxy_common::abi::{TCP, UDP};
 
-use super::{Action, Addresses, Conditions, Rule};
+use super::{Action, Addresses, Conditions, Domains, Rule};
 
 impl fmt::Display for Rule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -28,7 +28,7 @@ impl fmt::Display for Conditions {
     /// Each condition with its key; `everything` where there is none.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let ports = |ports: &[(u16, u16)]| ports.iter().map(|range| span(*range)).collect();
-        let conditions: [(&str, Vec<String>); 13] = [
+        let conditions: [(&str, Vec<String>); 14] = [
             ("protocol", self.protocols.iter().map(|protocol| name(*protocol)).collect()),
             ("from", included(&self.from)),
             ("not_from", self.from.not.iter().map(ToString::to_string).collect()),
@@ -42,6 +42,7 @@ impl fmt::Display for Conditions {
             ("mark", self.marks.iter().map(ToString::to_string).collect()),
             ("uid", self.uids.iter().map(|range| span(*range)).collect()),
             ("cgroup", self.cgroups.clone()),
+            ("domain", names(&self.domains)),
         ];
         let mut separator = "";
         for (key, values) in conditions.iter().filter(|(_, values)| !values.is_empty()) {
@@ -68,6 +69,12 @@ fn included(addresses: &Addresses) -> Vec<String> {
     let files =
         addresses.files.iter().map(|file| format!("{} ({} networks)", file.path.display(), file.count));
     addresses.nets.iter().map(ToString::to_string).chain(files).collect()
+}
+
+fn names(domains: &Domains) -> Vec<String> {
+    let files =
+        domains.files.iter().map(|file| format!("{} ({} names)", file.path.display(), file.patterns.len()));
+    domains.listed.iter().map(ToString::to_string).chain(files).collect()
 }
 
 #[cfg(test)]
