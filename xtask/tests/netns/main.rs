@@ -59,7 +59,6 @@ use std::thread;
 
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use serde_json::Value;
-use xtask::lab::pace::slowdown;
 use xtask::lab::selection::Selection;
 use xtask::lab::{Family, Lab, load, proxy, reclaim};
 
@@ -185,25 +184,13 @@ fn set_up() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Runs a scenario. A machine that emulates another starves one now and then for longer than
-/// anything here waits: there, one that fails is run once more, and its failure is told.
 fn run(scenario: Scenario, family: Family) -> Result<Completion, Failed> {
-    match attempt(scenario, family) {
-        Err(failure) if slowdown() > 1 => {
-            eprintln!("run once more, because of: {failure}");
-            attempt(scenario, family).map_err(Into::into)
-        }
-        outcome => outcome.map_err(Into::into),
-    }
-}
-
-fn attempt(scenario: Scenario, family: Family) -> Result<Completion, String> {
     let lab = Lab::new().map_err(|error| format!("{error:#}"))?;
     match scenario(&lab, family) {
         Ok(()) => Ok(Completion::Completed),
         Err(error) => match error.downcast_ref::<Skip>() {
             Some(skip) => Ok(Completion::ignored_with(skip.to_string())),
-            None => Err(format!("{error:#}\n{}{}", logs(&lab), counters(&lab))),
+            None => Err(format!("{error:#}\n{}{}", logs(&lab), counters(&lab)).into()),
         },
     }
 }
