@@ -45,7 +45,7 @@ pub const SUMMARY_WORDS: usize = 2;
 
 /// The most levels of a tree above its leaves: 7 · 8^7 ends of 128 bits are 14 million,
 /// of 32 bits those of a million networks take 4 levels.
-pub const MAX_LEVELS: usize = 8;
+pub const MAX_LEVELS: usize = 7;
 
 /// What of a packet rules may ask for. Each is looked up by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -350,7 +350,10 @@ fn first_in_all(image: &impl Image, work: &Work) -> Option<u32> {
 }
 
 /// The bits of a word that all vectors have.
-#[inline(always)]
+///
+/// A function of its own: what comes after it the verifier of Linux 6.1 otherwise follows once
+/// for each number of vectors after which the loop may end.
+#[inline(never)]
 fn in_all(image: &impl Image, work: &Work, place: usize) -> Option<u32> {
     let mut all = u32::MAX;
     for vector in work.iter().take_while(|vector| **vector != END) {

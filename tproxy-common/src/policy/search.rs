@@ -35,9 +35,10 @@ impl Value for u32 {
     fn place_in_leaf(self, image: &impl Image, leaf: &Line) -> usize {
         /// Half words before the ends: those of the first end.
         const ENDS: usize = 2;
+        let difference = u64::from(self).wrapping_sub(u64::from(word(leaf, 0)));
+        let is_below = image.opaque(difference) >> 63;
         // What the value is above the first end, 0 where it is below.
-        let above = image.opaque(u64::from(self).wrapping_sub(u64::from(word(leaf, 0))));
-        let above = above & (above >> 63).wrapping_sub(1);
+        let above = difference & is_below.wrapping_sub(1);
         let mut below = 0;
         let mut step = SHORT_LEAF.div_ceil(2);
         while step > 0 {
