@@ -142,6 +142,8 @@ pub mod layout {
     pub const VERDICTS: usize = 1;
     /// Header: how many rules there are.
     pub const RULES: usize = 2;
+    /// Header: what tells the image from others that take its place. Whoever puts it there sets it.
+    pub const NUMBER: usize = 3;
 
     /// Words that describe a dimension.
     pub const DESCRIPTION: usize = LINE / 2;
@@ -179,7 +181,11 @@ pub mod layout {
 }
 
 /// An image, in a map or in memory.
-pub trait Image {
+///
+/// The kernel's verifier follows a function anew for each place that calls it, but for global ones,
+/// of which it assumes nothing. So programs make such functions of the parts of a decision that
+/// have loops: those that are given here.
+pub trait Image: Sized {
     /// A line; `None` beyond the end.
     fn line(&self, index: u32) -> Option<&Line>;
 
@@ -190,6 +196,24 @@ pub trait Image {
     /// The same number, of which the compiler knows nothing: it would make branches
     /// of arithmetic that stands for them.
     fn opaque(&self, number: u64) -> u64;
+
+    /// [`short_class`].
+    #[inline(always)]
+    fn short_class(&self, dimension: u32, value: u32) -> Option<u32> {
+        short_class(self, dimension, value)
+    }
+
+    /// [`long_class`].
+    #[inline(always)]
+    fn long_class(&self, dimension: u32, value: (u64, u64)) -> Option<u32> {
+        long_class(self, dimension, value)
+    }
+
+    /// [`in_all`].
+    #[inline(always)]
+    fn in_all(&self, work: &Work, place: u32) -> Option<u32> {
+        in_all(self, work, place)
+    }
 }
 
 /// What a packet is to the rules, which ask for no more than they need.
@@ -268,10 +292,11 @@ impl<V> Known<V> {
 /// `None` where the image is none that the compiler makes.
 #[inline(always)]
 pub fn decide(image: &impl Image, facts: &impl Facts, work: &mut Work) -> Option<(u32, u32)> {
+    vectors(image, word(image.line(0)?, layout::USED), facts, work)?;
+    let rule = first_in_all(image, work)?;
+    // Again, as a program has few words to keep it in meanwhile.
     let header = image.line(0)?;
-    let used = word(header, layout::USED);
-    vectors(image, used, facts, work)?;
-    let rule = first_in_all(image, work)?.min(word(header, layout::RULES));
+    let rule = rule.min(word(header, layout::RULES));
     let line = image.line(word(header, layout::VERDICTS).wrapping_add(rule / LINE as u32))?;
     Some((word(line, rule as usize), rule))
 }
@@ -282,16 +307,16 @@ fn vectors(image: &impl Image, used: u32, facts: &impl Facts, work: &mut Work) -
     let mut joined = 0u32;
     /// Looks one up, if rules ask for it.
     macro_rules! look_up {
-        ($dimension:ident, $value:expr) => {
-            look_up!($dimension, _ => $value)
+        ($class:ident $dimension:ident, $value:expr) => {
+            look_up!($class $dimension, _ => $value)
         };
-        ($dimension:ident, $parameter:pat => $value:expr) => {
+        ($class:ident $dimension:ident, $parameter:pat => $value:expr) => {
             if used & 1 << Dimension::$dimension as u32 != 0 {
                 let (line, at) = const { layout::description(Dimension::$dimension as usize) };
-                let described = image.line(line as u32)?[at..].first_chunk()?;
+                let described: &Description = image.line(line as u32)?[at..].first_chunk()?;
                 let $parameter = described[layout::PARAMETER];
                 let class = match $value {
-                    Known::Is(value) => search::class(image, described, value)?,
+                    Known::Is(value) => image.$class(Dimension::$dimension as u32, value)?,
                     Known::Absent => described[layout::ABSENT],
                     Known::Unknown => described[layout::UNKNOWN],
                 };
@@ -303,27 +328,27 @@ fn vectors(image: &impl Image, used: u32, facts: &impl Facts, work: &mut Work) -
     }
     match facts.family() {
         Family::V4 => {
-            look_up!(Source4, Known::Is(low_word(facts.source())));
-            look_up!(Destination4, Known::Is(low_word(facts.destination())));
+            look_up!(short_class Source4, Known::Is(low_word(facts.source())));
+            look_up!(short_class Destination4, Known::Is(low_word(facts.destination())));
         }
         Family::V6 => {
-            look_up!(Source6, Known::Is(halves(facts.source())));
-            look_up!(Destination6, Known::Is(halves(facts.destination())));
+            look_up!(long_class Source6, Known::Is(halves(facts.source())));
+            look_up!(long_class Destination6, Known::Is(halves(facts.destination())));
         }
     }
-    look_up!(SourcePort, facts.ports().map(|(source, _)| u32::from(source)));
-    look_up!(DestinationPort, facts.ports().map(|(_, destination)| u32::from(destination)));
-    look_up!(Protocol, Known::Is(u32::from(facts.protocol())));
-    look_up!(Interface, Known::from(facts.interface()));
-    look_up!(Mac, Known::from(facts.mac()).map(long));
-    look_up!(Dscp, Known::Is(u32::from(facts.dscp())));
-    look_up!(Mark0, mask => Known::Is(facts.mark() & mask));
-    look_up!(Mark1, mask => Known::Is(facts.mark() & mask));
-    look_up!(Uid, Known::from(facts.uid()));
-    look_up!(Cgroup0, depth => Known::from(facts.cgroup(depth)).map(long));
-    look_up!(Cgroup1, depth => Known::from(facts.cgroup(depth)).map(long));
-    look_up!(Cgroup2, depth => Known::from(facts.cgroup(depth)).map(long));
-    look_up!(Domain, facts.domain());
+    look_up!(short_class SourcePort, facts.ports().map(|(source, _)| u32::from(source)));
+    look_up!(short_class DestinationPort, facts.ports().map(|(_, destination)| u32::from(destination)));
+    look_up!(short_class Protocol, Known::Is(u32::from(facts.protocol())));
+    look_up!(short_class Interface, Known::from(facts.interface()));
+    look_up!(long_class Mac, Known::from(facts.mac()).map(long));
+    look_up!(short_class Dscp, Known::Is(u32::from(facts.dscp())));
+    look_up!(short_class Mark0, mask => Known::Is(facts.mark() & mask));
+    look_up!(short_class Mark1, mask => Known::Is(facts.mark() & mask));
+    look_up!(short_class Uid, Known::from(facts.uid()));
+    look_up!(long_class Cgroup0, depth => Known::from(facts.cgroup(depth)).map(long));
+    look_up!(long_class Cgroup1, depth => Known::from(facts.cgroup(depth)).map(long));
+    look_up!(long_class Cgroup2, depth => Known::from(facts.cgroup(depth)).map(long));
+    look_up!(short_class Domain, facts.domain());
     work[joined as usize % work.len()] = END;
     Some(())
 }
@@ -335,13 +360,13 @@ const NONE: u32 = u32::MAX;
 /// the first of all: rules that ask for nothing match everything.
 #[inline(always)]
 fn first_in_all(image: &impl Image, work: &Work) -> Option<u32> {
-    let summary = [in_all(image, work, 0)?, in_all(image, work, 1)?];
+    let summary = [image.in_all(work, 0)?, image.in_all(work, 1)?];
     for chunk in 0..VECTOR_WORDS {
         // Not all have a bit in there; those that have may have different ones.
         if summary[chunk / 32] >> (chunk % 32) & 1 == 0 {
             continue;
         }
-        let all = in_all(image, work, SUMMARY_WORDS + chunk)?;
+        let all = image.in_all(work, (SUMMARY_WORDS + chunk) as u32)?;
         if all != 0 {
             return Some(image.hidden(chunk as u32 * 32 + all.trailing_zeros()));
         }
@@ -349,15 +374,24 @@ fn first_in_all(image: &impl Image, work: &Work) -> Option<u32> {
     Some(NONE)
 }
 
-/// The bits of a word that all vectors have.
-///
-/// A function of its own: what comes after it the verifier of Linux 6.1 otherwise follows once
-/// for each number of vectors after which the loop may end.
-#[inline(never)]
-fn in_all(image: &impl Image, work: &Work, place: usize) -> Option<u32> {
+/// The class of a value of one word in a dimension, by its number. `None` as with [`decide`].
+#[inline(always)]
+pub fn short_class(image: &impl Image, dimension: u32, value: u32) -> Option<u32> {
+    search::class(image, dimension, value)
+}
+
+/// The same of a longer value, its high half first.
+#[inline(always)]
+pub fn long_class(image: &impl Image, dimension: u32, value: (u64, u64)) -> Option<u32> {
+    search::class(image, dimension, value)
+}
+
+/// The bits of a word that all vectors have. `None` as with [`decide`].
+#[inline(always)]
+pub fn in_all(image: &impl Image, work: &Work, place: u32) -> Option<u32> {
     let mut all = u32::MAX;
     for vector in work.iter().take_while(|vector| **vector != END) {
-        all &= word(image.line(vector.wrapping_add((place / LINE) as u32))?, place);
+        all &= word(image.line(vector.wrapping_add(place / LINE as u32))?, place as usize);
         if all == 0 {
             break;
         }

@@ -5,7 +5,9 @@ use aya_ebpf::btf_maps::PerCpuArray;
 use aya_ebpf::btf_maps::lpm_trie::Key;
 use aya_ebpf::macros::btf_map;
 use tproxy_common::abi::{Addr, Decision, Family, Verdict};
-use tproxy_common::policy::{Facts, Image, Known, Line, Work, decide};
+use tproxy_common::policy::{
+    Facts, Image, Known, Line, Work, decide, in_all, layout, long_class, short_class,
+};
 use tproxy_common::wire::{Packet, dscp};
 
 use crate::account::now;
@@ -76,18 +78,76 @@ const NAME_UNKNOWN: u32 = 8;
 /// The [`Decision`] of the rules over the packet that this run has parsed; without rules it passes.
 ///
 /// Global to the verifier, which so follows it once, whatever is known where it is
-/// called (Linux 5.6). Such a function gets its context and numbers, nothing else.
+/// called (Linux 5.6). Such functions get the context and numbers, nothing else.
 #[inline(never)]
 #[unsafe(no_mangle)]
 extern "C" fn tproxy_decide(context: *mut __sk_buff, how: u32) -> u32 {
+    // That others take the place of the rules twice within two microseconds does not happen.
+    answered(tproxy_try(context, how))
+        .or_else(|| answered(tproxy_try(context, how)))
+        .unwrap_or(Verdict::Drop as u32)
+}
+
+/// The same, or [`NONE`] where the rules were not the same from the begin to the end: each of the
+/// functions that are called asks for those that hold then.
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn tproxy_try(context: *mut __sk_buff, how: u32) -> u64 {
+    const WITHOUT_RULES: u64 = Verdict::Pass as u64;
     let (Some(packet), Some(image), Some(work)) = (scratch::packet(), POLICY.get(0), WORK.get_ptr_mut(0))
     else {
-        return Verdict::Pass as u32;
+        return WITHOUT_RULES;
     };
-    // SAFETY: the entry is valid, belongs to this CPU, and no other run begins before this one ends.
+    // SAFETY: the entry is valid, belongs to this CPU, and no other run begins before this one
+    // ends. [`tproxy_in_all`] reads it too, while nobody writes.
     let work = unsafe { &mut *work };
     let facts = Seen { skb: &Skb::from_ptr(context), packet, how };
-    decide(&Rules(image), &facts, work).map_or(Verdict::Pass as u32, |(verdict, _)| verdict)
+    let decided = decide(&Rules(image), &facts, work);
+    if POLICY.get(0).map_or(0, number_of) != number_of(image) {
+        return NONE;
+    }
+    decided.map_or(WITHOUT_RULES, |(verdict, _)| u64::from(verdict))
+}
+
+/// What tells an image from those before and after it.
+#[inline(always)]
+fn number_of(image: &PolicyImage) -> u32 {
+    image.get(0).map_or(0, |header| header[layout::NUMBER])
+}
+
+/// The class of a value of one word in a dimension, or [`NONE`].
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn tproxy_short_class(dimension: u32, value: u32) -> u64 {
+    answer(POLICY.get(0).and_then(|image| short_class(&Rules(image), dimension, value)))
+}
+
+/// The class of a longer value in a dimension, or [`NONE`].
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn tproxy_long_class(dimension: u32, high: u64, low: u64) -> u64 {
+    answer(POLICY.get(0).and_then(|image| long_class(&Rules(image), dimension, (high, low))))
+}
+
+/// The bits of a word that all vectors of the decision have, or [`NONE`].
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn tproxy_in_all(place: u32) -> u64 {
+    let (Some(image), Some(work)) = (POLICY.get(0), WORK.get(0)) else { return NONE };
+    answer(in_all(&Rules(image), work, place))
+}
+
+/// The answer of a function that gives no number of 32 bits.
+const NONE: u64 = u64::MAX;
+
+#[inline(always)]
+fn answer(number: Option<u32>) -> u64 {
+    number.map_or(NONE, u64::from)
+}
+
+#[inline(always)]
+fn answered(number: u64) -> Option<u32> {
+    (number != NONE).then_some(number as u32)
 }
 
 /// Memory of [`decide`].
@@ -98,7 +158,7 @@ static WORK: PerCpuArray<Work, 1> = PerCpuArray::new();
 #[btf_map]
 static HIDDEN: PerCpuArray<u32, 1> = PerCpuArray::new();
 
-/// The image that holds when the decision begins holds until it ends.
+/// An image.
 struct Rules(&'static PolicyImage);
 
 impl Image for Rules {
@@ -125,6 +185,21 @@ impl Image for Rules {
             core::arch::asm!("{0} = {0}", inlateout(reg) number, options(pure, nomem, nostack, preserves_flags));
         }
         number
+    }
+
+    #[inline(always)]
+    fn short_class(&self, dimension: u32, value: u32) -> Option<u32> {
+        answered(tproxy_short_class(dimension, value))
+    }
+
+    #[inline(always)]
+    fn long_class(&self, dimension: u32, (high, low): (u64, u64)) -> Option<u32> {
+        answered(tproxy_long_class(dimension, high, low))
+    }
+
+    #[inline(always)]
+    fn in_all(&self, _: &Work, place: u32) -> Option<u32> {
+        answered(tproxy_in_all(place))
     }
 }
 

@@ -1,6 +1,8 @@
 //! A value's class: its interval by a tree of fixed fan-out, then the interval's class.
 
-use super::layout::{LEAVES, LEVELS, LONG_LEAF, LONG_LEAF_CLASSES, SHORT_LEAF, SHORT_LEAF_CLASSES, TREE};
+use super::layout::{
+    LEAVES, LEVELS, LONG_LEAF, LONG_LEAF_CLASSES, SHORT_LEAF, SHORT_LEAF_CLASSES, TREE, description,
+};
 use super::{Description, Image, LINE, Line, MAX_LEVELS, word};
 
 /// A value of a dimension, in the order of numbers.
@@ -106,16 +108,17 @@ fn places_below<V: Value>(image: &impl Image, line: &Line, value: V) -> u32 {
     (below + value.exceeds(image, line, below)) as u32
 }
 
-/// The class of a value. An image, a description and a number of two words are as many
-/// arguments as eBPF has, with the place for the answer.
+/// The class of a value in a dimension, by its number.
 ///
 /// A level is the greatest ends of the leaves (the lowest), or of the lines below; the last
 /// of all is not in the tree. So each level says which line of the next one holds
 /// the interval, and the lowest says which leaf. That has the class beside the end: in a
 /// tree of a million networks each line that is read waits for memory.
-#[inline(never)]
-pub(super) fn class<V: Value>(image: &impl Image, described: &Description, value: V) -> Option<u32> {
+#[inline(always)]
+pub(super) fn class<V: Value>(image: &impl Image, dimension: u32, value: V) -> Option<u32> {
     let fan_out = (LINE / V::WIDTH) as u32;
+    let (line, at) = description(dimension as usize);
+    let described: &Description = image.line(line as u32)?[at..].first_chunk()?;
     let levels = described[LEVELS] as usize;
     let mut place = 0u32;
     for level in 0..MAX_LEVELS {

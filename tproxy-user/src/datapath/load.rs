@@ -60,6 +60,8 @@ pub struct Datapath {
     pub(super) ebpf: Ebpf,
     /// That of [`program::ADMIT`] to the tun device; it ends with this.
     pub(super) admit: Option<SchedClassifierLink>,
+    /// Rules so far, see [`layout::NUMBER`](tproxy_common::policy::layout::NUMBER).
+    pub(super) policies: u32,
     features: Features,
 }
 
@@ -108,7 +110,7 @@ impl Datapath {
             let name = program::LOOKUP;
             lookup_program(&mut ebpf)?.load().map_err(|source| LoadError::Program { name, source })?;
         }
-        Ok(Self { ebpf, admit: None, features })
+        Ok(Self { ebpf, admit: None, policies: 0, features })
     }
 
     /// Makes the maps alone: leaves nothing pinned and loads no program. For tests,
@@ -131,7 +133,7 @@ impl Datapath {
         bpffs::remove(&pin)?;
         policy?;
         let ebpf = ebpf?;
-        Ok(Self { ebpf, admit: None, features })
+        Ok(Self { ebpf, admit: None, policies: 0, features })
     }
 
     /// What the kernel offers.

@@ -8,7 +8,7 @@ use std::path::Path;
 use aya::maps::{Array, ArrayOfMaps, MapData, MapError};
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 use tproxy_common::abi::map;
-use tproxy_common::policy::Line;
+use tproxy_common::policy::{Line, layout};
 
 use crate::failure::Failure;
 
@@ -144,6 +144,11 @@ impl Datapath {
         let mut image: Array<MapData, Line> = Array::create(size, flags).map_err(error)?;
         for (index, line) in (0..).zip(lines) {
             image.set(index, line, 0).map_err(error)?;
+        }
+        if let Some(mut header) = lines.first().copied() {
+            self.policies = self.policies.wrapping_add(1);
+            header[layout::NUMBER] = self.policies;
+            image.set(0, header, 0).map_err(error)?;
         }
         let map = self.ebpf.map_mut(name).ok_or(LoadError::Missing(name))?;
         let mut policy: ArrayOfMaps<&mut MapData, Array<MapData, Line>> =
