@@ -28,8 +28,11 @@ use crate::term::{Progress, say};
 use crate::totals::Totals;
 use crate::{needs, packages, workspace};
 
-/// How long one guest may run: with its share of the matrix, and with everything.
-const LIMITS: [Duration; 2] = [Duration::from_mins(20), Duration::from_hours(1)];
+/// How long one guest may run, and on how many processors: with its share of the matrix,
+/// and with everything. A second processor costs the machine a third of its time: emulated
+/// ones wait for each other.
+const SHARE: (Duration, usize) = (Duration::from_mins(20), 1);
+const EVERYTHING: (Duration, usize) = (Duration::from_hours(1), 2);
 
 /// What is to be run, and where.
 pub(crate) struct Matrix<'a> {
@@ -144,7 +147,8 @@ impl Matrix<'_> {
         modules::add(&mut archive, unpacked)?;
         root::add_run(&mut archive, self.tests, self.filters, all.then(|| kernel.selection()))?;
         let dir = workspace::target().join("vm").join(kernel.suite()).join("run");
-        Guest::boot(kernel, unpacked, &archive.finish()?, dir, LIMITS[usize::from(!all)])
+        let (limit, processors) = if all { SHARE } else { EVERYTHING };
+        Guest::boot(kernel, unpacked, &archive.finish()?, dir, processors, limit)
     }
 
     fn judge(&self, release: &str, ended: &Ended) -> Results {
@@ -155,8 +159,7 @@ impl Matrix<'_> {
     }
 }
 
-/// A guest has two busy processors for a part of its time only, so as many run
-/// as there are cores, where the memory is there.
+/// As many guests run as there are cores, where the memory is there.
 fn places() -> Result<usize> {
     let meminfo = fs::read_to_string("/proc/meminfo").context("cannot read /proc/meminfo")?;
     let available =

@@ -45,8 +45,9 @@ impl Kernel {
         }
     }
 
-    /// The scenarios that run in the whole matrix: of those whose
-    /// outcome a kernel can change a quarter on each, besides the core, which runs on all. Everything everywhere takes an hour or more.
+    /// The scenarios that run in the whole matrix: of those whose outcome a kernel can
+    /// change a quarter on each, besides the core, which runs on all. Everything
+    /// everywhere takes an hour or more.
     pub(crate) const fn selection(self) -> Selection {
         let (family, part) = match self {
             Self::V5_10 => (Family::V4, 0),
