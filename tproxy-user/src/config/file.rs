@@ -6,6 +6,7 @@
 
 mod cgroup;
 mod error;
+mod lines;
 mod list;
 mod names;
 mod prefixes;

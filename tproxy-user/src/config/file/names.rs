@@ -3,8 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::error::one_line;
-use super::prefixes::{self, Error};
+use super::lines::{self, Error, Kind};
 use crate::config::rule::NameFile;
 use crate::failure::Failure;
 use crate::policy::domains::Pattern;
@@ -14,32 +13,16 @@ pub(super) const MOST: usize = 100_000;
 
 /// The names of a file.
 pub(super) fn read(path: &Path) -> Result<NameFile, Error> {
-    parse(&prefixes::content(path).map_err(Error::Io)?, path).map_err(Error::Content)
+    parse(&lines::content(path)?, path).map_err(Error::Content)
 }
 
 fn parse(content: &[u8], path: &Path) -> Result<NameFile, Failure> {
+    let kind = Kind { one: "name", many: "names", most: MOST };
     let mut patterns = Vec::new();
-    for (line, number) in content.split(|byte| *byte == b'\n').zip(1_usize..) {
-        let name = line.split(|byte| *byte == b'#').next().unwrap_or_default().trim_ascii();
-        if name.is_empty() {
-            continue;
-        }
-        let wrong = |what: &str, why: &str| {
-            Failure::Usage(one_line(&format!("{}:{number}: '{what}': {why}", path.display())))
-        };
-        let text = str::from_utf8(name)
-            .map_err(|_| wrong(&String::from_utf8_lossy(name), "expected a name in UTF-8 text"))?;
-        patterns.push(Pattern::parse(text).map_err(|why| wrong(text, &why))?);
-        if patterns.len() > MOST {
-            return Err(wrong(text, &format!("expected at most {MOST} names in a file")));
-        }
-    }
-    if patterns.is_empty() {
-        return Err(Failure::usage(format_args!(
-            "{}: no name in it, so that nothing would match; expected one a line",
-            path.display()
-        )));
-    }
+    lines::each(content, path, &kind, |text| {
+        patterns.push(Pattern::parse(text)?);
+        Ok(())
+    })?;
     Ok(NameFile { path: path.to_owned(), patterns: Arc::from(patterns) })
 }
 

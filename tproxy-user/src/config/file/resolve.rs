@@ -6,9 +6,10 @@ use nix::unistd::User;
 use tproxy_common::abi::{TCP, UDP};
 
 use super::error::Mistake;
+use super::lines;
 use super::list::List;
 use super::names;
-use super::prefixes::{self, Files};
+use super::prefixes::Files;
 use super::value::{Network, Protocol, Uid, Uids};
 use super::{cgroup, rule};
 use crate::config::rule::{Action, Addresses, Conditions, Domains, NameFile, PrefixFile, Rule};
@@ -124,12 +125,12 @@ impl Resolve<'_> {
         paths.into_iter().flatten().map(read).collect()
     }
 
-    fn unread(&self, key: &str, path: &Path, error: prefixes::Error) -> Mistake {
+    fn unread(&self, key: &str, path: &Path, error: lines::Error) -> Mistake {
         match error {
-            prefixes::Error::Io(error) => {
+            lines::Error::Io(error) => {
                 self.mistake(&format!(".{key}"), format!("cannot read {}: {error}", path.display()))
             }
-            prefixes::Error::Content(failure) => Mistake::Elsewhere(failure),
+            lines::Error::Content(failure) => Mistake::Elsewhere(failure),
         }
     }
 
