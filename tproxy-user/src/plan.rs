@@ -10,6 +10,7 @@ use std::sync::Arc;
 use tproxy_common::abi::LpmKey;
 
 use crate::cli::is_glob;
+use crate::config::rule::Conditions;
 use crate::config::{Config, Fail, Handshake, Limits, Mark, Scope, SourceMode, Steer, Timeouts, rule};
 use crate::failure::Failure;
 use crate::interfaces::{Host, Interface};
@@ -172,6 +173,7 @@ impl Plan {
         if steering {
             plan.add_interfaces(config, host)?;
             plan.add_routing(config);
+            plan.warn_of_idle_rules(config);
         }
         Ok(plan)
     }
@@ -233,6 +235,26 @@ impl Plan {
             .map(|(index, (name, role))| PlannedInterface { name: name.to_owned(), index, role })
             .collect();
         Ok(())
+    }
+
+    /// Rules that ask for what no captured flow has.
+    fn warn_of_idle_rules(&mut self, config: &Config) {
+        let capture = &config.capture;
+        for (rule, number) in capture.rules.iter().zip(1..) {
+            let Conditions { uids, cgroups, interfaces, macs, .. } = &rule.conditions;
+            let asks_who_sends = !uids.is_empty() || !cgroups.is_empty();
+            let asks_how_it_arrives = !interfaces.is_empty() || !macs.is_empty();
+            if asks_who_sends && !capture.own_traffic {
+                self.warnings.push(format!(
+                    "rule {number} never matches: it asks who on this host sends, whose traffic is not captured; set capture.own_traffic or leave the rule out"
+                ));
+            }
+            if asks_how_it_arrives && capture.interfaces.is_empty() {
+                self.warnings.push(format!(
+                    "rule {number} never matches: it asks how a flow arrives, and this host's own traffic, which alone is captured, does not; name capture.interfaces or leave the rule out"
+                ));
+            }
+        }
     }
 
     fn add_routing(&mut self, config: &Config) {

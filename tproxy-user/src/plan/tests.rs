@@ -100,6 +100,24 @@ fn globs_take_what_can_be_captured() {
 }
 
 #[test]
+fn rules_that_never_match_are_told() {
+    let rule = |conditions| rule::Rule { conditions, action: rule::Action::Pass };
+    let sender = rule(Conditions { uids: vec![(1000, 1000)], ..Conditions::default() });
+    let arrival = rule(Conditions { macs: vec![[2; 6]], ..Conditions::default() });
+    for (flags, expected) in [
+        ("--iface eth0 --own-traffic", &[][..]),
+        ("--iface eth0", &["rule 1 never matches: it asks who on this host sends"]),
+        ("--own-traffic", &["rule 2 never matches: it asks how a flow arrives"]),
+    ] {
+        let mut config = config(flags);
+        config.capture.rules = vec![sender.clone(), arrival.clone()].into();
+        let warnings = Plan::new(&config, &host()).expect("plan").warnings;
+        assert_eq!(warnings.len(), expected.len(), "{flags}: {warnings:?}");
+        assert!(warnings.iter().zip(expected).all(|(told, begin)| told.starts_with(begin)), "{warnings:?}");
+    }
+}
+
+#[test]
 fn bad_interfaces_are_explained() {
     let host = host();
     for (flags, explained) in [("--iface lo", "--own-traffic"), ("--iface eth1", "--iface br0")] {

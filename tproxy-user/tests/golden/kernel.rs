@@ -305,6 +305,16 @@ impl Kernel {
         classifier
     }
 
+    /// The same program, for another thread.
+    pub(crate) fn again(&mut self, program: &str) -> SchedClassifier {
+        let thread = std::thread::current().id();
+        let path = format!("/sys/fs/bpf/tproxy-golden-{}-{thread:?}", std::process::id());
+        self.loaded(program).pin(&path).expect("pinned");
+        let again = SchedClassifier::from_pin(&path);
+        std::fs::remove_file(&path).expect("unpinned");
+        again.expect("the same program")
+    }
+
     fn counters(&mut self) -> Counters {
         let map = self.datapath.ebpf().map(map::COUNTERS).expect("counters");
         let array: PerCpuArray<&MapData, Counters> = PerCpuArray::try_from(map).expect("counters");

@@ -18,6 +18,7 @@ macro_rules! tests {
 mod capture;
 mod corpus;
 mod differential;
+mod exchange;
 mod fragments;
 mod headers;
 mod kernel;
@@ -39,6 +40,7 @@ fn main() {
     let modules = [
         capture::TESTS,
         differential::TESTS,
+        exchange::TESTS,
         fragments::TESTS,
         headers::TESTS,
         link::TESTS,

@@ -95,7 +95,7 @@ fn captures(kernel: &mut Kernel, seen: &Packet, own: bool) -> bool {
 }
 
 /// A packet that opens a flow on the interface of a test run.
-fn as_frame(mut seen: Packet) -> Packet {
+pub(crate) fn as_frame(mut seen: Packet) -> Packet {
     seen.protocol = if seen.protocol.is_multiple_of(2) { TCP } else { UDP };
     seen.interface = Some(IFINDEX);
     if !matches!(seen.ports, Known::Is(_)) {

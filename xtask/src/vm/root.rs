@@ -19,9 +19,9 @@ const SLOWDOWN: u32 = 10;
 /// Programs that come with the packages of those that are asked for.
 const COMPANIONS: &[&str] =
     &["tc", "ss", "ip6tables", "iptables-restore", "ip6tables-restore", "mount", "umount"];
-/// Golden tests of whose kind the differential ones run a whole corpus. They load
-/// a program for each packet, and in a guest that takes seconds.
-const COVERED: [&str; 4] = ["capture::", "headers::", "link::", "sides::"];
+/// Golden tests of whose kind the differential ones run a whole corpus (they load a
+/// program for each packet, and in a guest that takes seconds), and what needs two processors.
+const COVERED: [&str; 5] = ["capture::", "headers::", "link::", "sides::", "exchange::"];
 /// Golden tests of what kernels have alike, or differ in from one to the next: each kernel of
 /// the matrix runs one of these groups, by its part, besides those that are in neither list.
 const SHARED: [&str; 4] = ["listeners::", "fragments::", "names::", "verdicts::"];
