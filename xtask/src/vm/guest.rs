@@ -58,7 +58,7 @@ impl Guest {
         qemu.args(["-M", "pc", "-accel", "tcg,thread=multi"])
             .args([
                 "-cpu",
-                "max,la57=off,cx16=off,erms=off,fsrm=off,smap=off,smep=off,umip=off,pku=off,xsave=off",
+                "max,la57=off,cx16=off,erms=off,fsrm=off,smap=off,smep=off,umip=off,pku=off",
             ])
             .args(["-smp", &processors.to_string(), "-m", &MEMORY.to_string()])
             .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
