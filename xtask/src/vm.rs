@@ -147,7 +147,8 @@ impl Matrix<'_> {
         modules::add(&mut archive, unpacked)?;
         root::add_run(&mut archive, self.tests, self.filters, all.then(|| kernel.selection()))?;
         let dir = workspace::target().join("vm").join(kernel.suite()).join("run");
-        let (limit, processors) = if all { SHARE } else { EVERYTHING };
+        // On one processor T7 failed on the newest, for a reason that is not known yet.
+        let (limit, processors) = if all && kernel != Kernel::Newest { SHARE } else { EVERYTHING };
         Guest::boot(kernel, unpacked, &archive.finish()?, dir, processors, limit)
     }
 
