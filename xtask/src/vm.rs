@@ -29,8 +29,8 @@ use crate::totals::Totals;
 use crate::{needs, packages, workspace};
 
 /// How long one guest may run, and on how many processors: with its share of the matrix,
-/// and with everything. A second processor costs the machine a third of its time: emulated
-/// ones wait for each other.
+/// and with everything. A second processor costs a third more of the machine's time:
+/// emulated ones wait for each other.
 const SHARE: (Duration, usize) = (Duration::from_mins(20), 1);
 const EVERYTHING: (Duration, usize) = (Duration::from_hours(1), 2);
 

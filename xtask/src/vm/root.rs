@@ -22,8 +22,8 @@ const COMPANIONS: &[&str] =
 /// Golden tests of whose kind the differential ones run a whole corpus (they load a
 /// program for each packet, and in a guest that takes seconds), and what needs two processors.
 const COVERED: [&str; 5] = ["capture::", "headers::", "link::", "sides::", "exchange::"];
-/// Golden tests of what kernels have alike, or differ in from one to the next: each kernel of
-/// the matrix runs one of these groups, by its part, besides those that are in neither list.
+/// Golden tests that are shared out: each kernel of the matrix runs the group of its part,
+/// besides the tests that are in neither list.
 const SHARED: [&str; 4] = ["listeners::", "fragments::", "names::", "verdicts::"];
 /// Files that a program opens by itself: libraries that are not linked, tables.
 const DATA: &[&str] = &[

@@ -114,7 +114,7 @@ fn open_file_limit(lab: &Lab, family: Family) -> Result<()> {
         "no counter tells of it: {}",
         proxy.status()?["counters"]
     );
-    Ok(())
+    expect_service(lab, family).context("after the crowd had gone")
 }
 
 /// Runs `during` while connections come and go.

@@ -102,8 +102,6 @@ fn main() -> ExitCode {
         matching::SCENARIOS,
         bad_input::SCENARIOS,
         doctor::SCENARIOS,
-        report::SCENARIOS,
-        domains::SCENARIOS,
     ];
     let anywhere: &[Scenarios] = &[
         tcp::SCENARIOS,
@@ -125,10 +123,12 @@ fn main() -> ExitCode {
         nat::SCENARIOS,
         icmp::SCENARIOS,
         leftovers::SCENARIOS,
+        report::SCENARIOS,
         interfaces::SCENARIOS,
         upkeep::SCENARIOS,
         company::SCENARIOS,
         policy::SCENARIOS,
+        domains::SCENARIOS,
     ];
     // What the family makes no difference to: both in one run.
     let once: &[Scenarios] = if selection.is_some() { &[] } else { &[policy::ONCE, reload::ONCE] };
