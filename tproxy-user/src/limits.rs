@@ -1,8 +1,10 @@
 //! Bounds that hold over all workers: descriptors, connections of one client,
 //! and one log line, not thousands, when a bound is reached.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::collections::hash_map::{Entry, RandomState};
+use std::fs::File;
 use std::hash::BuildHasher;
 use std::io;
 use std::net::IpAddr;
@@ -51,6 +53,39 @@ pub fn describe_exhaustion(error: &io::Error) -> String {
         }
         Some(libc::ENFILE) => "the whole host has no file left; raise sysctl fs.file-max".to_owned(),
         _ => "the kernel has no memory for sockets left; see sysctls net.ipv4.tcp_mem and udp_mem".to_owned(),
+    }
+}
+
+/// A descriptor that can be given up for another.
+#[derive(Debug)]
+pub struct Reserve(RefCell<Option<File>>);
+
+impl Reserve {
+    /// One that is full, if a descriptor is left.
+    #[must_use]
+    pub fn new() -> Self {
+        let reserve = Self(RefCell::new(None));
+        // Where that fails there is nothing to give up.
+        drop(reserve.refill());
+        reserve
+    }
+
+    /// Makes it full again.
+    ///
+    /// # Errors
+    /// Where no descriptor is left.
+    pub fn refill(&self) -> io::Result<()> {
+        let mut held = self.0.borrow_mut();
+        if held.is_none() {
+            *held = Some(File::open("/dev/null")?);
+        }
+        Ok(())
+    }
+
+    /// Whether there was one.
+    #[must_use]
+    pub fn give_up(&self) -> bool {
+        self.0.take().is_some()
     }
 }
 

@@ -1,7 +1,6 @@
 //! The control socket: one request line of JSON, one answer line of JSON.
 //! It is for root alone.
 
-use std::fs::File;
 use std::future::Future;
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
 use std::os::unix::net::UnixStream;
@@ -17,7 +16,7 @@ use tokio::net::UnixListener;
 use tokio::time::{sleep, timeout};
 use tracing::{debug, warn};
 
-use crate::limits::{self, Alarm};
+use crate::limits::{self, Alarm, Reserve};
 
 /// A question to the running proxy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -69,11 +68,12 @@ where
     F: Future<Output = Value>,
 {
     let mut connections = FuturesUnordered::new();
-    let mut reserve = Reserve::new();
+    let reserve = Reserve::new();
     let trouble = Alarm::default();
     loop {
         if connections.is_empty() {
-            reserve.refill();
+            // Where that fails, the next accept does, and says so.
+            drop(reserve.refill());
         }
         tokio::select! {
             accepted = listener.accept(), if connections.len() < CONNECTIONS => match accepted {
@@ -92,28 +92,6 @@ where
                 Err(_) => debug!("control socket: a peer was too slow"),
             },
         }
-    }
-}
-
-/// A descriptor that can be given up for another.
-struct Reserve(Option<File>);
-
-impl Reserve {
-    fn new() -> Self {
-        let mut reserve = Self(None);
-        reserve.refill();
-        reserve
-    }
-
-    fn refill(&mut self) {
-        if self.0.is_none() {
-            self.0 = File::open("/dev/null").ok();
-        }
-    }
-
-    /// Whether there was one.
-    fn give_up(&mut self) -> bool {
-        self.0.take().is_some()
     }
 }
 

@@ -210,8 +210,9 @@ async fn serve(
 ) {
     let Some(handshakes) = &worker.handshakes else { return };
     let ((client, _), to) = (open.key, open.to);
+    let connect = async { open.direct.connect(open.direct.socket(to)?, client, to, worker.stats()).await };
     let connected = tokio::select! {
-        connected = open.direct.connect(client, to, worker.stats()) => connected,
+        connected = connect => connected,
         // Nobody can claim what was not let in: the run is over.
         _ = &mut claimed => return,
     };

@@ -27,19 +27,22 @@ pub use route::Routes;
 use std::cell::{Cell, RefCell};
 use std::collections::HashSet;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
 
+use tokio::io::unix::AsyncFd;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
 use crate::addr::{OrigDst, UpstreamAddr};
 use crate::config::{Config, Limits, SourceMode, Timeouts};
-use crate::limits::{self, Alarm, ClientLimits};
+use crate::limits::{self, Alarm, ClientLimits, Reserve};
 use crate::listener::WorkerListeners;
-use crate::sockopt::{self, OwnMark};
+use crate::sockopt::{self, OwnMark, UpstreamSocket};
 use crate::stats::{Stats, WorkerStats};
 use crate::upstream::direct::Direct;
+use crate::upstream::{ConnectError, Reason};
 use pool::Pool;
 use route::Way;
 
@@ -133,6 +136,8 @@ pub(crate) struct Worker {
     /// None: handshakes are completed at once.
     pub(crate) handshakes: Option<Handshakes>,
     pool: Pool,
+    /// For the other side of a connection that is accepted.
+    reserve: Reserve,
     /// For one datagram at a time; never borrowed while a task waits.
     datagram: RefCell<Box<[u8]>>,
     draining: Cell<bool>,
@@ -147,6 +152,7 @@ impl Worker {
             index,
             handshakes,
             pool: Pool::default(),
+            reserve: Reserve::new(),
             datagram: RefCell::new(vec![0; receive::BUFFER].into()),
             draining: Cell::new(false),
             ended: Notify::new(),
@@ -155,6 +161,21 @@ impl Worker {
 
     pub(crate) fn stats(&self) -> &WorkerStats {
         self.shared.stats.worker(self.index)
+    }
+
+    /// Accepts a connection if there is a descriptor for its other side too: else it would
+    /// be reset, and in the queue it can wait.
+    fn accept(&self, listener: &AsyncFd<OwnedFd>) -> io::Result<(TcpStream, SocketAddr)> {
+        self.reserve.refill()?;
+        sockopt::accept(listener.get_ref().as_fd())
+    }
+
+    /// A socket for the other side of a connection that was accepted.
+    fn upstream_socket(&self, direct: &Direct, to: UpstreamAddr) -> Result<UpstreamSocket, ConnectError> {
+        match direct.socket(to) {
+            Err(error) if error.reason == Reason::Exhausted && self.reserve.give_up() => direct.socket(to),
+            outcome => outcome,
+        }
     }
 
     /// One of the `max-connections`, where one is free. Says once that none is.

@@ -3,7 +3,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::ops::Deref;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,8 +21,8 @@ use super::record::{End, Protocol, Record};
 use super::route::Way;
 use crate::addr::{ClientAddr, OrigDst, UpstreamAddr};
 use crate::limits::ClientSlot;
-use crate::sockopt;
-use crate::upstream::Reason;
+use crate::sockopt::{self, UpstreamSocket};
+use crate::upstream::{ConnectError, Reason};
 use crate::upstream::direct::Direct;
 
 /// Connections accepted in a row before those already open get their turn.
@@ -47,7 +47,7 @@ pub(crate) async fn listen(worker: Rc<Worker>, listener: AsyncFd<OwnedFd>, end: 
         if permit.is_none() && worker.handshakes.is_none() {
             break;
         }
-        let Ok((stream, peer)) = sockopt::accept(listener.get_ref().as_fd()) else { break };
+        let Ok((stream, peer)) = worker.accept(&listener) else { break };
         admit(&worker, stream, peer, permit);
     }
 }
@@ -69,7 +69,7 @@ async fn accept_all(worker: &Rc<Worker>, listener: &AsyncFd<OwnedFd>) {
                 let Some(permit) = permit(worker).await else { return };
                 Some(permit)
             };
-            match ready.try_io(|listener| sockopt::accept(listener.get_ref().as_fd())) {
+            match ready.try_io(|listener| worker.accept(listener)) {
                 Err(_would_block) => {
                     more = false;
                     break;
@@ -162,7 +162,9 @@ fn admit(
     };
     let Some(permit) = permit.or_else(|| worker.try_permit()) else { return };
     let record = Record::new(worker, Protocol::Tcp, client, destination, route.rule);
-    let task = serve(Rc::clone(worker), stream, record, (client, destination, upstream), (permit, slot));
+    // Before another is accepted, which would take the descriptor.
+    let exit = upstream.map(|(direct, to)| Exit::open(worker, direct, to));
+    let task = serve(Rc::clone(worker), stream, record, (client, destination, exit), (permit, slot));
     drop(spawn_local(task));
 }
 
@@ -182,17 +184,30 @@ fn upstream(
     Some((*direct, to))
 }
 
-/// One connection from its acceptance to its end; without an upstream it is asked about first.
+/// Where a connection leaves: how, for where, and by what.
+struct Exit {
+    direct: Direct,
+    to: UpstreamAddr,
+    socket: Result<UpstreamSocket, ConnectError>,
+}
+
+impl Exit {
+    fn open(worker: &Worker, direct: Direct, to: UpstreamAddr) -> Self {
+        Self { direct, to, socket: worker.upstream_socket(&direct, to) }
+    }
+}
+
+/// One connection from its acceptance to its end; without an exit it is asked about first.
 /// `_shares` are its parts of the limits.
 async fn serve(
     worker: Rc<Worker>,
     client_side: Connection,
     record: Record,
-    (client, destination, mut to): (ClientAddr, OrigDst, Option<(Direct, UpstreamAddr)>),
+    (client, destination, mut exit): (ClientAddr, OrigDst, Option<Exit>),
     _shares: (OwnedSemaphorePermit, ClientSlot),
 ) {
     let stats = worker.stats();
-    if to.is_none() {
+    if exit.is_none() {
         stats.tcp_asked.inc();
         let Ok(name) = ask::name(&client_side).await else { return record.ends(End::ClientGone) };
         if name.is_some() {
@@ -201,12 +216,14 @@ async fn serve(
         let route = worker.shared.routes.decide(TCP, client, destination, name.as_deref(), stats);
         tracing::debug!("{client} to {destination}: for {name:?}, so {:?}", route.way);
         record.rule.set(route.rule);
-        to = upstream(&worker, route.way, client, destination);
+        let upstream = upstream(&worker, route.way, client, destination);
+        exit = upstream.map(|(direct, to)| Exit::open(&worker, direct, to));
     }
     // A connection that its client believes in can only be reset, whatever a rule says.
-    let Some((direct, to)) = to else { return record.ends(End::Rejected) };
+    let Some(Exit { direct, to, socket }) = exit else { return record.ends(End::Rejected) };
+    let connect = async { direct.connect(socket?, client, to, stats).await };
     let connected = tokio::select! {
-        connected = direct.connect(client, to, stats) => connected,
+        connected = connect => connected,
         () = reset(&client_side) => return record.ends(End::ClientGone),
     };
     let upstream_side = match connected {

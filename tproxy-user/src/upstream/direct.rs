@@ -24,7 +24,16 @@ pub struct Direct {
 }
 
 impl Direct {
-    /// Connects to `to` on behalf of `client`.
+    /// A socket for a connection to `to`.
+    ///
+    /// # Errors
+    /// [`ConnectError`]: no descriptor left, or no `CAP_NET_ADMIN` for the mark.
+    pub fn socket(&self, to: UpstreamAddr) -> Result<UpstreamSocket, ConnectError> {
+        Ok(UpstreamSocket::tcp(to.get(), self.mark)?)
+    }
+
+    /// Connects `socket`, or another where that cannot have a source port, to `to` on behalf
+    /// of `client`.
     ///
     /// Where the preferred source port is taken others are tried, and that is counted: with
     /// `client-port` one of the kernel's choice; with `client` first the client's own,
@@ -35,15 +44,16 @@ impl Direct {
     /// [`ConnectError`] with the reason; after `timeout` at the latest.
     pub async fn connect(
         &self,
+        socket: UpstreamSocket,
         client: ClientAddr,
         to: UpstreamAddr,
         stats: &WorkerStats,
     ) -> Result<TcpStream, ConnectError> {
         let attempt = async {
             if self.source == SourceMode::Proxy {
-                return self.connect_from(None, to).await;
+                return connect_from(socket, None, to).await;
             }
-            let mut result = self.connect_from(Some(self.preferred(client)), to).await;
+            let mut result = connect_from(socket, Some(self.preferred(client)), to).await;
             let mut others = self.alternatives(client);
             let mut counted = false;
             while matches!(&result, Err(error) if error.reason == Reason::NoSource) {
@@ -51,7 +61,7 @@ impl Direct {
                 if !std::mem::replace(&mut counted, true) {
                     stats.source_port_fallbacks.inc();
                 }
-                result = self.connect_from(Some(source), to).await;
+                result = connect_from(self.socket(to)?, Some(source), to).await;
             }
             result
         };
@@ -99,27 +109,26 @@ impl Direct {
         let second = if self.source == SourceMode::ClientPort { 0 } else { client.port() };
         std::iter::once(second).chain(scattered(client.port())).map(move |port| with_port(client, port))
     }
+}
 
-    async fn connect_from(
-        &self,
-        source: Option<SocketAddr>,
-        to: UpstreamAddr,
-    ) -> Result<TcpStream, ConnectError> {
-        let socket = UpstreamSocket::tcp(to.get(), self.mark)?;
-        if let Some(source) = source {
-            socket.bind_tcp_source(source)?;
-        }
-        let stream = TcpSocket::from_std_stream(socket.into_tcp())
-            .connect(to.get())
-            .await
-            .map_err(|source| SocketError { call: "connect", source })?;
-        if source.is_none_or(|source| source.ip() == to.ip()) && is_self_connected(&stream) {
-            sockopt::reset_on_close(&stream);
-            let source = io::Error::from_raw_os_error(libc::ECONNREFUSED);
-            return Err(SocketError { call: "connect", source }.into());
-        }
-        Ok(stream)
+async fn connect_from(
+    socket: UpstreamSocket,
+    source: Option<SocketAddr>,
+    to: UpstreamAddr,
+) -> Result<TcpStream, ConnectError> {
+    if let Some(source) = source {
+        socket.bind_tcp_source(source)?;
     }
+    let stream = TcpSocket::from_std_stream(socket.into_tcp())
+        .connect(to.get())
+        .await
+        .map_err(|source| SocketError { call: "connect", source })?;
+    if source.is_none_or(|source| source.ip() == to.ip()) && is_self_connected(&stream) {
+        sockopt::reset_on_close(&stream);
+        let source = io::Error::from_raw_os_error(libc::ECONNREFUSED);
+        return Err(SocketError { call: "connect", source }.into());
+    }
+    Ok(stream)
 }
 
 fn with_port(client: ClientAddr, port: u16) -> SocketAddr {
