@@ -10,6 +10,7 @@ mod linker;
 mod lint;
 mod needs;
 mod packages;
+mod recap;
 mod term;
 mod test;
 mod toolchain;

@@ -19,6 +19,7 @@ use xtask::lab::{proxy, reclaim};
 use self::choice::{Choice, chosen};
 use crate::build::{self, Profile};
 use crate::fuzz::{Fuzzers, Target};
+use crate::recap::{Details, Recap};
 use crate::term::{Step, say};
 use crate::totals::Totals;
 use crate::vm::{Kernel, Matrix};
@@ -138,11 +139,11 @@ struct Executable {
 pub(crate) fn run(args: &Args) -> Result<()> {
     reclaim::on_signals()?;
     let (parts, kernels) = chosen(&args.choices);
-    let mut totals = Totals::default();
+    let (mut totals, mut recap) = (Totals::default(), Recap::default());
     match prepare(&parts) {
         Ok(proxy) => {
             for part in parts {
-                totals.add(run_part(part, &kernels, &args.filters, proxy.as_deref()));
+                totals.add(run_part(part, &kernels, &args.filters, proxy.as_deref(), &mut recap));
             }
         }
         Err(error) => {
@@ -150,6 +151,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             totals.failed += 1;
         }
     }
+    print!("{}", recap.text());
     println!("{}", totals.line());
     // The line above stays the last one: no error message follows it.
     std::process::exit(i32::from(totals.failed > 0));
@@ -176,9 +178,15 @@ fn is_root() -> bool {
     nix::unistd::geteuid().is_root()
 }
 
-fn run_part(part: Part, kernels: &[Kernel], filters: &[String], proxy: Option<&Path>) -> Totals {
+fn run_part(
+    part: Part,
+    kernels: &[Kernel],
+    filters: &[String],
+    proxy: Option<&Path>,
+    recap: &mut Recap,
+) -> Totals {
     if part == Part::Fuzz {
-        return fuzz(filters);
+        return fuzz(filters, recap);
     }
     if part.needs_root() && !is_root() {
         println!("{}: skipped: needs root (run `sudo -E env PATH=\"$PATH\" cargo xtask test`)", part.name());
@@ -187,26 +195,26 @@ fn run_part(part: Part, kernels: &[Kernel], filters: &[String], proxy: Option<&P
     let executables = match compile(part) {
         Ok(executables) => executables,
         Err(error) => {
-            println!("{}: FAILED: {error:#}", part.name());
+            recap.tell(format!("{}: FAILED: {error:#}", part.name()));
             return Totals { failed: 1, ..Totals::default() };
         }
     };
     let mut totals = Totals::default();
     if part == Part::Vm {
-        match run_vm(&executables, kernels, filters, proxy) {
+        match run_vm(&executables, kernels, filters, proxy, recap) {
             Ok(counts) => totals.add(counts),
             Err(error) => {
-                println!("vm: FAILED: {error:#}");
+                recap.tell(format!("vm: FAILED: {error:#}"));
                 totals.failed += 1;
             }
         }
         return totals;
     }
     for executable in executables {
-        match execute(part, &executable, filters, proxy) {
+        match execute(part, &executable, filters, proxy, recap) {
             Ok(counts) => totals.add(counts),
             Err(error) => {
-                println!("{}: FAILED: {}: {error:#}", part.name(), executable.name);
+                recap.tell(format!("{}: FAILED: {}: {error:#}", part.name(), executable.name));
                 totals.failed += 1;
             }
         }
@@ -215,12 +223,12 @@ fn run_part(part: Part, kernels: &[Kernel], filters: &[String], proxy: Option<&P
 }
 
 /// Runs the fuzz targets, each as one test.
-fn fuzz(filters: &[String]) -> Totals {
+fn fuzz(filters: &[String], recap: &mut Recap) -> Totals {
     let part = Part::Fuzz;
     let fuzzers = match Fuzzers::build() {
         Ok(fuzzers) => fuzzers,
         Err(error) => {
-            println!("{}: FAILED: {error:#}", part.name());
+            recap.tell(format!("{}: FAILED: {error:#}", part.name()));
             return Totals { failed: 1, ..Totals::default() };
         }
     };
@@ -234,7 +242,7 @@ fn fuzz(filters: &[String]) -> Totals {
                 totals.passed += 1;
             }
             Err(error) => {
-                println!("test {} ... FAILED: {error:#}", target.name());
+                recap.tell(format!("test {} ... FAILED: {error:#}", target.name()));
                 totals.failed += 1;
             }
         }
@@ -247,11 +255,12 @@ fn run_vm(
     kernels: &[Kernel],
     filters: &[String],
     proxy: Option<&Path>,
+    recap: &mut Recap,
 ) -> Result<Totals> {
     let test = |of: &Executable| vm::Test { name: of.target.clone(), path: of.path.clone() };
     let tests: Vec<_> = executables.iter().map(test).collect();
     let proxy = proxy.context("no tproxy-user was built")?;
-    Matrix { kernels, tests: &tests, proxy, filters }.run()
+    Matrix { kernels, tests: &tests, proxy, filters }.run(recap)
 }
 
 /// Builds the executables of a part.
@@ -294,7 +303,13 @@ fn executable(message: &str) -> Option<Executable> {
 }
 
 /// Runs one executable and shows what it prints, once it has shown a test.
-fn execute(part: Part, executable: &Executable, filters: &[String], proxy: Option<&Path>) -> Result<Totals> {
+fn execute(
+    part: Part,
+    executable: &Executable,
+    filters: &[String],
+    proxy: Option<&Path>,
+    recap: &mut Recap,
+) -> Result<Totals> {
     let mut command = Command::new(&executable.path);
     command.args(filters).current_dir(&executable.home).stdin(Stdio::null()).stdout(Stdio::piped());
     if part == Part::Netns {
@@ -316,13 +331,14 @@ fn execute(part: Part, executable: &Executable, filters: &[String], proxy: Optio
             }
         }
     });
-    let mut totals = None;
+    let (mut totals, mut details) = (None, Details::default());
     let mut shown = false;
     loop {
         let left = part.limit().saturating_sub(started.elapsed());
         match lines.recv_timeout(left) {
             Ok(line) => {
                 totals = Totals::parse(&line).or(totals);
+                details.line(&line);
                 let nothing =
                     line.is_empty() || line.starts_with("running ") || line.starts_with("test result:");
                 if !shown && !nothing {
@@ -339,6 +355,9 @@ fn execute(part: Part, executable: &Executable, filters: &[String], proxy: Optio
                 bail!("stopped: not done within {} s", part.limit().as_secs());
             }
         }
+    }
+    if let Some(details) = details.found() {
+        recap.note(format!("{}: {}:\n{details}", part.name(), executable.name));
     }
     judge(child.wait()?, totals)
 }

@@ -24,6 +24,7 @@ use self::guest::{Ended, Guest, MEMORY};
 pub(crate) use self::kernel::Kernel;
 use self::results::Results;
 pub(crate) use self::root::Test;
+use crate::recap::Recap;
 use crate::term::{Progress, say};
 use crate::totals::Totals;
 use crate::{needs, packages, workspace};
@@ -47,11 +48,12 @@ pub(crate) struct Matrix<'a> {
 }
 
 impl Matrix<'_> {
-    /// Runs it, prints what came of it and writes `target/vm/results.json`.
+    /// Runs it, prints what came of it and writes `target/vm/results.json`; what failed is
+    /// left to `recap`.
     ///
     /// # Errors
     /// Where no guest can be made at all.
-    pub(crate) fn run(&self) -> Result<Totals> {
+    pub(crate) fn run(&self, recap: &mut Recap) -> Result<Totals> {
         if cfg!(not(target_arch = "x86_64")) {
             println!("vm: skipped: the kernels are fetched for x86-64 only");
             return Ok(Totals { skipped: 1, ..Totals::default() });
@@ -77,8 +79,8 @@ impl Matrix<'_> {
         if !columns.is_empty() {
             println!("\n{}", table::render(&columns));
         }
-        for (kernel, _, results) in done.iter().filter(|(_, _, results)| !results.details.is_empty()) {
-            println!("Linux {}:\n{}", kernel.name(), results.details);
+        for (_, release, results) in &done {
+            results.failures().for_each(|failure| recap.note(format!("vm: Linux {release}: {failure}")));
         }
         record(&done)?;
         for (_, _, results) in &done {

@@ -22,8 +22,8 @@ use super::route::Way;
 use crate::addr::{ClientAddr, OrigDst, UpstreamAddr};
 use crate::limits::ClientSlot;
 use crate::sockopt::{self, UpstreamSocket};
-use crate::upstream::{ConnectError, Reason};
 use crate::upstream::direct::Direct;
+use crate::upstream::{ConnectError, Reason};
 
 /// Connections accepted in a row before those already open get their turn.
 const BATCH: usize = 32;

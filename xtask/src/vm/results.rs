@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 use xtask::lab::kernel::{Lacking, Version};
 
+use crate::recap::Details;
 use crate::totals::Totals;
 
 /// What came of one test.
@@ -37,11 +38,11 @@ impl Results {
     pub(crate) fn parse(output: &str, release: &str, expected: &[&str]) -> Self {
         let running = Version::parse(release);
         let mut results = Self::default();
-        let (mut executable, mut counted, mut detailed) = ("", Totals::default(), false);
+        let (mut executable, mut counted, mut details) = ("", Totals::default(), Details::default());
         let mut ended: Vec<&str> = Vec::new();
         for line in output.lines() {
             if let Some(name) = line.strip_prefix("begin ") {
-                (executable, counted, detailed) = (name, Totals::default(), false);
+                (executable, counted) = (name, Totals::default());
             } else if let Some((name, status)) = line.strip_prefix("end ").and_then(|end| end.split_once(' '))
             {
                 let of_run = results.totals_of(name);
@@ -53,20 +54,16 @@ impl Results {
                     ));
                 }
                 ended.push(name);
-                detailed = false;
             } else if let Some(totals) = Totals::parse(line) {
                 counted = totals;
             } else if let Some((name, outcome)) =
                 line.strip_prefix("test ").and_then(|rest| rest.split_once(" ... "))
             {
                 results.tests.insert(format!("{executable} {name}"), Outcome::parse(outcome));
-            } else {
-                detailed |= line == "failures:";
-                if detailed {
-                    results.details.extend([line, "\n"]);
-                }
             }
+            details.line(line);
         }
+        results.details = details.found().unwrap_or_default();
         for name in expected.iter().filter(|name| !ended.contains(*name)) {
             results.faults.push(format!("{name} did not end"));
         }
@@ -94,6 +91,16 @@ impl Results {
             }
         }
         totals
+    }
+
+    /// What failed, and why.
+    pub(crate) fn failures(&self) -> impl Iterator<Item = String> {
+        let refused = self.tests.iter().filter_map(|(name, outcome)| match outcome {
+            Outcome::Failed(why) if !why.is_empty() => Some(format!("{name}: {why}")),
+            _ => None,
+        });
+        let details = (!self.details.is_empty()).then(|| format!("\n{}", self.details));
+        self.faults.iter().cloned().chain(refused).chain(details)
     }
 
     /// Every test, and one failure for each fault of the whole.
