@@ -56,21 +56,12 @@ pub fn describe_exhaustion(error: &io::Error) -> String {
     }
 }
 
-/// A descriptor that can be given up for another.
-#[derive(Debug)]
+/// A descriptor that can be given up for another; empty until it is filled.
+#[derive(Debug, Default)]
 pub struct Reserve(RefCell<Option<File>>);
 
 impl Reserve {
-    /// One that is full, if a descriptor is left.
-    #[must_use]
-    pub fn new() -> Self {
-        let reserve = Self(RefCell::new(None));
-        // Where that fails there is nothing to give up.
-        drop(reserve.refill());
-        reserve
-    }
-
-    /// Makes it full again.
+    /// Makes it full.
     ///
     /// # Errors
     /// Where no descriptor is left.

@@ -68,7 +68,7 @@ where
     F: Future<Output = Value>,
 {
     let mut connections = FuturesUnordered::new();
-    let reserve = Reserve::new();
+    let reserve = Reserve::default();
     let trouble = Alarm::default();
     loop {
         if connections.is_empty() {

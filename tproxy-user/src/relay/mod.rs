@@ -152,7 +152,7 @@ impl Worker {
             index,
             handshakes,
             pool: Pool::default(),
-            reserve: Reserve::new(),
+            reserve: Reserve::default(),
             datagram: RefCell::new(vec![0; receive::BUFFER].into()),
             draining: Cell::new(false),
             ended: Notify::new(),
