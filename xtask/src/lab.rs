@@ -215,9 +215,8 @@ impl Lab {
     }
 
     fn lay_out(&self) -> Result<()> {
-        for namespace in self.namespaces() {
-            Cmd::host("ip").args(["netns", "add", namespace.name()]).check()?;
-        }
+        let add = self.namespaces().map(|namespace| format!("netns add {}\n", namespace.name()));
+        Cmd::host("ip").args(["-batch", "-"]).stdin(add.concat()).check()?;
         // Before any address is set: with forwarding off, a namespace takes
         // its own view of routes from router advertisements.
         for namespace in self.namespaces() {
@@ -242,7 +241,7 @@ impl Lab {
             namespace.set_sysctls(&[("net/ipv4/ip_local_port_range", ports)])?;
         }
         let (client, server, guest) = (self.client.name(), self.server.name(), self.guest.name());
-        self.router.ip_batch(&format!(
+        let mut router = format!(
             "link set lo up\n\
              link add lan type veth peer name eth0 netns {client}\n\
              link add lan2 type veth peer name eth0 netns {guest}\n\
@@ -250,9 +249,27 @@ impl Lab {
              link set lan up\n\
              link set lan2 up\n\
              link set wan up\n"
-        ))?;
+        );
         // The host's default congestion control may be bbr, which hides what a
         // proxy costs; a namespace cannot change its default, its routes can.
+        for (device, four, net4, six, net6) in [
+            ("lan", "192.0.2.1", "192.0.2.0/24", "2001:db8:1::1", "2001:db8:1::/64"),
+            ("lan2", "203.0.113.1", "203.0.113.0/24", "2001:db8:3::1", "2001:db8:3::/64"),
+            ("wan", "198.51.100.1", "198.51.100.0/24", "2001:db8:2::1", "2001:db8:2::/64"),
+        ] {
+            write!(
+                router,
+                "addr add {four}/24 dev {device} noprefixroute\n\
+                 addr add {six}/64 dev {device} nodad noprefixroute\n\
+                 route add {net4} dev {device} src {four} congctl cubic\n\
+                 route add {net6} dev {device} congctl cubic\n"
+            )?;
+        }
+        router.push_str(
+            "route add 198.18.0.0/15 via 198.51.100.2 congctl cubic\n\
+             route add 2001:db8:f000::/36 via 2001:db8:2::2 congctl cubic\n",
+        );
+        self.router.ip_batch(&router)?;
         let edge = |router: (IpAddr, IpAddr), own: (IpAddr, IpAddr)| {
             format!(
                 "link set lo up\n\
@@ -272,25 +289,6 @@ impl Lab {
              route add local 2001:db8:f000::/36 dev lo\n",
             edge(both(Family::uplink), both(Family::server))
         ))?;
-        let mut router = String::new();
-        for (device, four, net4, six, net6) in [
-            ("lan", "192.0.2.1", "192.0.2.0/24", "2001:db8:1::1", "2001:db8:1::/64"),
-            ("lan2", "203.0.113.1", "203.0.113.0/24", "2001:db8:3::1", "2001:db8:3::/64"),
-            ("wan", "198.51.100.1", "198.51.100.0/24", "2001:db8:2::1", "2001:db8:2::/64"),
-        ] {
-            write!(
-                router,
-                "addr add {four}/24 dev {device} noprefixroute\n\
-                 addr add {six}/64 dev {device} nodad noprefixroute\n\
-                 route add {net4} dev {device} src {four} congctl cubic\n\
-                 route add {net6} dev {device} congctl cubic\n"
-            )?;
-        }
-        router.push_str(
-            "route add 198.18.0.0/15 via 198.51.100.2 congctl cubic\n\
-             route add 2001:db8:f000::/36 via 2001:db8:2::2 congctl cubic\n",
-        );
-        self.router.ip_batch(&router)?;
         for namespace in self.namespaces() {
             namespace.wait_until_up()?;
         }

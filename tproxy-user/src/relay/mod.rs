@@ -147,12 +147,16 @@ pub(crate) struct Worker {
 
 impl Worker {
     pub(crate) fn new(shared: Arc<Shared>, index: usize, handshakes: Option<Handshakes>) -> Rc<Self> {
+        let reserve = Reserve::default();
+        // From the start, so that work opens no descriptor that stays. Where that fails, the
+        // first accept does, and says so.
+        drop(reserve.refill());
         Rc::new(Self {
             shared,
             index,
             handshakes,
             pool: Pool::default(),
-            reserve: Reserve::default(),
+            reserve,
             datagram: RefCell::new(vec![0; receive::BUFFER].into()),
             draining: Cell::new(false),
             ended: Notify::new(),

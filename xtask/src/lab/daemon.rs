@@ -183,11 +183,15 @@ impl Drop for Daemon {
 pub fn wait_for(what: &str, timeout: Duration, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
     let timeout = patience(timeout);
     let deadline = Instant::now() + timeout;
-    while !done()? {
+    loop {
+        let asked = Instant::now();
+        if done()? {
+            return Ok(());
+        }
         ensure!(Instant::now() < deadline, "waited {timeout:?} in vain for {what}");
-        thread::sleep(Duration::from_millis(10));
+        // As long again: programs that ask must not keep the processor from what is waited for.
+        thread::sleep(asked.elapsed().max(Duration::from_millis(10)));
     }
-    Ok(())
 }
 
 /// An address and port as `ss` prints them: IPv6 in brackets.

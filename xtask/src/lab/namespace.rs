@@ -8,6 +8,8 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use nix::ifaddrs::getifaddrs;
+use nix::net::if_::InterfaceFlags;
 use nix::sched::{CloneFlags, setns};
 
 use super::command::{Cmd, Output};
@@ -150,9 +152,7 @@ impl Namespace {
     /// address may be used.
     pub(crate) fn wait_until_up(&self) -> Result<()> {
         wait_for(&format!("links of the {} to come up", self.role), Duration::from_secs(5), || {
-            let links = self.sh("ip -o link show up")?.stdout;
-            let addresses = self.sh("ip -o -6 addr show tentative")?.stdout;
-            Ok(!links.contains("NO-CARRIER") && addresses.trim().is_empty())
+            self.try_enter(|| Ok(has_carriers()? && has_no_tentative_address()?))
         })
     }
 
@@ -166,4 +166,19 @@ impl Namespace {
         ensure!(inode != 0, "namespace {} has no inode", self.name);
         Ok(inode)
     }
+}
+
+/// Whether every interface of the calling thread's namespace that is up has its carrier.
+fn has_carriers() -> io::Result<bool> {
+    let (up, running) = (InterfaceFlags::IFF_UP, InterfaceFlags::IFF_RUNNING);
+    Ok(getifaddrs()?.all(|interface| !interface.flags.contains(up) || interface.flags.contains(running)))
+}
+
+/// Whether no IPv6 address of the calling thread's namespace still has to be found unique.
+fn has_no_tentative_address() -> io::Result<bool> {
+    // Address, index, prefix length, scope, flags, name (`if6_seq_show` in net/ipv6/addrconf.c).
+    const TENTATIVE: u32 = 0x40;
+    let addresses = fs::read_to_string("/proc/thread-self/net/if_inet6")?;
+    let mut flags = addresses.lines().filter_map(|line| line.split_whitespace().nth(4));
+    Ok(flags.all(|flags| u32::from_str_radix(flags, 16).is_ok_and(|flags| flags & TENTATIVE == 0)))
 }

@@ -7,12 +7,13 @@ use std::fs::{self, File, TryLockError};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use nix::errno::Errno;
+use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::signal::unix::{SignalKind as Kind, signal};
@@ -76,16 +77,9 @@ pub(crate) fn remove(name: &str) {
         .filter(|path| path.exists())
         .collect();
     kill_inside(&namespaces);
-    for namespace in namespaces.iter().filter_map(|path| path.file_name()) {
-        let deleted = Command::new("ip").args(["netns", "delete"]).arg(namespace).output();
-        match deleted {
-            Ok(output) if output.status.success() => {}
-            Ok(output) => eprintln!(
-                "cannot delete namespace {}: {}",
-                namespace.display(),
-                String::from_utf8_lossy(&output.stderr).trim()
-            ),
-            Err(error) => eprintln!("cannot run ip: {error}"),
+    for namespace in &namespaces {
+        if let Err(error) = delete(namespace) {
+            eprintln!("cannot delete namespace {}: {error}", namespace.display());
         }
     }
     let mut leftovers = vec![Path::new(ROOT).join(name)];
@@ -106,6 +100,14 @@ pub(crate) fn remove(name: &str) {
         }
     }
     held(&LABS).remove(name);
+}
+
+/// As `ip netns delete` does. EINVAL: it was never mounted.
+fn delete(namespace: &Path) -> io::Result<()> {
+    match umount2(namespace, MntFlags::MNT_DETACH) {
+        Ok(()) | Err(Errno::EINVAL) => fs::remove_file(namespace),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// Kills every process whose network namespace is one of these.

@@ -90,7 +90,7 @@ fn main() -> ExitCode {
     let cores = thread::available_parallelism().map_or(1, NonZero::get);
     // Scenarios wait for most of their time; more at a time would measure the
     // machine and not the proxy.
-    arguments.test_threads.get_or_insert(3 * cores);
+    arguments.test_threads.get_or_insert(4 * cores);
     // On other kernels these would show nothing new: the program's own behaviour,
     // and loads that take a slow machine long.
     let here: &[Scenarios] = &[
