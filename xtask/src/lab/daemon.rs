@@ -190,7 +190,8 @@ pub fn wait_for(what: &str, timeout: Duration, mut done: impl FnMut() -> Result<
         }
         ensure!(Instant::now() < deadline, "waited {timeout:?} in vain for {what}");
         // As long again: programs that ask must not keep the processor from what is waited for.
-        thread::sleep(asked.elapsed().max(Duration::from_millis(10)));
+        // Not longer, for one that waits itself has not.
+        thread::sleep(asked.elapsed().clamp(Duration::from_millis(10), Duration::from_millis(250)));
     }
 }
 

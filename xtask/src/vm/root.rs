@@ -16,6 +16,8 @@ const PROXY: &str = "/tests/tproxy-user";
 /// How much longer a guest may take than the machine itself, without
 /// acceleration and beside another guest.
 const SLOWDOWN: u32 = 10;
+/// Tests at a time in a guest: some wait, while others use its processors.
+const THREADS: usize = 6;
 /// Programs that come with the packages of those that are asked for.
 const COMPANIONS: &[&str] =
     &["tc", "ss", "ip6tables", "iptables-restore", "ip6tables-restore", "mount", "umount"];
@@ -112,7 +114,7 @@ pub(crate) fn add_run(
         let filters = filters.join(" ");
         writeln!(
             script,
-            "echo 'begin {name}'; ./{name} --test-threads 2{skipped} {filters}; echo \"end {name} $?\""
+            "echo 'begin {name}'; ./{name} --test-threads {THREADS}{skipped} {filters}; echo \"end {name} $?\""
         )?;
     }
     archive.program(Path::new("/tests/run"), script.as_bytes())

@@ -103,7 +103,10 @@ fn main() -> ExitCode {
         bad_input::SCENARIOS,
         doctor::SCENARIOS,
     ];
+    // First those that wait most, so that others run meanwhile.
     let anywhere: &[Scenarios] = &[
+        upkeep::SCENARIOS,
+        interfaces::SCENARIOS,
         tcp::SCENARIOS,
         tcp_end::SCENARIOS,
         handshake::SCENARIOS,
@@ -124,8 +127,6 @@ fn main() -> ExitCode {
         icmp::SCENARIOS,
         leftovers::SCENARIOS,
         report::SCENARIOS,
-        interfaces::SCENARIOS,
-        upkeep::SCENARIOS,
         company::SCENARIOS,
         policy::SCENARIOS,
         domains::SCENARIOS,
