@@ -1,9 +1,11 @@
 //! Random rules: the kernel decides as userspace does, and both as the rules read.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use proptest::strategy::{Strategy, ValueTree as _};
@@ -189,9 +191,23 @@ impl Drop for Group {
     fn drop(&mut self) {
         move_to(self.root.path());
         for group in [self.sibling(), self.inner(), self.outer()] {
-            fs::remove_dir(group).expect("an empty group");
+            remove(&group);
         }
         umount2(self.root.path(), MntFlags::MNT_DETACH).expect("mounted");
+    }
+}
+
+/// Removes a group. Threads of other tests that end while the process moves stay behind, and
+/// are gone in a moment.
+fn remove(group: &Path) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        match fs::remove_dir(group) {
+            Err(error) if error.kind() == ErrorKind::ResourceBusy && Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            outcome => return outcome.expect("an empty group"),
+        }
     }
 }
 

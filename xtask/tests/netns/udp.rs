@@ -106,12 +106,12 @@ fn source(lab: &Lab, family: Family, flags: &str, expected: std::net::IpAddr) ->
     let nc =
         lab.client.cmd("nc").args(["-u", "-w", &patience, family.flag(), &to.to_string(), &PORT.to_string()]);
     let output = nc.stdin("who am I?\n").check()?;
-    let seen: std::net::IpAddr = output
-        .stdout
-        .trim()
-        .trim_matches(['[', ']'])
-        .parse()
-        .with_context(|| format!("socat said no address, {}", output.describe()))?;
+    let seen: std::net::IpAddr =
+        output.stdout.trim().trim_matches(['[', ']']).parse().with_context(|| {
+            let counters =
+                running.proxy().map(|proxy| proxy.status().map(|status| status["counters"].clone()));
+            format!("socat said no address, {}\n  counters: {counters:?}", output.describe())
+        })?;
     ensure!(seen == expected, "the server sees {seen}, expected {expected}");
     running.expect_udp(1)
 }

@@ -6,10 +6,11 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use socket2::{Domain, Protocol, Socket, Type};
+use xtask::lab::kernel::Version;
 use xtask::lab::peer::{self, TcpServer};
 use xtask::lab::{Family, Lab, Namespace};
 
-use crate::common::{Scenarios, Skip, at, start};
+use crate::common::{Scenarios, Skip, at, needs_linux, start};
 use crate::sockopt;
 use crate::wire::Wire;
 
@@ -59,6 +60,8 @@ fn connect(client: &Namespace, to: SocketAddr, protocol: Protocol, fast_open: bo
 
 fn multipath(lab: &Lab, family: Family) -> Result<()> {
     if netstat(&lab.client, "MPTcpExt", "MPCapableSYNTX").is_err() {
+        // Linux has had it since 5.6, Debian's 5.10 without it.
+        needs_linux(Version(6, 1), "Multipath TCP in Debian's kernels")?;
         bail!(Skip("this kernel has no Multipath TCP (CONFIG_MPTCP)".into()));
     }
     let to = at(family.anywhere(1), PORT);
