@@ -8,6 +8,7 @@ use anyhow::Result;
 use super::command::Cmd;
 use super::daemon::Daemon;
 use super::namespace::Namespace;
+use super::pace::seconds;
 use super::sockets::Protocol;
 use super::{Family, Lab};
 
@@ -196,7 +197,9 @@ pub fn socat_udp(
         IpAddr::V4(address) => format!("UDP4-RECVFROM:{port},bind={address},fork"),
         IpAddr::V6(address) => format!("UDP6-RECVFROM:{port},bind=[{address}],fork"),
     };
-    let command = namespace.cmd("socat").arg(listen).arg(format!("SYSTEM:{shell}"));
+    // By itself socat gives the shell half a second once the datagram has ended.
+    let wait = ["-t", &seconds(5)];
+    let command = namespace.cmd("socat").args(wait).arg(listen).arg(format!("SYSTEM:{shell}"));
     let mut daemon = Daemon::start(lab, "socat", &command)?;
     daemon.wait_bound(namespace, Protocol::Udp, port)?;
     Ok(daemon)
