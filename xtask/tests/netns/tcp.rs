@@ -243,9 +243,12 @@ pub(crate) fn reuse(lab: &Lab, family: Family, flags: &str) -> Result<()> {
     running.expect_tcp(ROUNDS as u64)?;
     let (from, to) = (at(family.client(), REUSED), at(family.anywhere(1), 9001));
     let (up, down) = (capture.count(6, from, to), capture.count(6, to, from));
+    // Where the client runs while the kernel is between the last ACK and TIME_WAIT, its SYN is
+    // dropped, without a proxy too: on a preemptible kernel whose steps are emulated one by one.
+    let most = ROUNDS as u64 + if pace::slowdown() > 1 { 5 } else { 0 };
     ensure!(
-        up.syn == ROUNDS as u64 && up.rst + down.rst == 0,
-        "{ROUNDS} connections from port {REUSED} took {} SYNs (expected {ROUNDS}), {} resets from the client and {} from the server's side \
+        (ROUNDS as u64..=most).contains(&up.syn) && up.rst + down.rst == 0,
+        "{ROUNDS} connections from port {REUSED} took {} SYNs (expected {ROUNDS} to {most}), {} resets from the client and {} from the server's side \
          (expected none), times {times:?}",
         up.syn,
         up.rst,
