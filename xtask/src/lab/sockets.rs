@@ -48,6 +48,20 @@ pub fn is_bound(namespace: &Namespace, protocol: Protocol, port: u16) -> Result<
     Ok(lists(namespace, protocol)?.iter().flat_map(|list| list.lines()).any(waiting))
 }
 
+/// Whether every TCP socket of either family whose peer has `port` is in `TIME_WAIT`.
+///
+/// # Errors
+/// Where the kernel's list cannot be read.
+pub fn all_in_time_wait(namespace: &Namespace, port: u16) -> Result<bool> {
+    const TIME_WAIT: &str = "06";
+    let suffix = format!(":{port:04X}");
+    let other = |line: &str| {
+        let fields: Vec<&str> = line.split_whitespace().take(4).collect();
+        matches!(fields[..], [_, _, peer, state] if peer.ends_with(&suffix) && state != TIME_WAIT)
+    };
+    Ok(!lists(namespace, Protocol::Tcp)?.iter().flat_map(|list| list.lines()).any(other))
+}
+
 /// How many sockets of either family there are, `TIME_WAIT` among them.
 ///
 /// # Errors
