@@ -149,10 +149,7 @@ impl Matrix<'_> {
         modules::add(&mut archive, unpacked)?;
         root::add_run(&mut archive, self.tests, self.filters, all.then(|| kernel.selection()))?;
         let dir = workspace::target().join("vm").join(kernel.suite()).join("run");
-        // A preemptible kernel on one processor drops a SYN of T7 now and then, also without the
-        // proxy and also Linux 6.12 with preempt=full: its client runs while the kernel is between
-        // the last ACK and TIME_WAIT.
-        let (limit, processors) = if all && kernel != Kernel::Newest { SHARE } else { EVERYTHING };
+        let (limit, processors) = if all { SHARE } else { EVERYTHING };
         Guest::boot(kernel, unpacked, &archive.finish()?, dir, processors, limit)
     }
 
