@@ -39,6 +39,8 @@ enum Case {
     /// New connections a second, and how long one takes: steered by eBPF, with eager and
     /// faithful handshakes, and by iptables TPROXY with the same relay
     Steering,
+    /// What a packet costs in each eBPF program
+    Packet,
     /// What rules cost, by their number and by that of their networks: to load, and a new
     /// flow in the kernel
     Policy,
@@ -110,20 +112,23 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     reclaim::on_signals()?;
     ensure!(nix::unistd::geteuid().is_root(), "network namespaces need root");
     load::raise_open_files()?;
-    if matches!(args.case, Case::Policy) {
-        return policy();
+    match args.case {
+        Case::Packet => in_kernel("packet", "the benchmark failed, see above"),
+        Case::Policy => in_kernel("policy", "rules cost more than they may, see above"),
+        Case::Steering => {
+            packages::ensure(needs::BENCH)?;
+            let binary = build::ensure_all(Profile::Release)?.tproxy_user;
+            steering(args, &binary)
+        }
     }
-    packages::ensure(needs::BENCH)?;
-    let binary = build::ensure_all(Profile::Release)?.tproxy_user;
-    steering(args, &binary)
 }
 
-/// What rules cost, told by `tproxy-user/benches/policy.rs`.
-fn policy() -> Result<()> {
+/// What the programs cost, told by a benchmark of `tproxy-user/benches`.
+fn in_kernel(bench: &str, failure: &'static str) -> Result<()> {
     build::ensure_all(Profile::Release)?;
     let mut cargo = workspace::cargo("bench");
-    let status = cargo.args(["--quiet", "--package", "tproxy-user", "--bench", "policy"]).status()?;
-    ensure!(status.success(), "rules cost more than they may, see above");
+    let status = cargo.args(["--quiet", "--package", "tproxy-user", "--bench", bench]).status()?;
+    ensure!(status.success(), failure);
     Ok(())
 }
 

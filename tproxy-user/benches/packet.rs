@@ -1,0 +1,44 @@
+//! What a packet costs in each program, in nanoseconds: `BPF_PROG_TEST_RUN` runs the program
+//! on the same packet a million times and divides its own clock, so everything is in the cache.
+//! `cargo xtask bench packet` runs it.
+
+#[path = "../tests/golden/kernel.rs"]
+#[allow(dead_code, reason = "the golden tests use more of it")]
+mod kernel;
+#[path = "../tests/golden/packets.rs"]
+#[allow(dead_code, reason = "the golden tests use more of it")]
+mod packets;
+#[path = "../tests/golden/skip.rs"]
+#[allow(dead_code, reason = "the golden tests use more of it")]
+mod skip;
+
+use tproxy_common::abi::{Settings, program};
+
+use kernel::{Kernel, usual};
+use packets as p;
+
+const RUNS: u32 = 1_000_000;
+/// Least of so many.
+const TURNS: usize = 5;
+
+fn main() {
+    let settings = Settings { early_demux: 1, coarse_clock: 1, ..usual() };
+    let mut kernel = Kernel::new(&settings);
+    for packet in [p::syn_v4(), p::syn_v6(), p::udp_v4(64), p::udp_v6(64)] {
+        kernel.run(program::CAPTURE, &packet);
+    }
+    let cases = [
+        ("capture: TCP, a known flow", program::CAPTURE, p::ack_v4()),
+        ("capture: UDP, a known flow", program::CAPTURE, p::udp_v4(64)),
+        ("capture: UDP over IPv6, a known flow", program::CAPTURE, p::udp_v6(64)),
+        ("uplink: TCP, no socket", program::UPLINK, p::reply_of(&p::ack_v4())),
+        ("reply: TCP, a known flow", program::REPLY, p::reply_of(&p::ack_v4())),
+        ("reply: UDP, a known flow", program::REPLY, p::reply_of(&p::udp_v4(64))),
+        ("reply: UDP over IPv6, a known flow", program::REPLY, p::reply_of(&p::udp_v6(64))),
+    ];
+    println!("{:<40} {:>6}", "packet", "ns");
+    for (name, program, packet) in cases {
+        let least = (0..TURNS).map(|_| kernel.time(program, &packet, RUNS)).min().unwrap_or_default();
+        println!("{name:<40} {:>6}", least.as_nanos());
+    }
+}
