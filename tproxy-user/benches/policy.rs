@@ -24,11 +24,12 @@ use std::time::{Duration, Instant};
 
 use tproxy_common::abi::{Family, TCP, mapped, program};
 use tproxy_common::policy::Known;
+use tproxy_user::config::upstream::Upstream;
 use tproxy_user::config::{Scope, file};
 use tproxy_user::policy::compile::compile;
 use tproxy_user::policy::facts::Packet;
 use tproxy_user::policy::names::Names;
-use tproxy_user::policy::rules::rule_set;
+use tproxy_user::policy::rules::{Written, rule_set};
 use tproxy_user::policy::targets::Targets;
 
 use kernel::{Kernel, usual};
@@ -114,9 +115,13 @@ fn load(case: &Case, directory: &Path) -> Measured {
     std::fs::write(&config, &case.config).expect("written");
     let mut kernel = Kernel::new(&usual());
     let begun = Instant::now();
-    let (_, rules) = file::read(&config).expect("a config file");
-    let set =
-        rule_set(&Scope::default(), &rules, &Names::default(), &Targets::default()).expect("no targets");
+    let (_, resolved) = file::read(&config).expect("a config file");
+    let set = rule_set(
+        Written { scope: &Scope::default(), upstream: &Upstream::Direct, rules: &resolved.rules },
+        &Names::default(),
+        &Targets::default(),
+    )
+    .expect("no targets");
     let image = compile(&set).expect("rules that fit");
     kernel.set_image(&image);
     let loading = begun.elapsed();

@@ -83,6 +83,7 @@ async fn serve(
         Handshake::Eager => None,
     };
     let rulebook = Rulebook::default();
+    rulebook.targets.set_default(&config.upstream);
     let mut steering = match config.steering.by {
         Steer::Ebpf => {
             let parts = (&listeners[..], tun.as_ref());
@@ -92,6 +93,7 @@ async fn serve(
     };
     let control = control::bind(&instance.paths().control()).context("cannot make the control socket")?;
     let addresses = addresses(&listeners);
+    let targets = rulebook.targets.clone();
     let (controller, workers) = start_workers(config, listeners, tun, &stats, rulebook)?;
     // Last of all: from here on packets come.
     if let Some(steering) = &mut steering {
@@ -99,7 +101,7 @@ async fn serve(
     }
     announce(config, steering.as_ref(), files);
 
-    let reporter = status::Reporter::new(config, instance, addresses, stats);
+    let reporter = status::Reporter::new(config, instance, addresses, stats, targets);
     if let Some(steering) = &steering {
         reporter.note(steering);
     }
@@ -176,7 +178,7 @@ fn start_workers(
     let (controller, shutdown) = shutdown::channel();
     let routes = match config.steering.by {
         Steer::Ebpf => Routes::new(&config.pin, rulebook).context("cannot read the flow table")?,
-        Steer::None => Routes::direct(),
+        Steer::None => Routes::by_default(rulebook),
     };
     let shared = Shared::new(config, &listeners, Arc::clone(stats), routes);
     let mut queues = tun.into_iter().flat_map(Tun::into_queues);

@@ -20,6 +20,7 @@ use clap::{ArgAction, Args, Parser, Subcommand};
 use clap_complete::Shell;
 use ipnet::IpNet;
 
+use crate::config::file::upstream::Upstreams;
 use crate::config::rule::Rule;
 use crate::config::{AccessLog, Attach, Fail, Handshake, Kernel, Mark, SourceMode, Steer};
 use crate::policy::question::Question;
@@ -340,9 +341,17 @@ pub struct SourceArgs {
                   _ => SourceMode::Client,
               }))]
     pub source: SourceMode,
-    /// Where captured connections go: direct, to their original destination
-    #[arg(long, value_name = "URL", default_value = "direct", value_parser = PossibleValuesParser::new(["direct"]))]
+    /// How captured flows reach their destinations: direct, or through socks5://HOST[:PORT] or http://HOST:PORT
+    ///
+    /// Or the name of an upstream of the config file. A proxy server is asked for the original
+    /// destination, which then sees that server's address. HTTP carries TCP alone: UDP is refused.
+    /// A user and a password can be given as in socks5://USER:PASSWORD@HOST, but others may see them
+    /// for a moment; a config file can name a file that has the password.
+    #[arg(long, value_name = "URL", default_value = "direct")]
     pub upstream: String,
+    /// Upstreams of the config file.
+    #[arg(skip)]
+    pub upstreams: Upstreams,
     /// A line on standard output for each connection that ends
     #[arg(long, value_name = "FORM", default_value = "off",
           value_parser = PossibleValuesParser::new(["off", "json", "text"])

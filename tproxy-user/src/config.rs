@@ -6,6 +6,7 @@
 
 pub mod file;
 pub mod rule;
+pub mod upstream;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
@@ -229,6 +230,8 @@ pub struct Config {
     pub steering: Steering,
     /// Whose address servers see.
     pub source: SourceMode,
+    /// How flows reach their destinations, where no rule says otherwise.
+    pub upstream: upstream::Upstream,
     /// Time-outs.
     pub timeouts: Timeouts,
     /// Bounds.

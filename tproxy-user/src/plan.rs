@@ -11,6 +11,7 @@ use tproxy_common::abi::LpmKey;
 
 use crate::cli::is_glob;
 use crate::config::rule::Conditions;
+use crate::config::upstream::Upstream;
 use crate::config::{Config, Fail, Handshake, Limits, Mark, Scope, SourceMode, Steer, Timeouts, rule};
 use crate::failure::Failure;
 use crate::interfaces::{Host, Interface};
@@ -112,6 +113,8 @@ pub struct Plan {
     pub workers: u32,
     /// Whose address servers see.
     pub source: SourceMode,
+    /// How flows reach their destinations, where no rule says otherwise.
+    pub upstream: Upstream,
     /// What happens without a proxy.
     pub fail: Fail,
     /// Time-outs.
@@ -163,6 +166,7 @@ impl Plan {
             sockets: sockets(config, ipv4, ipv6),
             workers: config.workers,
             source: config.source,
+            upstream: config.upstream.clone(),
             fail: config.capture.fail,
             timeouts: config.timeouts,
             limits: config.limits,

@@ -9,7 +9,7 @@ use crate::config::{Capture, Config, Scope};
 /// A configuration that was read again, as far as it can be had without a restart.
 #[derive(Clone, Debug)]
 pub struct Reloaded {
-    /// The old one with what can change: interfaces, ports, networks and rules.
+    /// The old one with what can change: interfaces, ports, networks, upstreams and rules.
     pub config: Config,
     /// Keys whose change needs a restart.
     pub restart: Vec<&'static str>,
@@ -28,6 +28,7 @@ impl Reloaded {
                 rules: read.capture.rules.clone(),
                 ..running.capture.clone()
             },
+            upstream: read.upstream.clone(),
             files: read.files.clone(),
             ..running.clone()
         };

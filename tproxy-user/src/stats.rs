@@ -143,6 +143,8 @@ stats! {
         connect_no_source,
         /// Connects for which descriptors or memory were used up.
         connect_exhausted,
+        /// Connects that a proxy server did not make: it could not be reached, or did not do its part.
+        connect_proxy_failed,
         /// Connects that failed in another way.
         connect_other,
         /// Connects given up because the client had gone.
@@ -187,6 +189,8 @@ stats! {
         udp_bytes_up,
         /// Payload bytes of `udp_datagrams_down`.
         udp_bytes_down,
+        /// UDP datagrams dropped because as many waited already for a proxy server to be ready.
+        udp_waiting_full,
         /// UDP datagrams dropped because a send buffer was full.
         udp_send_full,
         /// UDP datagrams that could not be sent upstream.

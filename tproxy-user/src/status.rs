@@ -10,6 +10,7 @@ use crate::cmd;
 use crate::config::Config;
 use crate::datapath::counters::CounterMap;
 use crate::instance::Instance;
+use crate::policy::targets::{Target, Targets};
 use crate::stats::Stats;
 use crate::steering::{Attached, Steering};
 
@@ -24,6 +25,7 @@ struct Inner {
     counters: Option<CounterMap>,
     listeners: Vec<String>,
     stats: Arc<Stats>,
+    targets: Targets,
     attached: RefCell<Vec<Attached>>,
     /// Rules, and the bytes of their image.
     policy: Cell<(usize, usize)>,
@@ -34,13 +36,20 @@ struct Inner {
 impl Reporter {
     /// A reporter of this run.
     #[must_use]
-    pub fn new(config: &Config, instance: &Instance, listeners: Vec<String>, stats: Arc<Stats>) -> Self {
+    pub fn new(
+        config: &Config,
+        instance: &Instance,
+        listeners: Vec<String>,
+        stats: Arc<Stats>,
+        targets: Targets,
+    ) -> Self {
         Self(Rc::new(Inner {
             basics: cmd::status::basics(instance),
             // Without steering there are no programs that count.
             counters: CounterMap::open(&config.pin).ok(),
             listeners,
             stats,
+            targets,
             attached: RefCell::default(),
             policy: Cell::default(),
             plan: RefCell::default(),
@@ -79,7 +88,7 @@ impl Reporter {
         all.extend(snapshot.entries().map(|entry| (entry.name.to_owned(), entry.value.into())));
         status.insert("interfaces".to_owned(), interfaces.into());
         status.insert("listeners".to_owned(), json!(inner.listeners));
-        status.insert("upstreams".to_owned(), json!([{"name": "direct", "up": true, "latency_ms": null}]));
+        status.insert("upstreams".to_owned(), upstreams(&inner.targets));
         status.insert(
             "connections".to_owned(),
             json!({"tcp": snapshot.tcp_active, "udp": snapshot.udp_active}),
@@ -90,6 +99,32 @@ impl Reporter {
         status.insert("counters".to_owned(), all.into());
         status.into()
     }
+}
+
+/// The upstreams that are in use, each with its numbers in the flow table.
+fn upstreams(targets: &Targets) -> Value {
+    let mut all = Map::new();
+    for (number, target) in targets.all().iter().enumerate() {
+        let mut told = match target {
+            Target::Address(_) => continue,
+            Target::Direct => json!({"name": "direct", "up": true, "latency_ms": null}),
+            Target::Proxy(outbound) => json!({
+                "name": &*outbound.proxy().name,
+                "url": outbound.proxy().url(),
+                "up": outbound.works(),
+                "latency_ms": outbound.latency().map(|latency| latency.as_millis()),
+            }),
+        };
+        let name = told["name"].as_str().unwrap_or_default().to_owned();
+        // Of two that have been called the same, the one of now.
+        let mut numbers = all.remove(&name).map_or_else(|| json!([]), |known| known["numbers"].clone());
+        if let Some(numbers) = numbers.as_array_mut() {
+            numbers.push(json!(number));
+        }
+        told["numbers"] = numbers;
+        all.insert(name, told);
+    }
+    all.into_iter().map(|(_, upstream)| upstream).collect()
 }
 
 /// Resident bytes of this process.

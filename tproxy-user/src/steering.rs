@@ -32,7 +32,7 @@ use crate::policy::asked::NamedRules;
 use crate::policy::compile::{RuleSet, compile};
 use crate::policy::domains::Domains;
 use crate::policy::names::Names;
-use crate::policy::rules::rule_set;
+use crate::policy::rules::{Written, rule_set};
 use crate::privilege;
 use crate::routing;
 use crate::rulebook::Rulebook;
@@ -224,12 +224,13 @@ impl Steering {
     fn set_policy(&mut self, plan: &Plan, names: Names) -> anyhow::Result<()> {
         if !plan.policy.is_empty() {
             let binds = |rule: &Rule| {
-                matches!(rule.action, Action::Divert(_) | Action::Reject)
+                matches!(rule.action, Action::Divert(_) | Action::Reject | Action::Proxy(Some(_)))
                     || !rule.conditions.domains.is_empty()
             };
             self.rulebook.targets.ask_for(plan.policy.iter().any(binds));
         }
-        let set = rule_set(&plan.scope, &plan.policy, &names, &self.rulebook.targets)?;
+        let written = Written { scope: &plan.scope, upstream: &plan.upstream, rules: &plan.policy };
+        let set = rule_set(written, &names, &self.rulebook.targets)?;
         let held = self.rulebook.named();
         // Other names may make sets of the same numbers.
         let same_names = held.as_ref().map(|rules| rules.domains()) == Domains::of(&plan.policy);
@@ -239,6 +240,7 @@ impl Steering {
             self.rulebook.replace(asking, || self.datapath.set_policy(&image))?;
             self.policy = Some((set, size_of_val(&*image)));
         }
+        self.rulebook.targets.set_default(&plan.upstream);
         self.names = names;
         Ok(())
     }

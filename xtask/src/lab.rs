@@ -34,6 +34,7 @@ pub mod reclaim;
 pub mod selection;
 pub mod server;
 pub mod sockets;
+pub mod upstream;
 
 pub use command::{Cmd, Output};
 pub use daemon::Daemon;

@@ -33,6 +33,10 @@ pub(crate) const NETNS: &[Need] = &[
     Need::new("ping", "iputils-ping", "ICMP"),
     Need::new("ethtool", "ethtool", "switching segmentation offload off"),
     Need::new("sysctl", "procps", "comparing sysctls before and after"),
+    Need::new("danted", "dante-server", "a SOCKS5 server, over TCP and UDP").service("danted.service"),
+    Need::new("microsocks", "microsocks", "a SOCKS5 server with a password").service("microsocks.service"),
+    Need::new("tinyproxy", "tinyproxy-bin", "an HTTP proxy server with a password"),
+    Need::new("squid", "squid", "an HTTP proxy server").service("squid.service"),
     Need::new("setpriv", "util-linux", "running without root"),
 ];
 

@@ -6,7 +6,7 @@ use clap::parser::ValueSource;
 use super::{
     CaptureArgs, Cli, Command, LimitArgs, LoggingArgs, RunArgs, SourceArgs, SteeringArgs, TimeoutArgs,
 };
-use crate::config::file::value::{Family, Level, LogForm, Protocol, Upstream};
+use crate::config::file::value::{Family, Level, LogForm, Protocol};
 use crate::config::file::{self, List};
 use crate::failure::Failure;
 
@@ -21,10 +21,11 @@ pub fn config_file(cli: &mut Cli, matches: &ArgMatches) -> Result<(), Failure> {
         Some(_) => return Ok(()),
     };
     let Some(path) = run.config.as_deref() else { return Ok(()) };
-    let (file, rules) = file::read(path)?;
+    let (file, resolved) = file::read(path)?;
     let matches = matches.subcommand().map_or(matches, |(_, of_command)| of_command);
     Unsaid(matches).take(file, run, &mut cli.logging);
-    run.capture.rules = rules;
+    run.capture.rules = resolved.rules;
+    run.source.upstreams = resolved.upstreams;
     Ok(())
 }
 
@@ -50,7 +51,8 @@ impl Unsaid<'_> {
     }
 
     fn take(&self, file: file::File, run: &mut RunArgs, logging: &mut LoggingArgs) {
-        let file::File { watch, capture, steer, source, log, timeouts, limits, rules: _ } = file;
+        let file::File { watch, capture, steer, source, log, timeouts, limits, upstreams: _, rules: _ } =
+            file;
         self.one("watch", &mut run.watch, watch);
         self.capture(capture, &mut run.capture);
         self.steering(steer, &mut run.steering);
@@ -93,7 +95,7 @@ impl Unsaid<'_> {
 
     fn source(&self, file: &file::Source, args: &mut SourceArgs) {
         self.one("source", &mut args.source, file.mode);
-        self.one("upstream", &mut args.upstream, file.upstream);
+        self.one("upstream", &mut args.upstream, file.upstream.clone());
     }
 
     fn log(&self, file: &file::Log, source: &mut SourceArgs, logging: &mut LoggingArgs) {
@@ -138,15 +140,6 @@ impl From<Protocol> for String {
     }
 }
 
-impl From<Upstream> for String {
-    fn from(upstream: Upstream) -> Self {
-        match upstream {
-            Upstream::Direct => "direct",
-        }
-        .to_owned()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -180,7 +173,12 @@ mod tests {
         ("pin", "--pin /sys/fs/bpf/x", "steer.pin = '/sys/fs/bpf/x'", "steer.pin = '/sys/fs/bpf/y'"),
         ("bpf_log", "--bpf-log", "steer.bpf_log = true", "steer.bpf_log = false"),
         ("source", "--source proxy", "source.mode = 'proxy'", "source.mode = 'client-port'"),
-        ("upstream", "--upstream direct", "source.upstream = 'direct'", "source.upstream = 'direct'"),
+        (
+            "upstream",
+            "--upstream socks5://10.0.0.2",
+            "source.upstream = 'socks5://10.0.0.2'",
+            "source.upstream = 'direct'",
+        ),
         ("access_log", "--access-log json", "log.access = 'json'", "log.access = 'text'"),
         ("log_format", "--log-format json", "log.format = 'json'", "log.format = 'text'"),
         ("verbose", "-v", "log.level = 'debug'", "log.level = 'error'"),
@@ -294,7 +292,7 @@ mod tests {
             .lines()
             .filter(|line| !line.ends_with("# example"))
             .map(in_force)
-            .take_while(|line| *line != "[[rule]]")
+            .take_while(|line| *line != "[[upstream]]")
             .collect();
         assert!(lines.iter().filter(|line| line.contains('=')).count() > 25, "{lines:?}");
         let resolved = |content: &str| {

@@ -40,6 +40,11 @@ pub fn config(args: &RunArgs) -> Result<Config, Failure> {
             "the rules of the config file are carried out by the eBPF programs, but with --steer none rules of yours steer: leave out one of the two",
         ));
     }
+    let upstream = args
+        .source
+        .upstreams
+        .find(&args.source.upstream)
+        .map_err(|why| Failure::usage(format_args!("--upstream (source.upstream): {why}")))?;
     check_marks(args)?;
     let (on_ip4, on_ip6) = listen_addresses(&steering.on_ip, steering.steer)?;
     // Neither flag and both mean the same: both families.
@@ -77,6 +82,7 @@ pub fn config(args: &RunArgs) -> Result<Config, Failure> {
             bpf_log: steering.bpf_log,
         },
         source: args.source.source,
+        upstream,
         timeouts: Timeouts {
             connect: timeouts.connect_timeout,
             tcp_idle: timeouts.tcp_idle_timeout,
@@ -276,7 +282,11 @@ mod tests {
             ),
             ("-i e --udp-timeout 5", "'5' for '--udp-timeout <TIME>': expected a number with its unit"),
             ("-i e --workers 65", "65"),
-            ("-i e --upstream socks5://h:1", "direct"),
+            (
+                "-i e --upstream socks://h:1",
+                "--upstream (source.upstream): 'socks' is no protocol of an upstream",
+            ),
+            ("-i e --upstream exit", "'exit': no [[upstream]] has this name; expected direct"),
             ("-i e --rule-priority 40000", "40000"),
         ] {
             let error = resolve(flags).expect_err(flags);

@@ -11,6 +11,7 @@ use aya::pin::PinError;
 use nix::net::if_::if_indextoname;
 use nix::time::{ClockId, clock_gettime};
 use serde::Serialize;
+use serde_json::Value;
 use tproxy_common::abi::{Addr, Flow, FlowKey, Origin, TCP, UDP, Verdict, map};
 
 use crate::cli::DataArgs;
@@ -28,11 +29,11 @@ use crate::output::{self, Align, Table, bytes, span};
 pub fn run(args: &DataArgs) -> anyhow::Result<()> {
     require_pinned(&args.pin)?;
     let clock = Clock::now()?;
-    let interface_name = interface_names(&args.pin)?;
+    let names = Names::of(&args.pin)?;
     let mut flows: Vec<Row> = datapath::flows::read(&args.pin)
         .map_err(|error| explain(error, &args.pin))?
         .iter()
-        .map(|(key, flow)| Row::new(key, flow, &clock, &interface_name))
+        .map(|(key, flow)| Row::new(key, flow, &clock, &names))
         .collect();
     flows.sort_by_key(|row| std::cmp::Reverse(row.last_seen_at));
     if args.json {
@@ -74,22 +75,41 @@ fn explain(error: MapError, pin: &Path) -> anyhow::Error {
     }
 }
 
-/// Names interfaces by index: as the proxy's network namespace has them, where
-/// it runs in another one than this process.
-fn interface_names(pin: &Path) -> anyhow::Result<impl Fn(u32) -> String> {
-    let paths = Paths::of(pin);
-    let elsewhere = paths.read_state()?.is_some_and(|state| state.netns != netns());
-    let status = elsewhere.then(|| control::ask(&paths.control(), Request::Status).ok()).flatten();
-    let names: HashMap<u32, String> = status
-        .iter()
-        .flat_map(|status| status["interfaces"].as_array().into_iter().flatten())
-        .filter_map(|i| Some((u32::try_from(i["index"].as_u64()?).ok()?, i["name"].as_str()?.to_owned())))
-        .collect();
-    Ok(move |index| {
-        let here = || if_indextoname(index).ok()?.into_string().ok();
-        let name = if elsewhere { names.get(&index).cloned() } else { here() };
+/// What numbers in the flow table mean, as the running proxy says.
+#[derive(Debug, Default)]
+struct Names {
+    /// Interfaces; `None`: they are those of this process's network namespace.
+    interfaces: Option<HashMap<u32, String>>,
+    upstreams: HashMap<u16, String>,
+}
+
+impl Names {
+    fn of(pin: &Path) -> anyhow::Result<Self> {
+        let paths = Paths::of(pin);
+        let elsewhere = paths.read_state()?.is_some_and(|state| state.netns != netns());
+        // One that was killed has left its flows, and nobody to ask.
+        let status = control::ask(&paths.control(), Request::Status).unwrap_or_default();
+        let list = |key: &str| status[key].as_array().into_iter().flatten();
+        let name = |item: &Value| item["name"].as_str().map(str::to_owned);
+        let interface = |item: &Value| Some((u32::try_from(item["index"].as_u64()?).ok()?, name(item)?));
+        let numbers = |item: &Value| {
+            let numbers = item["numbers"].as_array().into_iter().flatten();
+            let numbers = numbers.filter_map(|number| u16::try_from(number.as_u64()?).ok());
+            numbers.filter_map(|number| Some((number, name(item)?))).collect::<Vec<_>>()
+        };
+        Ok(Self {
+            interfaces: elsewhere.then(|| list("interfaces").filter_map(interface).collect()),
+            upstreams: list("upstreams").flat_map(numbers).collect(),
+        })
+    }
+
+    fn interface(&self, index: u32) -> String {
+        let name = match &self.interfaces {
+            Some(names) => names.get(&index).cloned(),
+            None => if_indextoname(index).ok().and_then(|name| name.into_string().ok()),
+        };
         name.unwrap_or_else(|| format!("if{index}"))
-    })
+    }
 }
 
 /// Both clocks at one moment: the kernel stamps flows with `CLOCK_MONOTONIC`.
@@ -124,7 +144,7 @@ struct Row {
     origin: &'static str,
     action: &'static str,
     rule: Option<u16>,
-    upstream: Option<&'static str>,
+    upstream: Option<String>,
     packets_up: u64,
     bytes_up: u64,
     packets_down: u64,
@@ -146,7 +166,7 @@ fn time(at: SystemTime) -> String {
 }
 
 impl Row {
-    fn new(key: &FlowKey, flow: &Flow, clock: &Clock, name: impl Fn(u32) -> String) -> Self {
+    fn new(key: &FlowKey, flow: &Flow, clock: &Clock, names: &Names) -> Self {
         let (action, upstream) = match Verdict::from_raw(flow.verdict) {
             Some(Verdict::Pass) => ("pass", None),
             Some(Verdict::Reject) => ("reject", None),
@@ -154,7 +174,9 @@ impl Row {
             Some(Verdict::Divert) => ("divert", None),
             // The kernel program writes no other; one of a later version is not a reason to fail.
             // One that the proxy is asked about is there until it has decided.
-            Some(Verdict::Proxy | Verdict::Ask) | None => ("proxy", Some("direct")),
+            Some(Verdict::Proxy | Verdict::Ask) | None => {
+                ("proxy", names.upstreams.get(&flow.target).cloned())
+            }
         };
         let last_seen_at = clock.wall(flow.last_seen);
         Self {
@@ -165,7 +187,7 @@ impl Row {
             },
             client: socket_address(key.client, key.client_port),
             destination: socket_address(key.destination, key.destination_port),
-            iface: name(flow.ifindex),
+            iface: names.interface(flow.ifindex),
             origin: match flow.origin {
                 origin if origin == Origin::Own as u8 => "own",
                 origin if origin == Origin::Uplink as u8 => "uplink",
@@ -243,7 +265,11 @@ mod tests {
             monotonic: Duration::from_secs(100),
             wall: SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000_100),
         };
-        Row::new(&key, &flow, &clock, |index| format!("eth{index}"))
+        let names = Names {
+            interfaces: Some(HashMap::from([(7, "eth7".to_owned())])),
+            upstreams: HashMap::from([(0, "direct".to_owned())]),
+        };
+        Row::new(&key, &flow, &clock, &names)
     }
 
     #[test]

@@ -15,6 +15,7 @@ pub mod rule;
 mod schema;
 #[cfg(test)]
 mod tests;
+pub mod upstream;
 pub mod value;
 
 use std::path::{Path, PathBuf};
@@ -26,9 +27,10 @@ use crate::config::{AccessLog, Attach, Fail, Handshake, SourceMode, Steer as By,
 use crate::failure::Failure;
 pub use list::List;
 pub use schema::schema;
+use upstream::Upstreams;
 use value::{
     Address, Count, CountOrZero, Directory, Family, FlowEntries, Interface, Level, LogForm, Network, OwnMark,
-    Port, Ports, Priority, Protocol, SteerMark, Table, Time, TimeOrZero, Upstream, Workers,
+    Port, Ports, Priority, Protocol, SteerMark, Table, Time, TimeOrZero, Workers,
 };
 
 /// The config file of tproxy-user. Flags given on the command line go before what is here.
@@ -55,6 +57,9 @@ pub struct File {
     /// Bounds.
     #[serde(skip_serializing_if = "is_default")]
     pub limits: Limits,
+    /// Proxy servers that flows can be sent through.
+    #[serde(rename = "upstream", skip_serializing_if = "Vec::is_empty")]
+    pub upstreams: Vec<upstream::Upstream>,
     /// What becomes of flows. The first rule that matches decides; without one they are proxied.
     #[serde(rename = "rule", skip_serializing_if = "Vec::is_empty")]
     pub rules: Vec<rule::Rule>,
@@ -120,8 +125,9 @@ pub struct Steer {
 pub struct Source {
     /// Whose address servers see (--source).
     pub mode: Option<SourceMode>,
-    /// Where captured connections go, where no rule says otherwise (--upstream).
-    pub upstream: Option<Upstream>,
+    /// How captured flows reach their destinations, where no rule says otherwise: direct, the URL of a
+    /// proxy server, or the name of an upstream (--upstream).
+    pub upstream: Option<String>,
 }
 
 /// What is logged, and how.
@@ -174,12 +180,21 @@ fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
 }
 
+/// What is not a flag: it refers to other files, or to other parts of this one.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Resolved {
+    /// The upstreams.
+    pub upstreams: Upstreams,
+    /// The rules.
+    pub rules: Vec<resolved::Rule>,
+}
+
 /// Reads a config file, its rules and the files of networks that they name.
 ///
 /// # Errors
 /// [`Failure::Usage`] where one of them cannot be read or has a mistake: one line with
 /// file, line, column, key, and what was expected.
-pub fn read(path: &Path) -> Result<(File, Vec<resolved::Rule>), Failure> {
+pub fn read(path: &Path) -> Result<(File, Resolved), Failure> {
     let content = std::fs::read(path).map_err(|error| {
         Failure::usage(format_args!("cannot read the config file {}: {error}", path.display()))
     })?;
@@ -190,10 +205,14 @@ pub fn read(path: &Path) -> Result<(File, Vec<resolved::Rule>), Failure> {
 ///
 /// # Errors
 /// As there.
-pub fn parse(content: &[u8], path: &Path) -> Result<(File, Vec<resolved::Rule>), Failure> {
+pub fn parse(content: &[u8], path: &Path) -> Result<(File, Resolved), Failure> {
     let document = error::Document { path, content };
     let file: File = document.deserialize()?;
     let directory = path.parent().map_or_else(PathBuf::new, Path::to_owned);
-    let rules = resolve::rules(&file.rules, &directory).map_err(|mistake| document.failure(mistake))?;
-    Ok((file, rules))
+    let resolve = || {
+        let upstreams = Upstreams::new(&file.upstreams, &directory)?;
+        Ok(Resolved { rules: resolve::rules(&file.rules, &upstreams, &directory)?, upstreams })
+    };
+    let resolved = resolve().map_err(|mistake| document.failure(mistake))?;
+    Ok((file, resolved))
 }

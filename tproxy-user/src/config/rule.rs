@@ -9,6 +9,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 use super::Mark;
+use super::upstream::Upstream;
 use crate::policy;
 use crate::policy::domains::Pattern;
 use crate::policy::ranges::Ranges;
@@ -113,10 +114,10 @@ pub struct PrefixFile {
 }
 
 /// What becomes of a flow.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// It is relayed to its destination.
-    Proxy,
+    /// It is relayed to its destination, by this upstream; `None`: by the default one.
+    Proxy(Option<Upstream>),
     /// It is relayed to this target instead; replies come from its destination nonetheless.
     Divert(SocketAddr),
     /// The kernel forwards it.

@@ -81,11 +81,13 @@ impl Ports {
             Outcome::Pass => Action::Pass,
             Outcome::Drop => Action::Drop,
             Outcome::Reject => Action::Reject,
-            Outcome::Proxy(_) => Action::Proxy,
+            Outcome::Proxy(_) => Action::Proxy(None),
             Outcome::Redirect(port) => match port_of(port) {
                 None => return fail(no_port.to_owned()),
-                Some(port) if self.tproxy.contains(&port) => Action::Proxy,
-                Some(port) if self.redirect.contains(&port) && self.redirect.len() == 1 => Action::Proxy,
+                Some(port) if self.tproxy.contains(&port) => Action::Proxy(None),
+                Some(port) if self.redirect.contains(&port) && self.redirect.len() == 1 => {
+                    Action::Proxy(None)
+                }
                 Some(port) if self.redirect.contains(&port) => {
                     return fail(format!(
                         "there is REDIRECT to ports {}: which of them is the proxy's cannot be told",

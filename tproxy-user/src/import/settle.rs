@@ -105,7 +105,7 @@ pub(crate) fn settle(arriving: &[Flat], own: &[Flat], steering: Option<Mark>, lo
 }
 
 fn captures(rule: &Decided) -> bool {
-    matches!(rule.action, Action::Proxy | Action::Divert(_))
+    matches!(rule.action, Action::Proxy(_) | Action::Divert(_))
 }
 
 impl Settled {

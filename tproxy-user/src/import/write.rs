@@ -126,15 +126,15 @@ fn rule(text: &mut String, rule: &Decided, families: [bool; 2], sources: &[Sourc
         (None, Some(set)) => line(text, format_args!("uid = {}", numbers(set))),
         (None, None) => {}
     }
-    let action = match rule.action {
-        Action::Proxy => "proxy",
+    let action = match &rule.action {
+        Action::Proxy(_) => "proxy",
         Action::Divert(_) => "divert",
         Action::Pass => "pass",
         Action::Reject => "reject",
         Action::Drop => "drop",
     };
     line(text, format_args!("action = \"{action}\""));
-    if let Action::Divert(target) = rule.action {
+    if let Action::Divert(target) = &rule.action {
         line(text, format_args!("target = \"{target}\""));
     }
 }

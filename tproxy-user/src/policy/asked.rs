@@ -58,7 +58,9 @@ mod tests {
     use super::*;
     use crate::config::Scope;
     use crate::config::file;
+    use crate::config::upstream::Upstream;
     use crate::policy::names::Names;
+    use crate::policy::rules::Written;
     use crate::policy::rules::rule_set;
     use crate::policy::targets::Targets;
 
@@ -69,8 +71,13 @@ mod tests {
 
     #[test]
     fn the_first_that_stands_before_decides() {
-        let rules = file::parse(CONFIG.as_bytes(), "t.toml".as_ref()).expect("rules").1;
-        let set = rule_set(&Scope::default(), &rules, &Names::default(), &Targets::default()).expect("few");
+        let rules = file::parse(CONFIG.as_bytes(), "t.toml".as_ref()).expect("rules").1.rules;
+        let set = rule_set(
+            Written { scope: &Scope::default(), upstream: &Upstream::Direct, rules: &rules },
+            &Names::default(),
+            &Targets::default(),
+        )
+        .expect("few");
         let behind: Vec<_> =
             set.rules.iter().map(|rule| Decision::from_word(rule.verdict).is_behind_names()).collect();
         assert_eq!(behind, [false, false, true, true]);

@@ -6,6 +6,7 @@ use tproxy_common::abi::{Decision, Family, Verdict, mapped};
 use tproxy_common::classify::is_special;
 use tproxy_common::policy::Known;
 
+use crate::config::upstream::Upstream;
 use crate::plan::{Plan, Role, prefixes};
 
 use super::compile::{Condition, Rule, RuleSet, Selector, compile};
@@ -13,7 +14,7 @@ use super::domains::{Domains, normal};
 use super::facts::{Memory, Packet};
 use super::names::Names;
 use super::question::{Origin, Question};
-use super::rules::{number, rule_set};
+use super::rules::{Written, number, rule_set};
 use super::targets::Targets;
 
 /// What becomes of a packet.
@@ -72,8 +73,8 @@ pub fn explain(plan: &Plan, question: &Question) -> Result<Answer, String> {
         return Ok(Answer::passes(format!("{to} is an address of this host")));
     }
     let names = Names::new(&plan.names, &plan.policy);
-    let set = rule_set(&plan.scope, &plan.policy, &names, &Targets::default())
-        .map_err(|error| error.to_string())?;
+    let written = Written { scope: &plan.scope, upstream: &plan.upstream, rules: &plan.policy };
+    let set = rule_set(written, &names, &Targets::default()).map_err(|error| error.to_string())?;
     let image = Memory(compile(&set).map_err(|error| error.to_string())?);
     Ok(answer(plan, &set, &packet, image.decide(&packet)))
 }
@@ -83,10 +84,14 @@ fn answer(plan: &Plan, set: &RuleSet, packet: &Packet, (word, place): (u32, u32)
     let because = match decision.rule().checked_sub(1).and_then(|at| plan.policy.get(usize::from(at))) {
         Some(rule) => rule.to_string(),
         // What is not selected passes by a rule of its own.
-        None => set.rules.get(place).map_or_else(
-            || "no rule matches".to_owned(),
-            |rule| format!("it is not among the captured flows by its {}", respect(&rule.conditions)),
-        ),
+        None => match set.rules.get(place) {
+            None if plan.upstream == Upstream::Direct => "no rule matches".to_owned(),
+            None => format!("no rule matches, and the upstream is {}", plan.upstream),
+            Some(_) if plan.upstream.passes_udp() && place + 1 == set.rules.len() => {
+                format!("no rule matches, and the upstream carries no UDP: {}", plan.upstream)
+            }
+            Some(rule) => format!("it is not among the captured flows by its {}", respect(&rule.conditions)),
+        },
     };
     let not = set.rules[..place].iter().filter_map(|rule| {
         let condition = key(unmet(&rule.conditions, packet)?);
@@ -208,7 +213,7 @@ action = "reject"
     fn plan() -> Plan {
         let argv = ["tproxy-user", "-i", "lan", "--not-to", "203.0.113.0/24", "--proto", "tcp,udp"];
         let mut run = Cli::try_parse_from(argv).expect("flags").run;
-        run.capture.rules = file::parse(CONFIG.as_bytes(), "t.toml".as_ref()).expect("rules").1;
+        run.capture.rules = file::parse(CONFIG.as_bytes(), "t.toml".as_ref()).expect("rules").1.rules;
         let interface = |index, name: &str, address: &str| Interface {
             index,
             name: name.to_owned(),
@@ -257,7 +262,7 @@ action = "reject"
     fn a_name_is_what_the_question_says() {
         let mut plan = plan();
         let config = "[[rule]]\ndomain = '*.example'\naction = 'reject'\n[[rule]]\naction = 'pass'\n";
-        plan.policy = file::parse(config.as_bytes(), "t.toml".as_ref()).expect("rules").1.into();
+        plan.policy = file::parse(config.as_bytes(), "t.toml".as_ref()).expect("rules").1.rules.into();
         for (name, rule, not) in
             [("domain a.Example", 1, None), ("domain example", 2, Some("domain")), ("", 2, Some("domain"))]
         {

@@ -4,42 +4,74 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use tproxy_common::abi::{Decision, Verdict};
+use tproxy_common::abi::{Decision, UDP, Verdict};
 
 use crate::config::Scope;
 use crate::config::rule::{Action, Addresses, Conditions, Rule as Configured};
+use crate::config::upstream::Upstream;
 
 use super::compile::{Condition, Rule, RuleSet, Selector};
 use super::names::Names;
 use super::ranges::Ranges;
 use super::targets::{Targets, TooManyTargets};
 
-/// The rules behind the selection: rule 1 is the first of `rules`. It is to be done again
+/// What is configured: which flows are captured, by what they reach their destinations, and rules.
+#[derive(Clone, Copy, Debug)]
+pub struct Written<'a> {
+    /// Which flows.
+    pub scope: &'a Scope,
+    /// The upstream of those that no rule says otherwise of.
+    pub upstream: &'a Upstream,
+    /// Rules, of which the first has the number 1.
+    pub rules: &'a [Configured],
+}
+
+/// The rules behind the selection: rule 1 is the first that is written. It is to be done again
 /// when [`Names`] change.
 ///
 /// # Errors
 ///
 /// [`TooManyTargets`].
-pub fn rule_set(
-    scope: &Scope,
-    rules: &[Configured],
-    names: &Names,
-    targets: &Targets,
-) -> Result<RuleSet, TooManyTargets> {
-    let mut set = scope.rules();
-    for (number, rule) in (1..).zip(rules) {
-        let (verdict, target) = match rule.action {
-            Action::Proxy => (Verdict::Proxy, 0),
-            Action::Divert(target) => (Verdict::Divert, targets.number(target)?),
+pub fn rule_set(written: Written<'_>, names: &Names, targets: &Targets) -> Result<RuleSet, TooManyTargets> {
+    let mut set = written.scope.rules();
+    for (number, rule) in (1..).zip(written.rules) {
+        let (verdict, target) = match &rule.action {
+            Action::Proxy(None) => (Verdict::Proxy, 0),
+            Action::Proxy(Some(upstream)) => (Verdict::Proxy, targets.of_upstream(upstream)?),
+            Action::Divert(target) => (Verdict::Divert, targets.of_address(*target)?),
             Action::Pass => (Verdict::Pass, 0),
             Action::Reject => (Verdict::Reject, 0),
             Action::Drop => (Verdict::Drop, 0),
         };
         let verdict = Decision::of(verdict as u8, number, target).word();
         let conditions = alternatives(&rule.conditions, names);
+        let upstream = match &rule.action {
+            Action::Proxy(upstream) => Some(upstream.as_ref().unwrap_or(written.upstream)),
+            _ => None,
+        };
+        if upstream.is_some_and(Upstream::passes_udp) {
+            let verdict = Decision::of(Verdict::Pass as u8, number, 0).word();
+            let of_udp = conditions.iter().filter_map(|conditions| of_udp(conditions));
+            set.rules.extend(of_udp.map(|conditions| Rule { conditions, verdict }));
+        }
         set.rules.extend(conditions.into_iter().map(|conditions| Rule { conditions, verdict }));
     }
+    if written.upstream.passes_udp() {
+        let verdict = Decision::by_default(Verdict::Pass).word();
+        set.rules.extend(of_udp(&[]).map(|conditions| Rule { conditions, verdict }));
+    }
     Ok(tell_of_names(set))
+}
+
+/// The same conditions, of UDP flows alone; `None`: they are of others.
+fn of_udp(conditions: &[Condition]) -> Option<Vec<Condition>> {
+    let is_protocol = |condition: &&Condition| condition.selector == Selector::Protocol;
+    if conditions.iter().find(is_protocol).is_some_and(|protocols| !protocols.values.contains(UDP.into())) {
+        return None;
+    }
+    let udp = Condition { selector: Selector::Protocol, values: collect(std::iter::once(single(UDP))) };
+    let others = conditions.iter().filter(|condition| !is_protocol(condition)).cloned();
+    Some(others.chain([udp]).collect())
 }
 
 /// Marks what stands behind rules that ask for names: only that may depend on one.
@@ -329,7 +361,7 @@ mod tests {
             let rules: Vec<_> =
                 rules.into_iter().map(|conditions| Configured { conditions, action: Action::Drop }).collect();
             let names = Names::new(&interfaces, &rules);
-            let set = rule_set(&Scope::default(), &rules, &names, &Targets::default()).expect("no targets");
+            let set = rule_set(Written { scope: &Scope::default(), upstream: &Upstream::Direct, rules: &rules }, &names, &Targets::default()).expect("no targets");
             let image = Memory(compile(&set).expect("few rules"));
             for packet in packets {
                 let first = rules.iter().position(|rule| meets(&rule.conditions, &packet));

@@ -1,7 +1,7 @@
-//! The targets of diverted flows, by number.
+//! Where flows go, by number: through which upstream, or to which target they are diverted.
 //!
 //! The kernel decides over a flow and notes the number; the relay, which asks for it
-//! once there are rules, finds the target.
+//! once there are rules, finds what it means.
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,16 +9,39 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use tproxy_common::abi::Decision;
 
+use crate::config::upstream::Upstream;
+use crate::upstream::outbound::Outbound;
+
 /// Targets. A number means the same target for as long as the process lives, for
-/// flows keep theirs when the rules change.
+/// flows keep theirs when the rules change; but for 0, the default upstream.
 #[derive(Clone, Debug, Default)]
 pub struct Targets(Arc<Inner>);
 
-#[derive(Debug, Default)]
+/// Where flows go.
+#[derive(Clone, Debug, Default)]
+pub enum Target {
+    /// To their destinations.
+    #[default]
+    Direct,
+    /// To their destinations, through a proxy server.
+    Proxy(Arc<Outbound>),
+    /// To this address instead.
+    Address(SocketAddr),
+}
+
+#[derive(Debug)]
 struct Inner {
-    targets: RwLock<Vec<SocketAddr>>,
+    /// By number; at least one.
+    targets: RwLock<Vec<Target>>,
     rules: AtomicBool,
     bind: AtomicBool,
+}
+
+impl Default for Inner {
+    fn default() -> Self {
+        let (rules, bind) = Default::default();
+        Self { targets: RwLock::new(vec![Target::Direct]), rules, bind }
+    }
 }
 
 /// There have been more targets than there are numbers.
@@ -27,22 +50,53 @@ struct Inner {
 pub struct TooManyTargets;
 
 impl Targets {
-    /// The number of a target.
+    /// The number of an address that flows are diverted to.
     ///
     /// # Errors
     ///
     /// [`TooManyTargets`].
-    pub fn number(&self, target: SocketAddr) -> Result<u16, TooManyTargets> {
+    pub fn of_address(&self, address: SocketAddr) -> Result<u16, TooManyTargets> {
+        self.number(
+            |known| matches!(known, Target::Address(known) if *known == address),
+            |_| Target::Address(address),
+        )
+    }
+
+    /// The number of an upstream.
+    ///
+    /// # Errors
+    ///
+    /// [`TooManyTargets`].
+    pub fn of_upstream(&self, upstream: &Upstream) -> Result<u16, TooManyTargets> {
+        self.number(|known| known.is(upstream), |known| Target::through(upstream, known))
+    }
+
+    /// From now on flows that no rule says otherwise of go through this one.
+    pub fn set_default(&self, upstream: &Upstream) {
         let mut targets = self.0.targets.write().unwrap_or_else(PoisonError::into_inner);
-        let at = targets.iter().position(|known| *known == target).unwrap_or_else(|| {
-            targets.push(target);
-            targets.len() - 1
-        });
+        targets[0] = Target::through(upstream, &targets);
+    }
+
+    fn number(
+        &self,
+        is: impl Fn(&Target) -> bool,
+        make: impl FnOnce(&[Target]) -> Target,
+    ) -> Result<u16, TooManyTargets> {
+        let mut targets = self.0.targets.write().unwrap_or_else(PoisonError::into_inner);
+        // The first is another when the default is.
+        let at = targets.iter().skip(1).position(is).map_or_else(
+            || {
+                let new = make(&targets);
+                targets.push(new);
+                targets.len() - 1
+            },
+            |at| at + 1,
+        );
         u16::try_from(at).ok().filter(|number| *number < Decision::NUMBERS).ok_or(TooManyTargets)
     }
 
     /// From now on some flow may have been decided over by a rule; if rules `bind`, one
-    /// may not go to its destination.
+    /// may not go to its destination, or not by the default upstream.
     pub fn ask_for(&self, bind: bool) {
         self.0.rules.store(true, Ordering::Relaxed);
         self.0.bind.fetch_or(bind, Ordering::Relaxed);
@@ -54,7 +108,7 @@ impl Targets {
         self.0.rules.load(Ordering::Relaxed)
     }
 
-    /// Whether some flow may not go to its destination.
+    /// Whether some flow may not go to its destination, or not by the default upstream.
     #[must_use]
     pub fn bind(&self) -> bool {
         self.0.bind.load(Ordering::Relaxed)
@@ -62,26 +116,74 @@ impl Targets {
 
     /// The target with this number.
     #[must_use]
-    pub fn get(&self, number: u16) -> Option<SocketAddr> {
-        self.0.targets.read().unwrap_or_else(PoisonError::into_inner).get(usize::from(number)).copied()
+    pub fn get(&self, number: u16) -> Option<Target> {
+        self.0.targets.read().unwrap_or_else(PoisonError::into_inner).get(usize::from(number)).cloned()
+    }
+
+    /// All of them, by their numbers.
+    #[must_use]
+    pub fn all(&self) -> Vec<Target> {
+        self.0.targets.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+impl Target {
+    fn is(&self, upstream: &Upstream) -> bool {
+        match (self, upstream) {
+            (Self::Direct, Upstream::Direct) => true,
+            (Self::Proxy(outbound), Upstream::Proxy(proxy)) => outbound.proxy() == &**proxy,
+            _ => false,
+        }
+    }
+
+    /// An upstream: the one that is in use, if it is.
+    fn through(upstream: &Upstream, known: &[Self]) -> Self {
+        if let Some(known) = known.iter().find(|known| known.is(upstream)) {
+            return known.clone();
+        }
+        match upstream {
+            Upstream::Direct => Self::Direct,
+            Upstream::Proxy(proxy) => Self::Proxy(Arc::new(Outbound::new(Arc::clone(proxy)))),
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::upstream::Proxy;
+
+    fn through(url: &str) -> Upstream {
+        Upstream::Proxy(Arc::new(Proxy::parse(url).expect("a URL")))
+    }
 
     #[test]
     fn numbers_stay() {
         let targets = Targets::default();
         let target = |port| SocketAddr::from(([127, 0, 0, 1], port));
-        let numbers: Vec<_> = [53, 80, 53].into_iter().map(|port| targets.number(target(port))).collect();
-        assert_eq!(numbers, [Ok(0), Ok(1), Ok(0)]);
-        assert_eq!(targets.clone().get(1), Some(target(80)));
-        assert_eq!(targets.get(2), None);
-        for port in 0..Decision::NUMBERS - 2 {
-            assert!(targets.number(target(1000 + port)).is_ok());
+        let numbers: Vec<_> = [53, 80, 53].into_iter().map(|port| targets.of_address(target(port))).collect();
+        assert_eq!(numbers, [Ok(1), Ok(2), Ok(1)]);
+        assert!(matches!(targets.clone().get(2), Some(Target::Address(address)) if address == target(80)));
+        assert!(targets.get(3).is_none());
+        for port in 0..Decision::NUMBERS - 3 {
+            assert!(targets.of_address(target(1000 + port)).is_ok());
         }
-        assert_eq!(targets.number(target(9)), Err(TooManyTargets));
+        assert_eq!(targets.of_address(target(9)), Err(TooManyTargets));
+    }
+
+    #[test]
+    fn the_default_is_another_after_a_reload_and_a_server_is_known_once() {
+        let targets = Targets::default();
+        let (one, two) = (through("socks5://10.0.0.1"), through("socks5://10.0.0.2"));
+        targets.set_default(&one);
+        assert_eq!([targets.of_upstream(&one), targets.of_upstream(&Upstream::Direct)], [Ok(1), Ok(2)]);
+        let (Some(Target::Proxy(default)), Some(Target::Proxy(numbered))) = (targets.get(0), targets.get(1))
+        else {
+            panic!("{targets:?}")
+        };
+        assert!(Arc::ptr_eq(&default, &numbered));
+        targets.set_default(&two);
+        assert!(targets.get(0).expect("the default").is(&two));
+        assert_eq!(targets.of_upstream(&one), Ok(1));
     }
 }

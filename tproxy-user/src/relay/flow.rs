@@ -2,12 +2,18 @@
 //!
 //! A flow has one socket towards upstream, so every server sees the same source, and
 //! a reply from any of them finds its way (endpoint-independent mapping, RFC 4787).
+//! Through a proxy server that socket's datagrams go to and come from the server alone.
 //! What is diverted has one for each destination: a target's reply does not tell which
 //! of them the client had asked.
 
+mod ask;
+mod association;
+mod errors;
+mod exit;
+mod replies;
+
 use std::cell::{Cell, RefCell};
 use std::io;
-use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::pin::pin;
 use std::rc::Rc;
@@ -22,7 +28,7 @@ use tokio::time::{Instant, sleep_until};
 use tproxy_common::abi::UDP;
 
 use super::Worker;
-use super::errors::{self, IcmpError, Queued};
+use super::exit::{Hop, Leg};
 use super::icmp::Budget;
 use super::raw::ReplySender;
 use super::receive::{Received, Receiver};
@@ -30,18 +36,18 @@ use super::record::{End, Protocol, Record};
 use super::route::{Route, Way};
 use super::send::send;
 use super::udp::BATCH;
-use super::waiting::{self, Queue, Told, Waiting};
-use crate::addr::{ClientAddr, OrigDst, UpstreamAddr};
+use super::waiting::Queue;
+use crate::addr::{ClientAddr, OrigDst};
+use crate::config::upstream::Udp;
 use crate::limits::ClientSlot;
 use crate::sockopt::{self, Fragments};
-use crate::upstream::Reason;
+use crate::upstream::{ConnectError, Reason};
+use association::Opening;
+use exit::Exit;
 
 /// At the end of a run a flow is over when it was quiet for this long: time for an
 /// answer that is under way.
 const DRAIN_QUIET: Duration = Duration::from_secs(1);
-
-/// Port of DNS servers.
-const DNS: u16 = 53;
 
 /// All flows of one worker.
 pub(crate) struct Flows {
@@ -50,27 +56,29 @@ pub(crate) struct Flows {
     receiver: RefCell<Receiver>,
     icmp: Budget,
     waiting: Queue,
+    /// Those for which a proxy server is being asked.
+    opening: Opening,
     /// The least recently used goes first where room is needed.
     table: RefCell<LruCache<Key, Rc<Flow>>>,
 }
 
-/// By whom a flow is; of one that is diverted also to where it was sent.
-type Key = (ClientAddr, Option<OrigDst>);
+/// By whom a flow is, and what it shares with other datagrams of that client.
+type Key = (ClientAddr, Lane);
 
-/// What was in the error queue of a flow.
-#[derive(Default)]
-struct Errors {
-    /// How many there were.
-    count: usize,
-    /// The MTU that the latest datagram which the kernel refused did not fit.
-    mtu: Option<u32>,
+/// Datagrams of a client that go by one flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Lane {
+    /// By the upstream of this number, wherever to.
+    Upstream(u16),
+    /// Diverted, from this destination.
+    Diverted(OrigDst),
 }
 
 /// One flow.
 struct Flow {
     client: ClientAddr,
-    /// Of one that is diverted: the target, and the destination that it stands for.
-    diverted: Option<(UpstreamAddr, OrigDst)>,
+    lane: Lane,
+    exit: Exit,
     socket: UdpSocket,
     /// Whether the socket fragments what it sends.
     fragments: Cell<Fragments>,
@@ -86,16 +94,7 @@ struct Flow {
 
 impl Flow {
     fn key(&self) -> Key {
-        (self.client, self.diverted.map(|(_, destination)| destination))
-    }
-
-    /// Who answers, as the client knows it; `None`: a stranger to a diverted flow.
-    fn source(&self, server: SocketAddr) -> Option<SocketAddr> {
-        match self.diverted {
-            None => Some(server),
-            Some((target, destination)) if target == server.into() => Some(destination.get()),
-            Some(_) => None,
-        }
+        (self.client, self.lane)
     }
 
     /// Has the next datagram sent with the DF bit or without.
@@ -119,6 +118,7 @@ impl Flows {
             receiver: RefCell::new(Receiver::new()),
             icmp: Budget::new(),
             waiting: Queue::new(),
+            opening: Opening::default(),
             table: RefCell::new(LruCache::unbounded()),
         })
     }
@@ -133,61 +133,11 @@ impl Flows {
         let client = ClientAddr::from(datagram.sender);
         let routes = &self.worker.shared.routes;
         // A system call: not for each datagram where it would tell the same.
-        let route = if routes.bind() { routes.of(UDP, client, destination, stats) } else { Route::DIRECT };
+        let route = if routes.bind() { routes.of(UDP, client, destination, stats) } else { Route::DEFAULT };
         if route.way == Way::Ask {
             return self.ask((client, destination), datagram, payload, dont_fragment);
         }
         self.forward_by(route, (client, destination), datagram, payload, dont_fragment);
-    }
-
-    /// Finds the name of a flow, from this datagram or with those that follow, which wait.
-    fn ask(
-        self: &Rc<Self>,
-        key: (ClientAddr, OrigDst),
-        datagram: &Received,
-        payload: &[u8],
-        dont_fragment: bool,
-    ) {
-        match self.waiting.add(key, datagram, payload, dont_fragment) {
-            Told::Name(name, before) => {
-                let route = self.decide(key, name.as_deref(), &before);
-                self.forward_by(route, key, datagram, payload, dont_fragment);
-            }
-            Told::Waits(Some(number)) => self.wait(key, number),
-            Told::Waits(None) => {}
-            Told::Instead(number, other, unnamed) => {
-                self.decide(other, None, &unnamed);
-                self.wait(key, number);
-            }
-        }
-    }
-
-    /// Goes on without a name where none is found in time.
-    fn wait(self: &Rc<Self>, key: (ClientAddr, OrigDst), number: u64) {
-        let flows = Rc::clone(self);
-        drop(spawn_local(async move {
-            tokio::time::sleep(waiting::PATIENCE).await;
-            let unnamed = flows.waiting.take(key, number);
-            if !unnamed.is_empty() {
-                flows.decide(key, None, &unnamed);
-            }
-        }));
-    }
-
-    /// Decides over a flow by its name, and sends on what has waited for that.
-    fn decide(self: &Rc<Self>, key: (ClientAddr, OrigDst), name: Option<&str>, waiting: &[Waiting]) -> Route {
-        let stats = self.worker.stats();
-        stats.udp_asked.inc();
-        if name.is_some() {
-            stats.udp_named.inc();
-        }
-        let (client, destination) = key;
-        let route = self.worker.shared.routes.decide(UDP, client, destination, name, stats);
-        tracing::debug!("{client} to {destination}: for {name:?}, so {:?}", route.way);
-        for one in waiting {
-            self.forward_by(route, key, &one.datagram, &one.payload, one.dont_fragment);
-        }
-        route
     }
 
     /// Sends a datagram the way that is known, in its flow or a new one.
@@ -199,43 +149,106 @@ impl Flows {
         payload: &[u8],
         dont_fragment: bool,
     ) {
-        let stats = self.worker.stats();
-        let Some((_, to)) = self.worker.shared.upstream(route.way, destination) else {
-            if route.way == Way::Reject {
-                self.refuse(client, destination, payload);
-            }
-            return;
+        let lane = match route.way {
+            Way::Proxy(number) => Lane::Upstream(number),
+            Way::Divert(_) => Lane::Diverted(destination),
+            Way::Reject => return self.refuse(client, destination, payload),
+            Way::Drop | Way::Ask => return,
         };
+        let known = self.table.borrow_mut().get(&(client, lane)).map(Rc::clone);
+        let flow = match known {
+            Some(flow) => flow,
+            None => match self.leg((client, destination), route.way, payload) {
+                None => return,
+                Some(Leg { hop: Hop::Through(outbound), .. }) => {
+                    let route = self.rule_of(route, client, destination);
+                    return self.associate((client, lane), outbound, route, datagram, payload);
+                }
+                Some(Leg { direct, hop: Hop::Straight(to) }) => {
+                    let Some(slot) = self.admit(client) else { return };
+                    let socket = direct.udp(client, to, self.worker.stats());
+                    let Some(socket) = self.available(socket, client) else { return };
+                    let exit = match lane {
+                        Lane::Upstream(_) => Exit::Straight,
+                        Lane::Diverted(_) => Exit::Target(to, destination),
+                    };
+                    let route = self.rule_of(route, client, destination);
+                    self.open((client, lane), exit, socket, slot, self.record(client, destination, route))
+                }
+            },
+        };
+        self.send(&flow, destination, datagram, payload, dont_fragment);
+    }
+
+    /// How the first datagram of a flow leaves; `None`: it does not, and its client is told.
+    fn leg(&self, (client, destination): (ClientAddr, OrigDst), way: Way, payload: &[u8]) -> Option<Leg> {
+        let leg = Leg::of(&self.worker, way, client, destination)?;
+        match &leg.hop {
+            Hop::Through(outbound) if !outbound.carries_udp() => match outbound.proxy().udp {
+                Udp::Reject => {
+                    self.refuse(client, destination, payload);
+                    None
+                }
+                // What the kernel was not told to forward is here, and can be relayed.
+                Udp::Direct | Udp::Pass => Leg::straight(&self.worker, client, destination),
+            },
+            _ => Some(leg),
+        }
+    }
+
+    /// The rule of a new flow, where none was asked for yet.
+    fn rule_of(&self, route: Route, client: ClientAddr, destination: OrigDst) -> Route {
+        let routes = &self.worker.shared.routes;
+        if routes.bind() { route } else { routes.of(UDP, client, destination, self.worker.stats()) }
+    }
+
+    fn record(&self, client: ClientAddr, destination: OrigDst, route: Route) -> Record {
+        Record::new(&self.worker, Protocol::Udp, client, destination, route.rule)
+    }
+
+    /// Sends a datagram by its flow.
+    fn send(
+        &self,
+        flow: &Rc<Flow>,
+        destination: OrigDst,
+        datagram: &Received,
+        payload: &[u8],
+        dont_fragment: bool,
+    ) {
+        let stats = self.worker.stats();
+        let to = flow.exit.next_hop(destination);
         if self.worker.shared.own.takes(to) {
             return stats.loops_prevented.inc();
         }
-        let diverted = matches!(route.way, Way::Divert(_)).then_some(destination);
-        let known = self.table.borrow_mut().get(&(client, diverted)).map(Rc::clone);
-        let Some(flow) = known.or_else(|| self.open(client, destination, route)) else { return };
         flow.last.set(Instant::now());
-        flow.set_fragments(dont_fragment);
-        let to = to.get();
+        // With a header in front it may not fit any more, which only the server's host could mend.
+        flow.set_fragments(dont_fragment && !flow.exit.is_relayed());
+        let (to, header) = (to.get(), flow.exit.header(destination));
         // Not by way of the runtime: it believes a new socket unready until its first event, and
         // the first datagram would be lost.
-        let attempt = || send(flow.socket.as_fd(), to, [payload], datagram.class.control(to.is_ipv6()));
+        let control = || datagram.class.control(to.is_ipv6());
+        let attempt = || send(flow.socket.as_fd(), to, [&header, payload], control());
         let result = match attempt() {
             // What came of an earlier datagram is told in place of sending this one.
-            Err(error) if error.kind() != io::ErrorKind::WouldBlock && self.bring_errors(&flow).count > 0 => {
+            Err(error) if error.kind() != io::ErrorKind::WouldBlock && self.bring_errors(flow).count > 0 => {
                 attempt()
             }
             result => result,
         };
         match result {
-            Ok(sent) => {
+            Ok(_) => {
                 stats.udp_datagrams_up.inc();
-                stats.udp_bytes_up.add(sent as u64);
-                flow.record.traffic.up.set(flow.record.traffic.up.get() + sent as u64);
+                stats.udp_bytes_up.add(payload.len() as u64);
+                let up = &flow.record.traffic.up;
+                up.set(up.get() + payload.len() as u64);
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => stats.udp_send_full.inc(),
             Err(error) => {
                 stats.udp_send_errors.inc();
-                tracing::debug!("{client} to {destination}: cannot send: {error}");
-                self.report_unsent(&flow, destination, &error, payload);
+                tracing::debug!("{} to {destination}: cannot send: {error}", flow.client);
+                if !flow.exit.is_relayed() {
+                    self.report_unsent(flow, destination, &error, payload);
+                }
             }
         }
     }
@@ -247,48 +260,65 @@ impl Flows {
         }
     }
 
-    /// A new flow, unless a limit forbids it.
-    fn open(self: &Rc<Self>, client: ClientAddr, destination: OrigDst, route: Route) -> Option<Rc<Flow>> {
-        let (shared, stats) = (&self.worker.shared, self.worker.stats());
-        let route =
-            if shared.routes.bind() { route } else { shared.routes.of(UDP, client, destination, stats) };
-        let (direct, to) = shared.upstream(route.way, destination)?;
+    /// The client's part of the limits for a new flow; room is made for it.
+    fn admit(&self, client: ClientAddr) -> Option<ClientSlot> {
+        let shared = &self.worker.shared;
         let Some(slot) = shared.clients.admit(client.ip()) else {
-            stats.client_limit_udp.inc();
+            self.worker.stats().client_limit_udp.inc();
             return None;
         };
-        if self.table.borrow().len() >= shared.flows_per_worker.max(1) {
+        if self.table.borrow().len() + self.opening.len() >= shared.flows_per_worker.max(1) {
             self.evict();
         }
-        let socket = match direct.udp(client, to, stats) {
-            Ok(socket) => socket,
+        Some(slot)
+    }
+
+    /// The socket of a new flow, if there is one.
+    fn available(&self, socket: Result<UdpSocket, ConnectError>, client: ClientAddr) -> Option<UdpSocket> {
+        let shared = &self.worker.shared;
+        match socket {
+            Ok(socket) => {
+                shared.report_recovery();
+                Some(socket)
+            }
             Err(error) => {
-                stats.udp_no_socket.inc();
-                if error.reason == Reason::Exhausted {
-                    shared.report_exhaustion("cannot open a UDP flow", &error.source.source);
+                self.worker.stats().udp_no_socket.inc();
+                if let Some(error) = error.exhaustion() {
+                    shared.report_exhaustion("cannot open a UDP flow", error);
                     // The client will repeat its datagram; by then there is a descriptor.
                     self.evict();
                 }
-                tracing::debug!("{client} to {destination}: {error}");
-                return None;
+                tracing::debug!("a flow of {client}: {error}");
+                None
             }
-        };
-        shared.report_recovery();
+        }
+    }
+
+    /// A new flow.
+    fn open(
+        self: &Rc<Self>,
+        (client, lane): Key,
+        exit: Exit,
+        socket: UdpSocket,
+        slot: ClientSlot,
+        record: Record,
+    ) -> Rc<Flow> {
         let flow = Rc::new(Flow {
             client,
-            diverted: matches!(route.way, Way::Divert(_)).then_some((to, destination)),
+            lane,
+            exit,
             socket,
             fragments: Cell::new(Fragments::Allowed),
             last: Cell::new(Instant::now()),
             replied: Cell::new(false),
             evicted: Cell::new(false),
             changed: Notify::new(),
-            record: Record::new(&self.worker, Protocol::Udp, client, destination, route.rule),
+            record,
             _slot: slot,
         });
         self.table.borrow_mut().put(flow.key(), Rc::clone(&flow));
         spawn_local(Rc::clone(self).run(Rc::clone(&flow)));
-        Some(flow)
+        flow
     }
 
     /// Ends the least recently used flow.
@@ -313,6 +343,7 @@ impl Flows {
                 },
                 () = &mut timer => {}
                 () = flow.changed.notified() => {}
+                () = flow.exit.closed() => break End::NotConnected(Reason::Proxy),
             }
             if flow.evicted.get() {
                 break End::Evicted;
@@ -341,124 +372,6 @@ impl Flows {
         };
         let more_replies = ready.is_readable() && self.bring_replies(flow);
         more_errors || more_replies
-    }
-
-    /// Passes ICMP errors about the flow's datagrams on to its client.
-    fn bring_errors(&self, flow: &Flow) -> Errors {
-        let mut quote = [0; errors::QUOTE];
-        let mut errors = Errors::default();
-        while errors.count < BATCH {
-            match errors::receive(flow.socket.as_fd(), &mut quote) {
-                Ok(Queued::Icmp { destination, error, len }) => {
-                    let told = match flow.diverted {
-                        None => Some((destination, error)),
-                        Some((_, asked)) => error.of_target(asked.ip()).map(|error| (asked, error)),
-                    };
-                    if let Some((destination, error)) = told
-                        && self.may_report()
-                    {
-                        self.report(flow.client, destination, &error, &quote[..len]);
-                    }
-                }
-                Ok(Queued::TooLong { mtu }) => errors.mtu = Some(mtu),
-                Ok(Queued::Other) => {}
-                Err(_) => break,
-            }
-            errors.count += 1;
-        }
-        errors
-    }
-
-    /// Tells the client that nobody listens there, as its destination would: a rule says so.
-    fn refuse(&self, client: ClientAddr, destination: OrigDst, payload: &[u8]) {
-        if self.may_report() {
-            let error = IcmpError::port_unreachable(destination.ip());
-            self.report(client, destination, &error, payload);
-        }
-    }
-
-    /// Tells the client that there is no way for its datagram, as a router would.
-    fn report_unsent(&self, flow: &Flow, destination: OrigDst, error: &io::Error, payload: &[u8]) {
-        let Some(errno) = error.raw_os_error() else { return };
-        // Taken off the queue whether or not it may be told.
-        let mtu = if errno == libc::EMSGSIZE { self.bring_errors(flow).mtu } else { None };
-        // Before this host's address is asked for, which takes a socket.
-        if !self.may_report() {
-            return;
-        }
-        let Ok(here) = sockopt::address_towards(flow.client.get(), self.worker.shared.mark()) else { return };
-        let icmp = match mtu {
-            Some(mtu) => IcmpError::too_long(mtu, here),
-            None => IcmpError::of_send(errno, here),
-        };
-        if let Some(icmp) = icmp {
-            self.report(flow.client, destination, &icmp, payload);
-        }
-    }
-
-    /// Whether one more error may be sent, as far as a router may.
-    fn may_report(&self) -> bool {
-        let granted = self.icmp.take(std::time::Instant::now());
-        if !granted {
-            self.worker.stats().udp_icmp_errors_limited.inc();
-        }
-        granted
-    }
-
-    fn report(&self, client: ClientAddr, destination: OrigDst, error: &IcmpError, quote: &[u8]) {
-        let stats = self.worker.stats();
-        let Some(message) = error.message(client, destination, quote) else { return };
-        match self.replies.send_icmp(error.offender, client, &message) {
-            Ok(()) => stats.udp_icmp_errors.inc(),
-            Err(error) => {
-                stats.udp_reply_errors.inc();
-                tracing::debug!("ICMP error for {client}: cannot send: {error}");
-            }
-        }
-    }
-
-    /// Sends what has come on to the client; true where there may be more.
-    fn bring_replies(&self, flow: &Flow) -> bool {
-        let stats = self.worker.stats();
-        let mut buffer = self.worker.datagram.borrow_mut();
-        let mut receiver = self.receiver.borrow_mut();
-        self.table.borrow_mut().promote(&flow.key());
-        for _ in 0..BATCH {
-            let mut receive = || receiver.receive(flow.socket.as_fd(), &mut buffer);
-            match flow.socket.try_io(Interest::READABLE, &mut receive) {
-                Ok(Received { len, sender: server, class, .. }) => {
-                    let Some(server) = flow.source(server) else { continue };
-                    flow.last.set(Instant::now());
-                    flow.replied.set(true);
-                    // Before its client has it and connects.
-                    if server.port() == DNS
-                        && self.worker.shared.routes.learn(flow.client, server.into(), &buffer[..len])
-                    {
-                        stats.names_learned.inc();
-                    }
-                    match self.replies.send(server, flow.client, class, &buffer[..len]) {
-                        Ok(()) => {
-                            stats.udp_datagrams_down.inc();
-                            stats.udp_bytes_down.add(len as u64);
-                            flow.record.traffic.down.set(flow.record.traffic.down.get() + len as u64);
-                        }
-                        Err(error) if error.kind() == io::ErrorKind::WouldBlock => stats.udp_send_full.inc(),
-                        Err(error) => {
-                            stats.udp_reply_errors.inc();
-                            tracing::debug!("reply of {server} to {}: cannot send: {error}", flow.client);
-                        }
-                    }
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
-                // An error about an earlier datagram: its details are in the queue.
-                Err(_) if self.bring_errors(flow).count > 0 => {}
-                Err(error) => {
-                    stats.udp_receive_errors.inc();
-                    tracing::debug!("flow of {}: cannot receive: {error}", flow.client);
-                }
-            }
-        }
-        true
     }
 
     fn deadline(&self, flow: &Flow) -> Instant {

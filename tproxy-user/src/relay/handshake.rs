@@ -22,14 +22,14 @@ use tokio::time::Instant;
 use tproxy_common::abi::TCP;
 
 use super::Worker;
+use super::exit::{Exit, Leg};
 use super::record::{End, Protocol, Record};
 use super::refusal::{Refusal, RefusalSender};
 use super::syn::Syn;
 use super::tcp::{Connection, relay};
-use crate::addr::{ClientAddr, OrigDst, UpstreamAddr};
+use crate::addr::{ClientAddr, OrigDst};
 use crate::limits::{Alarm, ClientSlot};
-use crate::upstream::direct::Direct;
-use crate::upstream::{ConnectError, Reason};
+use crate::upstream::ConnectError;
 
 /// SYNs read in a row before other connections get their turn.
 const BATCH: usize = 32;
@@ -160,13 +160,9 @@ fn arrived(worker: &Rc<Worker>, handshakes: &Handshakes, packet: Box<[u8]>) {
     }
     let (shared, stats) = (&worker.shared, worker.stats());
     let route = shared.routes.of(TCP, syn.client, syn.destination, stats);
-    let Some((direct, to)) = shared.upstream(route.way, syn.destination) else {
+    let Some(leg) = Leg::of(worker, route.way, syn.client, syn.destination) else {
         return handshakes.refuse(Refusal::Reset, &syn, &packet, worker);
     };
-    if shared.own.takes(to) {
-        stats.loops_prevented.inc();
-        return handshakes.refuse(Refusal::Reset, &syn, &packet, worker);
-    }
     let Some(slot) = shared.clients.admit(syn.client.ip()) else {
         stats.client_limit_tcp.inc();
         tracing::debug!("{} has its share of connections (--max-per-client): refused", syn.client);
@@ -181,8 +177,9 @@ fn arrived(worker: &Rc<Worker>, handshakes: &Handshakes, packet: Box<[u8]>) {
     });
     handshakes.open.borrow_mut().insert(key, Rc::clone(&handshake));
     let record = Record::new(worker, Protocol::Tcp, syn.client, syn.destination, route.rule);
-    let open = Open { handshake, key, direct: *direct, to };
-    drop(spawn_local(serve(Rc::clone(worker), open, record, claimed, (permit, slot))));
+    let open = Open { handshake, key };
+    let exit = Exit::later(leg);
+    drop(spawn_local(serve(Rc::clone(worker), (open, exit), record, claimed, (permit, slot))));
 }
 
 /// One of the `max-connections`, where one is free and this worker may open
@@ -203,16 +200,15 @@ fn room(worker: &Worker, handshakes: &Handshakes) -> Option<OwnedSemaphorePermit
 /// One connection from its SYN to its end. `_shares` are its parts of the limits.
 async fn serve(
     worker: Rc<Worker>,
-    open: Open,
+    (open, exit): (Open, Exit),
     record: Record,
     mut claimed: oneshot::Receiver<Connection>,
     _shares: (OwnedSemaphorePermit, ClientSlot),
 ) {
     let Some(handshakes) = &worker.handshakes else { return };
-    let ((client, _), to) = (open.key, open.to);
-    let connect = async { open.direct.connect(open.direct.socket(to)?, client, to, worker.stats()).await };
+    let hop = exit.hop().clone();
     let connected = tokio::select! {
-        connected = connect => connected,
+        connected = exit.connect(&worker, open.key) => connected,
         // Nobody can claim what was not let in: the run is over.
         _ = &mut claimed => return,
     };
@@ -224,7 +220,7 @@ async fn serve(
             return record.ends(End::NotConnected(error.reason));
         }
     };
-    record.connected(to);
+    record.connected(hop);
     handshakes.let_in(&open.handshake, &worker);
     // The client has as long as the server had: its own half of the handshake
     // may be lost and repeated just as well.
@@ -237,8 +233,8 @@ async fn serve(
 }
 
 fn failed(worker: &Worker, handshakes: &Handshakes, handshake: &Handshake, error: &ConnectError) {
-    if error.reason == Reason::Exhausted {
-        worker.shared.report_exhaustion("cannot connect", &error.source.source);
+    if let Some(error) = error.exhaustion() {
+        worker.shared.report_exhaustion("cannot connect", error);
     }
     let packet = handshake.packet.borrow();
     if let Some(syn) = Syn::parse(&packet) {
@@ -247,12 +243,10 @@ fn failed(worker: &Worker, handshakes: &Handshakes, handshake: &Handshake, error
     }
 }
 
-/// A handshake, where it is found, and where it goes.
+/// A handshake, and where it is found.
 struct Open {
     handshake: Rc<Handshake>,
     key: Key,
-    direct: Direct,
-    to: UpstreamAddr,
 }
 
 impl Open {

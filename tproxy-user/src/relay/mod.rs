@@ -4,6 +4,7 @@ mod ask;
 mod checksum;
 mod copy;
 mod errors;
+mod exit;
 mod flow;
 pub(crate) mod handshake;
 mod icmp;
@@ -35,7 +36,7 @@ use std::sync::Arc;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
-use crate::addr::{OrigDst, UpstreamAddr};
+use crate::addr::UpstreamAddr;
 use crate::config::{Config, Limits, SourceMode, Timeouts};
 use crate::limits::{self, Alarm, ClientLimits, Reserve};
 use crate::listener::WorkerListeners;
@@ -44,15 +45,15 @@ use crate::stats::{Stats, WorkerStats};
 use crate::upstream::direct::Direct;
 use crate::upstream::{ConnectError, Reason};
 use pool::Pool;
-use route::Way;
 
 /// What all workers of one run share. Nothing in it is locked for data.
 #[derive(Debug)]
 pub struct Shared {
     routes: Routes,
     direct: Direct,
-    /// To targets, of which one on this host could not answer a client's address.
-    divert: Direct,
+    /// As this host: to targets, of which one on this host could not answer a client's address, and
+    /// to proxy servers.
+    as_proxy: Direct,
     timeouts: Timeouts,
     limits: Limits,
     flows_per_worker: usize,
@@ -86,7 +87,7 @@ impl Shared {
         Arc::new(Self {
             routes,
             direct,
-            divert: Direct { source: SourceMode::Proxy, ..direct },
+            as_proxy: Direct { source: SourceMode::Proxy, ..direct },
             timeouts: config.timeouts,
             limits: config.limits,
             flows_per_worker: (config.limits.udp_flows as usize).div_ceil(workers),
@@ -97,15 +98,6 @@ impl Shared {
             exhausted: Alarm::default(),
             full: Alarm::default(),
         })
-    }
-
-    /// How to go, and where to; `None`: nowhere.
-    fn upstream(&self, way: Way, destination: OrigDst) -> Option<(&Direct, UpstreamAddr)> {
-        match way {
-            Way::Direct => Some((&self.direct, destination.into())),
-            Way::Divert(target) => Some((&self.divert, target.into())),
-            Way::Reject | Way::Drop | Way::Ask => None,
-        }
     }
 
     /// The mark of the proxy's sockets.

@@ -1,7 +1,7 @@
 //! What is known of a connection or UDP flow at its end, told exactly once:
 //! to the counters and to the access log.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -9,7 +9,8 @@ use tokio::time::Instant;
 
 use super::Worker;
 use super::copy::{Ending, Side, Traffic};
-use crate::addr::{ClientAddr, OrigDst, UpstreamAddr};
+use super::exit::Hop;
+use crate::addr::{ClientAddr, OrigDst};
 use crate::upstream::Reason;
 
 /// How a connection or flow ended.
@@ -69,7 +70,7 @@ pub(crate) struct Record {
     /// The rule that says where it goes; of a UDP flow the first.
     pub(crate) rule: Cell<Option<u16>>,
     begun: Instant,
-    upstream: Cell<Option<(UpstreamAddr, Duration)>>,
+    upstream: RefCell<Option<(Hop, Duration)>>,
     end: Cell<End>,
     /// Payload bytes.
     pub(crate) traffic: Traffic,
@@ -101,15 +102,15 @@ impl Record {
             destination,
             rule: Cell::new(rule),
             begun: Instant::now(),
-            upstream: Cell::new(None),
+            upstream: RefCell::new(None),
             end: Cell::new(End::Cut),
             traffic: Traffic::default(),
         }
     }
 
     /// There is a connection to upstream; the time since the record began is what it took.
-    pub(crate) fn connected(&self, upstream: UpstreamAddr) {
-        self.upstream.set(Some((upstream, self.begun.elapsed())));
+    pub(super) fn connected(&self, upstream: Hop) {
+        self.upstream.replace(Some((upstream, self.begun.elapsed())));
     }
 
     /// Says how it ends; told when the record is dropped.
@@ -134,6 +135,7 @@ impl Record {
             End::NotConnected(Reason::TimedOut) => &stats.connect_timed_out,
             End::NotConnected(Reason::NoSource) => &stats.connect_no_source,
             End::NotConnected(Reason::Exhausted) => &stats.connect_exhausted,
+            End::NotConnected(Reason::Proxy) => &stats.connect_proxy_failed,
             End::NotConnected(Reason::Other) => &stats.connect_other,
             End::ClientGone => &stats.connect_abandoned,
             End::Rejected => &stats.tcp_rejected,
@@ -152,18 +154,18 @@ impl Drop for Record {
         if self.worker.draining.get() {
             self.worker.ended.notify_one();
         }
-        let upstream = self.upstream.get();
+        let upstream = self.upstream.take();
         tracing::info!(
             target: crate::telemetry::ACCESS,
             protocol = if self.protocol == Protocol::Tcp { "tcp" } else { "udp" },
             client = %self.client,
             destination = %self.destination,
-            upstream = upstream.map(|(addr, _)| tracing::field::display(addr)),
+            upstream = upstream.as_ref().map(|(hop, _)| tracing::field::display(hop)),
             rule = self.rule.get(),
             bytes_up = self.traffic.up.get(),
             bytes_down = self.traffic.down.get(),
             duration_ms = millis(self.begun.elapsed()),
-            connect_ms = upstream.map(|(_, took)| millis(took)),
+            connect_ms = upstream.as_ref().map(|(_, took)| millis(*took)),
             end = self.end.get().name(),
         );
     }

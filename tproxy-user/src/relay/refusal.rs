@@ -29,7 +29,7 @@ pub(crate) enum Refusal {
 impl Refusal {
     /// What a connect that failed looks like to the client.
     pub(crate) fn of(error: &ConnectError) -> Self {
-        match (error.reason, error.source.errno()) {
+        match (error.reason, error.errno()) {
             // A blackhole route is EINVAL. For want of descriptors, too: the client asks again, and it
             // may go better then.
             (Reason::TimedOut | Reason::Exhausted, _) | (_, Some(libc::EINVAL)) => Self::Silence,

@@ -3,6 +3,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
+use std::sync::Arc;
 
 use aya::maps::MapError;
 use tproxy_common::abi::{Addr, Decision, Family, Flow, FlowKey, Origin, UDP, Verdict, mapped};
@@ -11,15 +12,17 @@ use tproxy_common::policy::Known;
 use crate::addr::{ClientAddr, OrigDst};
 use crate::datapath::flows::FlowTable;
 use crate::policy::facts::Packet;
+use crate::policy::targets::Target;
 use crate::relay::sniff::dns;
 use crate::rulebook::Rulebook;
 use crate::stats::WorkerStats;
+use crate::upstream::outbound::Outbound;
 
 /// What becomes of a flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Way {
-    /// To its destination.
-    Direct,
+    /// To its destination, by the upstream with this number.
+    Proxy(u16),
     /// To a target instead.
     Divert(SocketAddr),
     /// Nowhere, and its client is told.
@@ -40,8 +43,8 @@ pub(crate) struct Route {
 }
 
 impl Route {
-    /// That of a flow which no rule has decided over.
-    pub(crate) const DIRECT: Self = Self { way: Way::Direct, rule: None };
+    /// That of a flow which no rule has decided over: by the default upstream.
+    pub(crate) const DEFAULT: Self = Self { way: Way::Proxy(0), rule: None };
 }
 
 /// Finds the ways of flows.
@@ -61,13 +64,21 @@ impl Routes {
         Ok(Self { table: Some(FlowTable::open(pin)?), rules })
     }
 
-    /// All go to their destinations: rules of others steer.
+    /// All go by the default upstream: rules of others steer.
     #[must_use]
-    pub fn direct() -> Self {
-        Self { table: None, rules: Rulebook::default() }
+    pub fn by_default(rules: Rulebook) -> Self {
+        Self { table: None, rules }
     }
 
-    /// Whether a flow may have another way than to its destination.
+    /// The proxy server with this number; `None`: straight to the destination.
+    pub(crate) fn outbound(&self, number: u16) -> Option<Arc<Outbound>> {
+        match self.rules.targets.get(number) {
+            Some(Target::Proxy(outbound)) => Some(outbound),
+            Some(Target::Direct | Target::Address(_)) | None => None,
+        }
+    }
+
+    /// Whether a flow may have another way than to its destination by the default upstream.
     pub(crate) fn bind(&self) -> bool {
         self.rules.targets.bind()
     }
@@ -82,7 +93,7 @@ impl Routes {
         stats: &WorkerStats,
     ) -> Route {
         let Some(table) = self.table.as_ref().filter(|_| self.rules.targets.are_asked_for()) else {
-            return Route::DIRECT;
+            return Route::DEFAULT;
         };
         let key = key(protocol, client, destination);
         let Some(flow) = table.get(&key) else { return self.lost(stats) };
@@ -95,7 +106,7 @@ impl Routes {
 
     fn lost(&self, stats: &WorkerStats) -> Route {
         if !self.bind() {
-            return Route::DIRECT;
+            return Route::DEFAULT;
         }
         stats.flows_lost.inc();
         Route { way: Way::Reject, rule: None }
@@ -111,7 +122,7 @@ impl Routes {
         name: Option<&str>,
         stats: &WorkerStats,
     ) -> Route {
-        let Some(table) = &self.table else { return Route::DIRECT };
+        let Some(table) = &self.table else { return Route::DEFAULT };
         let key = key(protocol, client, destination);
         let Some(flow) = table.get(&key) else { return self.lost(stats) };
         let rules = self.rules.named();
@@ -139,13 +150,15 @@ impl Routes {
 
     fn route(&self, decision: Decision) -> Route {
         let way = match Verdict::from_raw(decision.raw_verdict()) {
-            Some(Verdict::Divert) => {
-                self.rules.targets.get(decision.target()).map_or(Way::Reject, Way::Divert)
-            }
+            Some(Verdict::Divert) => match self.rules.targets.get(decision.target()) {
+                Some(Target::Address(address)) => Way::Divert(address),
+                Some(Target::Direct | Target::Proxy(_)) | None => Way::Reject,
+            },
             Some(Verdict::Reject) => Way::Reject,
             Some(Verdict::Drop) => Way::Drop,
             Some(Verdict::Ask) => Way::Ask,
-            Some(Verdict::Proxy | Verdict::Pass) | None => Way::Direct,
+            Some(Verdict::Proxy) => Way::Proxy(decision.target()),
+            Some(Verdict::Pass) | None => Route::DEFAULT.way,
         };
         Route { way, rule: (decision.rule() != 0).then_some(decision.rule()) }
     }

@@ -17,13 +17,12 @@ use tproxy_common::abi::TCP;
 use super::Worker;
 use super::ask;
 use super::copy::{Ending, Patience, copy, reset};
+use super::exit::{Exit, Leg};
 use super::record::{End, Protocol, Record};
 use super::route::Way;
-use crate::addr::{ClientAddr, OrigDst, UpstreamAddr};
+use crate::addr::{ClientAddr, OrigDst};
 use crate::limits::ClientSlot;
-use crate::sockopt::{self, UpstreamSocket};
-use crate::upstream::direct::Direct;
-use crate::upstream::{ConnectError, Reason};
+use crate::sockopt;
 
 /// Connections accepted in a row before those already open get their turn.
 const BATCH: usize = 32;
@@ -136,8 +135,8 @@ fn admit(
         return stats.accept_errors.inc();
     };
     let route = worker.shared.routes.of(TCP, client, destination, stats);
-    let upstream = upstream(worker, route.way, client, destination);
-    if upstream.is_none() && route.way != Way::Ask {
+    let leg = Leg::of(worker, route.way, client, destination);
+    if leg.is_none() && route.way != Way::Ask {
         return sockopt::reset_on_close(&stream);
     }
     let mut stream = match TcpStream::from_std(stream) {
@@ -163,38 +162,9 @@ fn admit(
     let Some(permit) = permit.or_else(|| worker.try_permit()) else { return };
     let record = Record::new(worker, Protocol::Tcp, client, destination, route.rule);
     // Before another is accepted, which would take the descriptor.
-    let exit = upstream.map(|(direct, to)| Exit::open(worker, direct, to));
+    let exit = leg.map(|leg| Exit::open(worker, leg));
     let task = serve(Rc::clone(worker), stream, record, (client, destination, exit), (permit, slot));
     drop(spawn_local(task));
-}
-
-/// How a flow goes, and where to; `None`: nowhere, which is also where it would come back.
-fn upstream(
-    worker: &Worker,
-    way: Way,
-    client: ClientAddr,
-    destination: OrigDst,
-) -> Option<(Direct, UpstreamAddr)> {
-    let (direct, to) = worker.shared.upstream(way, destination)?;
-    if worker.shared.own.takes(to) {
-        worker.stats().loops_prevented.inc();
-        tracing::debug!("{client} asked for the proxy's own listener {to}: refused");
-        return None;
-    }
-    Some((*direct, to))
-}
-
-/// Where a connection leaves: how, for where, and by what.
-struct Exit {
-    direct: Direct,
-    to: UpstreamAddr,
-    socket: Result<UpstreamSocket, ConnectError>,
-}
-
-impl Exit {
-    fn open(worker: &Worker, direct: Direct, to: UpstreamAddr) -> Self {
-        Self { direct, to, socket: worker.upstream_socket(&direct, to) }
-    }
 }
 
 /// One connection from its acceptance to its end; without an exit it is asked about first.
@@ -216,27 +186,26 @@ async fn serve(
         let route = worker.shared.routes.decide(TCP, client, destination, name.as_deref(), stats);
         tracing::debug!("{client} to {destination}: for {name:?}, so {:?}", route.way);
         record.rule.set(route.rule);
-        let upstream = upstream(&worker, route.way, client, destination);
-        exit = upstream.map(|(direct, to)| Exit::open(&worker, direct, to));
+        exit = Leg::of(&worker, route.way, client, destination).map(|leg| Exit::open(&worker, leg));
     }
     // A connection that its client believes in can only be reset, whatever a rule says.
-    let Some(Exit { direct, to, socket }) = exit else { return record.ends(End::Rejected) };
-    let connect = async { direct.connect(socket?, client, to, stats).await };
+    let Some(exit) = exit else { return record.ends(End::Rejected) };
+    let hop = exit.hop().clone();
     let connected = tokio::select! {
-        connected = connect => connected,
+        connected = exit.connect(&worker, (client, destination)) => connected,
         () = reset(&client_side) => return record.ends(End::ClientGone),
     };
     let upstream_side = match connected {
         Ok(stream) => Connection::new(stream),
         Err(error) => {
-            if error.reason == Reason::Exhausted {
-                worker.shared.report_exhaustion("cannot connect", &error.source.source);
+            if let Some(error) = error.exhaustion() {
+                worker.shared.report_exhaustion("cannot connect", error);
             }
-            tracing::debug!("{client} to {to}: {error}");
+            tracing::debug!("{client} to {destination} by {hop}: {error}");
             return record.ends(End::NotConnected(error.reason));
         }
     };
-    record.connected(to);
+    record.connected(hop);
     relay(&worker, client_side, upstream_side, &record).await;
 }
 

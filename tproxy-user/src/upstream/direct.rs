@@ -41,7 +41,7 @@ impl Direct {
     /// ports, which one busy client can use up); then ports out of the kernel's range.
     ///
     /// # Errors
-    /// [`ConnectError`] with the reason; after `timeout` at the latest.
+    /// [`ConnectError`] with the reason. There is no time-out here.
     pub async fn connect(
         &self,
         socket: UpstreamSocket,
@@ -49,26 +49,27 @@ impl Direct {
         to: UpstreamAddr,
         stats: &WorkerStats,
     ) -> Result<TcpStream, ConnectError> {
-        let attempt = async {
-            if self.source == SourceMode::Proxy {
-                return connect_from(socket, None, to).await;
+        if self.source == SourceMode::Proxy {
+            return connect_from(socket, None, to).await;
+        }
+        let mut result = connect_from(socket, Some(self.preferred(client)), to).await;
+        let mut others = self.alternatives(client);
+        let mut counted = false;
+        while matches!(&result, Err(error) if error.reason == Reason::NoSource) {
+            let Some(source) = others.next() else { break };
+            if !std::mem::replace(&mut counted, true) {
+                stats.source_port_fallbacks.inc();
             }
-            let mut result = connect_from(socket, Some(self.preferred(client)), to).await;
-            let mut others = self.alternatives(client);
-            let mut counted = false;
-            while matches!(&result, Err(error) if error.reason == Reason::NoSource) {
-                let Some(source) = others.next() else { break };
-                if !std::mem::replace(&mut counted, true) {
-                    stats.source_port_fallbacks.inc();
-                }
-                result = connect_from(self.socket(to)?, Some(source), to).await;
-            }
-            result
-        };
-        tokio::time::timeout(self.timeout, attempt).await.unwrap_or_else(|_| {
-            let source = io::Error::from_raw_os_error(libc::ETIMEDOUT);
-            Err(SocketError { call: "connect", source }.into())
-        })
+            result = connect_from(self.socket(to)?, Some(source), to).await;
+        }
+        result
+    }
+
+    /// The error of a destination that did not answer in time.
+    #[must_use]
+    pub fn too_slow() -> ConnectError {
+        let source = io::Error::from_raw_os_error(libc::ETIMEDOUT);
+        SocketError { call: "connect", source }.into()
     }
 
     /// A socket for the datagrams of `client`, open to replies from anywhere; of the family of `to`.

@@ -4,9 +4,10 @@
 use tproxy_common::abi::{Decided, Settings, Verdict, program};
 use tproxy_user::config::Scope;
 use tproxy_user::config::rule::{Action, Conditions, Domains, Rule};
+use tproxy_user::config::upstream::Upstream;
 use tproxy_user::policy::domains::{self, Pattern};
 use tproxy_user::policy::names::Names;
-use tproxy_user::policy::rules::rule_set;
+use tproxy_user::policy::rules::{Written, rule_set};
 use tproxy_user::policy::targets::Targets;
 
 use crate::kernel::{DROP, Kernel, PASS, REDIRECTED, STEERED, usual};
@@ -35,7 +36,11 @@ fn port(port: u16, action: Action) -> Rule {
 fn with(settings: &Settings, mut rules: Vec<Rule>) -> (Kernel, impl Fn(&str) -> u32 + use<>) {
     domains::Domains::share(&mut rules);
     let mut kernel = Kernel::new(settings);
-    let set = rule_set(&Scope::default(), &rules, &Names::default(), &Targets::default());
+    let set = rule_set(
+        Written { scope: &Scope::default(), upstream: &Upstream::Direct, rules: &rules },
+        &Names::default(),
+        &Targets::default(),
+    );
     kernel.set_rules(&set.expect("few targets"));
     let all = rules
         .iter()

@@ -6,9 +6,10 @@ use etherparse::{NetSlice, SlicedPacket, TcpSlice, TransportSlice};
 use tproxy_common::abi::{Settings, Verdict, program};
 use tproxy_user::config::Scope;
 use tproxy_user::config::rule::{Action, Conditions, Rule};
+use tproxy_user::config::upstream::Upstream;
 use tproxy_user::policy::names::Names;
-use tproxy_user::policy::rules::rule_set;
-use tproxy_user::policy::targets::Targets;
+use tproxy_user::policy::rules::{Written, rule_set};
+use tproxy_user::policy::targets::{Target, Targets};
 
 use crate::kernel::{DROP, Kernel, PASS, REDIRECTED, STEERED, usual};
 use crate::packets as p;
@@ -33,8 +34,12 @@ fn rules(kernel: &mut Kernel, action: Action) {
         Rule { conditions: other, action: Action::Pass },
         Rule { conditions: Conditions::default(), action },
     ];
-    let set =
-        rule_set(&Scope::default(), &rules, &Names::default(), &Targets::default()).expect("few targets");
+    let set = rule_set(
+        Written { scope: &Scope::default(), upstream: &Upstream::Direct, rules: &rules },
+        &Names::default(),
+        &Targets::default(),
+    )
+    .expect("few targets");
     kernel.set_rules(&set);
 }
 
@@ -45,7 +50,7 @@ fn with(action: Action) -> Kernel {
 }
 
 fn a_flow_knows_its_rule() {
-    let mut kernel = with(Action::Proxy);
+    let mut kernel = with(Action::Proxy(None));
     kernel.run(program::CAPTURE, &p::syn_v4()).expect(STEERED, "assign_eopnotsupp");
     assert_eq!(kernel.only_flow().1.rule, 2);
     let mut kernel = Kernel::new(&usual());
@@ -172,16 +177,22 @@ fn a_diverted_flow_knows_its_target() {
     let mut kernel = Kernel::new(&usual());
     let targets = Targets::default();
     let [first, second] = [53, 54].map(|port| SocketAddr::from(([127, 0, 0, 53], port)));
-    assert_eq!(targets.number(first), Ok(0));
+    assert_eq!(targets.of_address(first), Ok(1));
     let rule = Rule { conditions: Conditions::default(), action: Action::Divert(second) };
-    kernel
-        .set_rules(&rule_set(&Scope::default(), &[rule], &Names::default(), &targets).expect("few targets"));
+    kernel.set_rules(
+        &rule_set(
+            Written { scope: &Scope::default(), upstream: &Upstream::Direct, rules: &[rule] },
+            &Names::default(),
+            &targets,
+        )
+        .expect("few targets"),
+    );
     for packet in [p::udp_v4(3), p::udp_v4(3)] {
         kernel.run(program::CAPTURE, &packet).expect(STEERED, "assign_eopnotsupp");
     }
     let (_, flow) = kernel.only_flow();
-    assert_eq!((flow.verdict, flow.rule, flow.target), (Verdict::Divert as u8, 1, 1));
-    assert_eq!(targets.get(flow.target), Some(second));
+    assert_eq!((flow.verdict, flow.rule, flow.target), (Verdict::Divert as u8, 1, 2));
+    assert!(matches!(targets.get(flow.target), Some(Target::Address(address)) if address == second));
 }
 
 fn the_verdict_of_a_flow_outlives_its_rule() {
@@ -192,7 +203,7 @@ fn the_verdict_of_a_flow_outlives_its_rule() {
     // A new connection is another flow, if from the same port.
     kernel.run(program::CAPTURE, &p::syn_v4()).expect(DROP, "policy_dropped");
 
-    let mut kernel = with(Action::Proxy);
+    let mut kernel = with(Action::Proxy(None));
     kernel.run(program::CAPTURE, &p::udp_v4(3)).expect(STEERED, "assign_eopnotsupp");
     rules(&mut kernel, Action::Drop);
     kernel.run(program::CAPTURE, &p::udp_v4(3)).expect(STEERED, "assign_eopnotsupp");
@@ -202,7 +213,7 @@ fn a_quiet_datagram_flow_is_decided_over_anew() {
     let mut kernel = Kernel::new(&Settings { udp_timeout: 1_000_000_000, ..usual() });
     rules(&mut kernel, Action::Drop);
     kernel.run(program::CAPTURE, &p::udp_v4(3)).expect(DROP, "policy_dropped");
-    rules(&mut kernel, Action::Proxy);
+    rules(&mut kernel, Action::Proxy(None));
     kernel.run(program::CAPTURE, &p::udp_v4(3)).expect(DROP, "policy_dropped");
     std::thread::sleep(std::time::Duration::from_millis(1200));
     kernel.run(program::CAPTURE, &p::udp_v4(3)).expect(STEERED, "assign_eopnotsupp");

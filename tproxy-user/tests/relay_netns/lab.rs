@@ -8,11 +8,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::sched::{CloneFlags, setns};
+use tproxy_user::config::upstream::Upstream;
 use tproxy_user::config::{
     Attach, Capture, Config, Fail, Handshake, Limits, Mark, Scope, SourceMode, Steer, Steering, Timeouts,
 };
 use tproxy_user::listener;
 use tproxy_user::relay::{Routes, Shared};
+use tproxy_user::rulebook::Rulebook;
 use tproxy_user::shutdown::{self, Controller};
 use tproxy_user::stats::{Snapshot, Stats};
 use tproxy_user::worker::{self, WorkerHandle};
@@ -190,7 +192,8 @@ impl Proxy {
     fn start(config: &Config) -> Self {
         let listeners = listener::bind(config).expect("listeners");
         let stats = Arc::new(Stats::new(listeners.len()));
-        let shared = Shared::new(config, &listeners, Arc::clone(&stats), Routes::direct());
+        let shared =
+            Shared::new(config, &listeners, Arc::clone(&stats), Routes::by_default(Rulebook::default()));
         let (controller, shutdown) = shutdown::channel();
         let workers = listeners
             .into_iter()
@@ -261,6 +264,7 @@ pub(crate) fn config(source: SourceMode) -> Config {
             bpf_log: false,
         },
         source,
+        upstream: Upstream::Direct,
         timeouts: Timeouts {
             connect: seconds(5),
             tcp_idle: seconds(60),

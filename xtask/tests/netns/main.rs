@@ -48,6 +48,7 @@ mod tun;
 mod udp;
 mod udp_errors;
 mod upkeep;
+mod upstream;
 mod variants;
 mod wire;
 
@@ -102,6 +103,7 @@ fn main() -> ExitCode {
         matching::SCENARIOS,
         bad_input::SCENARIOS,
         doctor::SCENARIOS,
+        upstream::SCENARIOS,
     ];
     // First those that wait most, so that others run meanwhile.
     let anywhere: &[Scenarios] = &[

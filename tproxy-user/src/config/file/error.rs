@@ -115,12 +115,12 @@ fn reword(message: &str) -> String {
     }
 }
 
-fn ask(name: &str) -> String {
+pub(super) fn ask(name: &str) -> String {
     format!("did you mean `{name}`?")
 }
 
 /// The most similar of the known names, where one is similar.
-fn nearest<'a>(name: &str, known: &[&'a str]) -> Option<&'a str> {
+pub(super) fn nearest<'a>(name: &str, known: &[&'a str]) -> Option<&'a str> {
     let similar = known.iter().map(|candidate| (strsim::jaro_winkler(name, candidate), *candidate));
     let nearest = similar.filter(|(similarity, _)| *similarity > 0.7).max_by(|a, b| a.0.total_cmp(&b.0));
     nearest.map(|(_, candidate)| candidate)

@@ -10,16 +10,22 @@ use super::lines;
 use super::list::List;
 use super::names;
 use super::prefixes::Files;
+use super::upstream::Upstreams;
 use super::value::{Network, Protocol, Uid, Uids};
 use super::{cgroup, rule};
 use crate::config::rule::{Action, Addresses, Conditions, Domains, NameFile, PrefixFile, Rule};
 use crate::policy::domains;
 
 /// Resolves rules; `directory` is what paths are relative to.
-pub(super) fn rules(rules: &[rule::Rule], directory: &Path) -> Result<Vec<Rule>, Mistake> {
+pub(super) fn rules(
+    rules: &[rule::Rule],
+    upstreams: &Upstreams,
+    directory: &Path,
+) -> Result<Vec<Rule>, Mistake> {
     let mut files = Files::default();
-    let resolve =
-        |(index, rule)| Resolve { key: format!("rule[{index}]"), directory, files: &mut files }.rule(rule);
+    let resolve = |(index, rule)| {
+        Resolve { key: format!("rule[{index}]"), upstreams, directory, files: &mut files }.rule(rule)
+    };
     let mut rules: Vec<Rule> =
         rules.iter().cloned().enumerate().map(resolve).collect::<Result<_, Mistake>>()?;
     domains::Domains::share(&mut rules);
@@ -30,6 +36,7 @@ pub(super) fn rules(rules: &[rule::Rule], directory: &Path) -> Result<Vec<Rule>,
 struct Resolve<'a> {
     /// Where the rule is.
     key: String,
+    upstreams: &'a Upstreams,
     directory: &'a Path,
     files: &'a mut Files,
 }
@@ -82,7 +89,10 @@ impl Resolve<'_> {
             return Err(self.mistake(".upstream", "only a rule with action = \"proxy\" has an upstream"));
         }
         Ok(match (rule.action, &rule.target) {
-            (rule::Action::Proxy, _) => Action::Proxy,
+            (rule::Action::Proxy, _) => Action::Proxy(match &rule.upstream {
+                None => None,
+                Some(text) => Some(self.upstreams.find(text).map_err(|why| self.mistake(".upstream", why))?),
+            }),
             (rule::Action::Divert, Some(target)) => Action::Divert(target.0),
             (rule::Action::Divert, None) => {
                 let message = "action = \"divert\" needs a target, such as target = \"127.0.0.53:53\"";

@@ -7,9 +7,7 @@ use serde::de::Error;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::List;
-use super::value::{
-    AnyMark, Cgroup, Domain, Dscp, Interface, Mac, Network, Ports, Protocol, Target, Uid, Upstream,
-};
+use super::value::{AnyMark, Cgroup, Domain, Dscp, Interface, Mac, Network, Ports, Protocol, Target, Uid};
 
 /// What becomes of flows that meet all conditions; each may be one value or a list, of which one is met.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -56,8 +54,8 @@ pub struct Rule {
     pub action: Action,
     /// Where they are diverted to; with the action `divert` alone.
     pub target: Option<Target>,
-    /// Where they are proxied to; with the action `proxy` alone.
-    pub upstream: Option<Upstream>,
+    /// The upstream that they are sent through, by its name; with the action `proxy` alone.
+    pub upstream: Option<String>,
 }
 
 /// What becomes of flows.

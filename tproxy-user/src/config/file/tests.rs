@@ -14,7 +14,9 @@ use crate::config::rule::Action;
 const SAMPLE: &str = include_str!("../../../../xtask/assets/tproxy.toml");
 
 fn accepted(text: &str) -> (File, Vec<resolved::Rule>) {
-    parse(text.as_bytes(), Path::new("t.toml")).unwrap_or_else(|error| panic!("{error}: {text}"))
+    let parsed = parse(text.as_bytes(), Path::new("t.toml"));
+    let (file, resolved) = parsed.unwrap_or_else(|error| panic!("{error}: {text}"));
+    (file, resolved.rules)
 }
 
 fn refused(text: &[u8]) -> String {
@@ -40,7 +42,7 @@ fn the_tutorial_has_configs() {
     }
     for block in blocks {
         let parsed = parse(block.as_bytes(), &directory.path().join("tproxy.toml"));
-        assert!(parsed.is_ok_and(|(_, rules)| !rules.is_empty()), "{block}");
+        assert!(parsed.is_ok_and(|(_, resolved)| !resolved.rules.is_empty()), "{block}");
     }
 }
 
@@ -55,9 +57,19 @@ fn mistakes_name_line_column_and_key() {
         ("[captur]", "t.toml:1:2: captur: unknown key; did you mean `capture`?"),
         ("[log]\nqux = 1", "t.toml:2:1: log.qux: unknown key; expected level, format, access"),
         ("[log]\n\"a`b\\n\" = 1", "t.toml:2:1: log.a`b\\n: unknown key; expected level, format, access"),
+        ("[[upstrm]]\nname = 'exit'", "t.toml:1:3: upstrm: unknown key; did you mean `upstream`?"),
         (
-            "[[upstream]]\nname = 'exit'",
-            "t.toml:1:3: upstream: unknown key; expected watch, capture, steer, source, log, timeouts, limits, rule",
+            "[qux]",
+            "t.toml:1:2: qux: unknown key; expected watch, capture, steer, source, log, timeouts, limits, upstream, rule",
+        ),
+        ("[[upstream]]\nname = 'exit'", "t.toml:1:1: upstream[0]: the key `url` is missing"),
+        (
+            "[[upstream]]\nname = 'exit'\nurl = 'socks5://:secret@h'",
+            "t.toml:3:7: upstream[0].url: the user of an upstream has 1 to 255 bytes",
+        ),
+        (
+            "[[upstream]]\nname = 'exit'\nurl = 'socks5://h'\n[[rule]]\nupstream = 'exti'\naction = 'proxy'",
+            "t.toml:5:12: rule[0].upstream: 'exti': no [[upstream]] has this name; did you mean `exit`?",
         ),
         (
             "[capture]\nfail = 'opne'",
@@ -130,7 +142,10 @@ fn mistakes_in_rules() {
             "action = 'drop'\nupstream = 'direct'",
             "5:12: rule[1].upstream: only a rule with action = \"proxy\" has an upstream",
         ),
-        ("action = 'proxy'\nupstream = 'exits'", "5:12: rule[1].upstream: 'exits': expected direct"),
+        (
+            "action = 'proxy'\nupstream = 'exits'",
+            "5:12: rule[1].upstream: 'exits': no [[upstream]] has this name; expected direct",
+        ),
         ("gid = 5\naction = 'pass'", "4:7: rule[1].gid: not supported yet; leave the key out"),
         (
             "domain = ['a.example', '*']\naction = 'pass'",
@@ -217,7 +232,7 @@ fn files_of_networks_are_relative_to_the_config_file() {
     let rule = "[[rule]]\nto_file = 'n.txt'\naction = 'pass'\n";
     std::fs::write(&config, rule.repeat(2)).expect("written");
     std::fs::write(directory.path().join("n.txt"), "10.0.0.0/8\n::1").expect("written");
-    let (_, rules) = read(&config).expect("valid");
+    let Resolved { rules, .. } = read(&config).expect("valid").1;
     let [first, second] = &*rules else { panic!("two: {rules:?}") };
     let (first, second) = (&first.conditions.to.files[0], &second.conditions.to.files[0]);
     assert_eq!((first.count, first.path.file_name()), (2, Some("n.txt".as_ref())));
@@ -331,9 +346,14 @@ fn the_sample_has_every_key_of_the_schema_and_no_other() {
     let directory = tempfile::tempdir().expect("a directory");
     std::fs::write(directory.path().join("networks.txt"), "10.0.0.0/8").expect("written");
     std::fs::write(directory.path().join("names.txt"), "example.org").expect("written");
-    let parsed = parse(sample().as_bytes(), &directory.path().join("tproxy.toml"));
-    let (_, rules) = parsed.unwrap_or_else(|error| panic!("{error}"));
-    assert_eq!(rules.len(), 9);
+    std::fs::write(directory.path().join("exit.pw"), "secret").expect("written");
+    // These are not in the environment of tests.
+    let sample_here = sample()
+        .replace("password_env = \"WEB_PASSWORD\"", "password_file = \"exit.pw\"")
+        .replace("password_credential = \"other\"", "password_file = \"exit.pw\"");
+    let parsed = parse(sample_here.as_bytes(), &directory.path().join("tproxy.toml"));
+    let (_, resolved) = parsed.unwrap_or_else(|error| panic!("{error}"));
+    assert_eq!(resolved.rules.len(), 9);
 
     let mut keys_of_sample = BTreeSet::new();
     let table: toml::Table = sample().parse().expect("parsed above");

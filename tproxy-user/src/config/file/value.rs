@@ -35,14 +35,6 @@ pub enum Family {
     Ipv6,
 }
 
-/// Where connections go.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "kebab-case")]
-pub enum Upstream {
-    /// To their original destination.
-    Direct,
-}
-
 /// Least severity of what is logged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]

@@ -15,7 +15,8 @@ impl fmt::Display for Rule {
 impl fmt::Display for Action {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Proxy => f.write_str("proxy"),
+            Self::Proxy(None) => f.write_str("proxy"),
+            Self::Proxy(Some(upstream)) => write!(f, "proxy by {upstream}"),
             Self::Divert(target) => write!(f, "divert to {target}"),
             Self::Pass => f.write_str("pass"),
             Self::Reject => f.write_str("reject"),

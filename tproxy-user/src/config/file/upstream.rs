@@ -1,0 +1,239 @@
+//! Upstreams, as they are written and resolved.
+
+use std::fs::File;
+use std::io::Read as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::error::Mistake;
+use crate::config::upstream::{self, Credentials, Proxy};
+
+/// The most that a file with a password may have, in bytes: more is another file.
+const LONGEST: u64 = 4096;
+
+/// A proxy server that flows can be sent through.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, expecting = "a table")]
+pub struct Upstream {
+    /// What rules call it.
+    pub name: String,
+    /// What it speaks and where it is, such as <socks5://10.0.0.2:1080> or <http://proxy.example.org:3128>.
+    pub url: String,
+    /// The user that it knows.
+    pub username: Option<String>,
+    /// A file with the password of that user; relative to the config file.
+    pub password_file: Option<PathBuf>,
+    /// The environment variable that has it.
+    pub password_env: Option<String>,
+    /// The systemd credential that has it (`LoadCredential=`).
+    pub password_credential: Option<String>,
+    /// UDP flows that it cannot carry: reject (the default), pass, direct.
+    pub udp: Option<Udp>,
+}
+
+/// What becomes of UDP flows that an upstream cannot carry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Udp {
+    /// Their clients are told so.
+    Reject,
+    /// The kernel forwards them.
+    Pass,
+    /// They are relayed to their destinations.
+    Direct,
+}
+
+/// The upstreams of a file.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Upstreams(Vec<Arc<Proxy>>);
+
+impl Upstreams {
+    /// Resolves what is written; `directory` is what paths are relative to.
+    pub(super) fn new(written: &[Upstream], directory: &Path) -> Result<Self, Mistake> {
+        let mut known = Self::default();
+        for (index, written) in written.iter().enumerate() {
+            let mistake = |key: &str, message| Mistake::Key(format!("upstream[{index}].{key}"), message);
+            let proxy = written.resolve(directory).map_err(|(key, message)| mistake(key, message))?;
+            if &*proxy.name == "direct" || known.0.iter().any(|other| other.name == proxy.name) {
+                let message = format!("'{}': there is one of this name already", proxy.name);
+                return Err(mistake("name", message));
+            }
+            known.0.push(proxy.into());
+        }
+        Ok(known)
+    }
+
+    /// The upstream that a text names.
+    ///
+    /// # Errors
+    /// What was expected.
+    pub fn find(&self, text: &str) -> Result<upstream::Upstream, String> {
+        let name = match upstream::Reference::parse(text)? {
+            upstream::Reference::Here(upstream) => return Ok(upstream),
+            upstream::Reference::Name(name) => name,
+        };
+        if let Some(proxy) = self.0.iter().find(|proxy| *proxy.name == *name) {
+            return Ok(upstream::Upstream::Proxy(Arc::clone(proxy)));
+        }
+        let names: Vec<_> = self.0.iter().map(|proxy| &*proxy.name).chain(["direct"]).collect();
+        let hint = super::error::nearest(&name, &names)
+            .map_or_else(|| format!("expected {}", names.join(", ")), super::error::ask);
+        Err(format!("'{name}': no [[upstream]] has this name; {hint}"))
+    }
+}
+
+impl Upstream {
+    /// What it means; or a key, and what is wrong with it.
+    fn resolve(&self, directory: &Path) -> Result<Proxy, (&'static str, String)> {
+        let name = upstream::name(&self.name)
+            .map_err(|_| ("name", "expected up to 64 letters, digits, '-', '_' and '.'".to_owned()))?;
+        let mut proxy = Proxy::parse(&self.url).map_err(|message| ("url", message))?;
+        if let Some((key, password)) = self.password(directory)? {
+            let Some(username) = &self.username else {
+                return Err((key, "a password is of a user: name one with username".to_owned()));
+            };
+            if proxy.credentials.is_some() {
+                return Err(("username", "the URL has a user already".to_owned()));
+            }
+            proxy.credentials = Some(Credentials::new(username, &password).map_err(|why| (key, why))?);
+        } else if self.username.is_some() {
+            let message =
+                "a user has a password: name it with password_file, password_env or password_credential";
+            return Err(("username", message.to_owned()));
+        }
+        proxy.udp = match self.udp {
+            None | Some(Udp::Reject) => upstream::Udp::Reject,
+            Some(Udp::Pass) => upstream::Udp::Pass,
+            Some(Udp::Direct) => upstream::Udp::Direct,
+        };
+        Ok(Proxy { name: name.into(), ..proxy })
+    }
+
+    /// The password, and the key that names it.
+    fn password(&self, directory: &Path) -> Result<Option<(&'static str, String)>, (&'static str, String)> {
+        let (file, env, credential) = (&self.password_file, &self.password_env, &self.password_credential);
+        let (key, password) = match (file, env, credential) {
+            (None, None, None) => return Ok(None),
+            (Some(file), None, None) => ("password_file", read(&directory.join(file))),
+            (None, Some(variable), None) => ("password_env", environment(variable)),
+            (None, None, Some(name)) => ("password_credential", credential_of(name)),
+            _ => return Err(("username", "it has several passwords: leave all but one out".to_owned())),
+        };
+        password.map(|password| Some((key, password))).map_err(|message| (key, message))
+    }
+}
+
+fn environment(variable: &str) -> Result<String, String> {
+    std::env::var(variable).map_err(|error| format!("cannot read ${variable}: {error}"))
+}
+
+/// A credential that systemd has put where it says (systemd.exec(5), `CREDENTIALS_DIRECTORY`).
+fn credential_of(name: &str) -> Result<String, String> {
+    let Some(directory) = std::env::var_os("CREDENTIALS_DIRECTORY") else {
+        return Err(format!("'{name}': there are no credentials; the unit needs LoadCredential={name}:PATH"));
+    };
+    if name.contains('/') {
+        return Err(format!("'{name}': expected the name of a credential, which has no '/'"));
+    }
+    read(&Path::new(&directory).join(name))
+}
+
+/// The first line of a file.
+fn read(path: &Path) -> Result<String, String> {
+    let cannot = |error: &dyn std::fmt::Display| format!("cannot read {}: {error}", path.display());
+    let mut text = String::new();
+    let file = File::open(path).map_err(|error| cannot(&error))?;
+    file.take(LONGEST).read_to_string(&mut text).map_err(|error| cannot(&error))?;
+    let line = text.strip_suffix('\n').unwrap_or(&text);
+    let line = line.strip_suffix('\r').unwrap_or(line);
+    if line.is_empty() || line.contains('\n') {
+        return Err(format!("{}: expected a password, alone on one line", path.display()));
+    }
+    Ok(line.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn written(name: &str, url: &str) -> Upstream {
+        Upstream { name: name.to_owned(), url: url.to_owned(), ..Upstream::default() }
+    }
+
+    fn mistake(written: &[Upstream]) -> String {
+        match Upstreams::new(written, Path::new("/nowhere")) {
+            Err(Mistake::Key(key, message)) => format!("{key}: {message}"),
+            Err(Mistake::Elsewhere(failure)) => failure.to_string(),
+            Ok(_) => panic!("{written:?}"),
+        }
+    }
+
+    #[test]
+    fn an_upstream_is_found_by_its_name() {
+        let known =
+            Upstreams::new(&[written("exit", "socks5://10.0.0.2")], Path::new("/")).ok().expect("one");
+        assert_eq!(known.find("exit").expect("known").to_string(), "exit (socks5://10.0.0.2:1080)");
+        assert_eq!(known.find("direct"), Ok(upstream::Upstream::Direct));
+        assert_eq!(known.find("http://h:1").expect("a URL").to_string(), "http://h:1");
+        assert!(known.find("exti").expect_err("unknown").contains("did you mean `exit`?"));
+        assert!(known.find("other").expect_err("unknown").contains("expected exit, direct"));
+    }
+
+    #[test]
+    fn passwords_come_from_files() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("pw");
+        let with = |content: &str| {
+            std::fs::write(&path, content).expect("written");
+            let username = Some("alice".to_owned());
+            let upstream = Upstream {
+                username,
+                password_file: Some("pw".into()),
+                ..written("exit", "socks5://10.0.0.2")
+            };
+            upstream.resolve(directory.path())
+        };
+        for content in ["s3cret", "s3cret\n", "s3cret\r\n"] {
+            let proxy = with(content).expect("one line");
+            assert_eq!(proxy.credentials.expect("some").password.reveal(), "s3cret");
+        }
+        for content in ["", "\n", "s3cret\nother", &"s3cret".repeat(100)] {
+            let (key, message) = with(content).expect_err(content);
+            assert_eq!(key, "password_file");
+            assert!(!message.contains("s3cret"), "{message}");
+        }
+    }
+
+    #[test]
+    fn mistakes_are_told_with_their_key() {
+        let exit = written("exit", "socks5://10.0.0.2");
+        let user = Upstream { username: Some("u".to_owned()), ..exit.clone() };
+        let file = Upstream { password_file: Some("pw".into()), ..exit.clone() };
+        for (upstreams, expected) in [
+            (vec![exit.clone(), exit.clone()], "upstream[1].name: 'exit': there is one"),
+            (vec![written("direct", "socks5://h")], "upstream[0].name: 'direct': there is one"),
+            (vec![written("a b", "socks5://h")], "upstream[0].name: expected up to 64 letters"),
+            (vec![written("a", "gopher://h")], "upstream[0].url: 'gopher'"),
+            (vec![user.clone()], "upstream[0].username: a user has a password"),
+            (vec![file.clone()], "upstream[0].password_file: cannot read /nowhere/pw"),
+            (
+                vec![Upstream { password_env: Some("TPROXY_NONE".to_owned()), ..user.clone() }],
+                "upstream[0].password_env: cannot read $TPROXY_NONE",
+            ),
+            (
+                vec![Upstream { password_env: Some("PATH".to_owned()), ..exit.clone() }],
+                "upstream[0].password_env: a password is of a user",
+            ),
+            (
+                vec![Upstream { password_env: Some("PATH".to_owned()), ..file }],
+                "upstream[0].username: it has several passwords",
+            ),
+        ] {
+            let mistake = mistake(&upstreams);
+            assert!(mistake.starts_with(expected), "{mistake}");
+        }
+    }
+}

@@ -1,0 +1,66 @@
+//! Where the datagrams of a flow go, and whom its client hears.
+
+use std::future::pending;
+use std::net::SocketAddr;
+
+use super::association::Association;
+use crate::addr::{OrigDst, UpstreamAddr};
+use crate::upstream::socks5::datagram;
+
+/// One for all datagrams of a flow.
+#[derive(Debug)]
+pub(super) enum Exit {
+    /// To their destinations.
+    Straight,
+    /// To a target, which stands for this destination.
+    Target(UpstreamAddr, OrigDst),
+    /// To a proxy server, each with its destination.
+    Relay(Association),
+}
+
+impl Exit {
+    pub(super) fn is_relayed(&self) -> bool {
+        matches!(self, Self::Relay(_))
+    }
+
+    /// Where a datagram is sent that is for this destination.
+    pub(super) fn next_hop(&self, destination: OrigDst) -> UpstreamAddr {
+        match self {
+            Self::Straight => destination.into(),
+            Self::Target(target, _) => *target,
+            Self::Relay(association) => association.relay(),
+        }
+    }
+
+    /// What goes before its payload.
+    pub(super) fn header(&self, destination: OrigDst) -> Vec<u8> {
+        match self {
+            Self::Straight | Self::Target(..) => Vec::new(),
+            Self::Relay(_) => datagram::header(destination.get()),
+        }
+    }
+
+    /// Who answers, as the client knows it, and where in the datagram its answer begins; `None`:
+    /// a stranger, or what cannot be understood.
+    pub(super) fn source(&self, sender: SocketAddr, received: &[u8]) -> Option<(SocketAddr, usize)> {
+        match self {
+            Self::Straight => Some((sender, 0)),
+            Self::Target(target, destination) => (*target == sender.into()).then(|| (destination.get(), 0)),
+            Self::Relay(association) => {
+                let answer = (association.relay() == sender.into()).then(|| datagram::parse(received))?;
+                answer.filter(|(source, _)| {
+                    let ip = source.ip();
+                    !(ip.is_unspecified() || ip.is_multicast() || ip.is_loopback() || source.port() == 0)
+                })
+            }
+        }
+    }
+
+    /// Waits until the server carries them no longer.
+    pub(super) async fn closed(&self) {
+        match self {
+            Self::Straight | Self::Target(..) => pending().await,
+            Self::Relay(association) => association.closed().await,
+        }
+    }
+}

@@ -1,0 +1,270 @@
+//! A proxy server that is in use: where it is, and whether it does its part.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::net::TcpStream;
+
+use super::direct::Direct;
+use super::socks5::Command;
+use super::{Cause, ConnectError, Reason, tunnel};
+use crate::addr::{ClientAddr, OrigDst, UpstreamAddr};
+use crate::config::upstream::{Host, Proxy};
+use crate::limits::Alarm;
+use crate::sockopt::UpstreamSocket;
+use crate::stats::WorkerStats;
+
+/// How long the addresses of a name are used before it is looked up again.
+const FRESH: Duration = Duration::from_secs(30);
+
+/// How long a server that does not carry datagrams is not asked again.
+const NO_UDP: Duration = Duration::from_secs(60);
+
+/// The most addresses of a name that are used.
+const MOST: usize = 8;
+
+/// One for all workers.
+#[derive(Debug)]
+pub struct Outbound {
+    proxy: Arc<Proxy>,
+    found: Mutex<Found>,
+    /// Held by who looks the name up.
+    looking: tokio::sync::Mutex<()>,
+    failing: Alarm,
+    /// Until when it is not asked to carry datagrams.
+    no_udp: Mutex<Option<Instant>>,
+    /// Microseconds that the latest connection to it took, plus one; 0: there was none.
+    latency: AtomicU64,
+}
+
+/// The addresses of the server's name.
+#[derive(Debug, Default)]
+struct Found {
+    addresses: Vec<SocketAddr>,
+    since: Option<Instant>,
+    /// The one that is used; another after a failure.
+    turn: usize,
+}
+
+impl Outbound {
+    /// Of a server. Nothing is asked yet.
+    #[must_use]
+    pub fn new(proxy: Arc<Proxy>) -> Self {
+        let (found, looking, failing, no_udp, latency) = Default::default();
+        Self { proxy, found, looking, failing, no_udp, latency }
+    }
+
+    /// The server, as it is configured.
+    #[must_use]
+    pub fn proxy(&self) -> &Proxy {
+        &self.proxy
+    }
+
+    /// Whether its server was reached, and did its part, when it was last tried.
+    #[must_use]
+    pub fn works(&self) -> bool {
+        !self.failing.is_raised()
+    }
+
+    /// How long the latest connection to it took to make.
+    #[must_use]
+    pub fn latency(&self) -> Option<Duration> {
+        self.latency.load(Ordering::Relaxed).checked_sub(1).map(Duration::from_micros)
+    }
+
+    /// Whether it carries datagrams, as far as is known.
+    #[must_use]
+    pub fn carries_udp(&self) -> bool {
+        let until = *self.no_udp.lock().unwrap_or_else(PoisonError::into_inner);
+        self.proxy.may_carry_udp() && until.is_none_or(|until| Instant::now() >= until)
+    }
+
+    /// Where it is, if that is known without asking.
+    #[must_use]
+    pub fn at_hand(&self) -> Option<UpstreamAddr> {
+        match self.proxy.host {
+            Host::Address(ip) => Some(SocketAddr::new(ip, self.proxy.port).into()),
+            Host::Name(_) => {
+                let found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+                let fresh = found.since.is_some_and(|since| since.elapsed() < FRESH);
+                fresh.then(|| found.address()).flatten()
+            }
+        }
+    }
+
+    /// Where it is. Its name is looked up where that was long ago; what is known is used
+    /// while another does so, and while nobody answers.
+    async fn address(&self) -> Result<UpstreamAddr, ConnectError> {
+        let name = match &self.proxy.host {
+            Host::Address(ip) => return Ok(SocketAddr::new(*ip, self.proxy.port).into()),
+            Host::Name(name) => name,
+        };
+        let known = self.found.lock().unwrap_or_else(PoisonError::into_inner).address();
+        let _looking = match (self.looking.try_lock(), known) {
+            (Ok(guard), _) => guard,
+            (Err(_), Some(address)) => return Ok(address),
+            (Err(_), None) => self.looking.lock().await,
+        };
+        // Another may have looked meanwhile.
+        if let Some(address) = self.at_hand() {
+            return Ok(address);
+        }
+        let looked_up = tokio::net::lookup_host((&**name, self.proxy.port)).await;
+        let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        match looked_up {
+            Ok(addresses) => found.replace(addresses.take(MOST).collect()),
+            Err(error) if found.addresses.is_empty() => return Err(lookup_failed(name, error)),
+            Err(error) => {
+                found.since = Some(Instant::now());
+                tracing::warn!("upstream {}: cannot look up {name} again: {error}", self.proxy.name);
+            }
+        }
+        found.address().ok_or_else(|| lookup_failed(name, io::ErrorKind::NotFound.into()))
+    }
+
+    /// Connects to `to` through the server; `socket` is one for where it [is](Self::at_hand).
+    ///
+    /// # Errors
+    /// [`ConnectError`] of the destination or, with [`Reason::Proxy`], of the server; that is logged
+    /// once. There is no time-out here.
+    pub async fn connect(
+        &self,
+        direct: &Direct,
+        socket: Option<UpstreamSocket>,
+        (client, to): (ClientAddr, OrigDst),
+        stats: &WorkerStats,
+    ) -> Result<TcpStream, ConnectError> {
+        let mut stream = self.reach(direct, socket, client, stats).await?;
+        self.judge(tunnel::connect(&mut stream, &self.proxy, to.get()).await)?;
+        Ok(stream)
+    }
+
+    /// Has the server carry datagrams: the connection that they are carried as long as, the
+    /// server's address, and where it takes them.
+    ///
+    /// # Errors
+    /// As [`connect`](Self::connect).
+    pub async fn associate(
+        &self,
+        direct: &Direct,
+        client: ClientAddr,
+        stats: &WorkerStats,
+    ) -> Result<(TcpStream, SocketAddr), ConnectError> {
+        let mut stream = self.reach(direct, None, client, stats).await?;
+        let server = stream.peer_addr().map_err(|source| ConnectError::of_proxy(Cause::Io(source)))?;
+        // Some servers mind the family. Which port it will be is not known, nor what NAT makes of it.
+        let from = if server.is_ipv6() { ([0; 16], 0).into() } else { ([0; 4], 0).into() };
+        let command = Command::UdpAssociate(from);
+        let asked = tunnel::socks5(&mut stream, command, self.proxy.credentials.as_ref()).await;
+        if let Err(error) = &asked
+            && error.source.is_unsupported()
+        {
+            *self.no_udp.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now() + NO_UDP);
+        }
+        let bound = self.judge(asked)?;
+        // Servers that do not know their own address say none, which means this one.
+        let relay = match bound {
+            Some(relay) if !relay.ip().is_unspecified() => relay,
+            bound => SocketAddr::new(server.ip(), bound.map_or(server.port(), |relay| relay.port())),
+        };
+        Ok((stream, relay))
+    }
+
+    /// A connection to the server.
+    async fn reach(
+        &self,
+        direct: &Direct,
+        socket: Option<UpstreamSocket>,
+        client: ClientAddr,
+        stats: &WorkerStats,
+    ) -> Result<TcpStream, ConnectError> {
+        let reached = async {
+            let (server, socket) = match (self.at_hand(), socket) {
+                (Some(server), Some(socket)) => (server, socket),
+                _ => {
+                    let server = self.address().await?;
+                    (server, direct.socket(server)?)
+                }
+            };
+            let begun = Instant::now();
+            let stream = direct.connect(socket, client, server, stats).await?;
+            let took = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
+            self.latency.store(took.saturating_add(1), Ordering::Relaxed);
+            Ok(stream)
+        };
+        let reached = reached.await.map_err(|error: ConnectError| match error.reason {
+            Reason::Exhausted => error,
+            _ => ConnectError::of_proxy(error.source),
+        });
+        if reached.is_err() {
+            self.found.lock().unwrap_or_else(PoisonError::into_inner).turn += 1;
+        }
+        self.judge(reached)
+    }
+
+    /// Notes, and says once, that the server does not do its part, or does so again.
+    pub fn judge<T>(&self, outcome: Result<T, ConnectError>) -> Result<T, ConnectError> {
+        match &outcome {
+            Err(error) if error.reason == Reason::Proxy => {
+                if self.failing.raise() {
+                    tracing::warn!("upstream {}: {error}", self.proxy);
+                }
+            }
+            Ok(_) if self.failing.clear() => tracing::info!("upstream {}: works again", self.proxy),
+            _ => {}
+        }
+        outcome
+    }
+
+    /// The error of a server that did not answer in time.
+    #[must_use]
+    pub fn too_slow() -> ConnectError {
+        ConnectError::of_proxy(Cause::Silent)
+    }
+}
+
+impl Found {
+    fn address(&self) -> Option<UpstreamAddr> {
+        let address = self.addresses.get(self.turn.checked_rem(self.addresses.len())?)?;
+        Some((*address).into())
+    }
+
+    fn replace(&mut self, addresses: Vec<SocketAddr>) {
+        self.since = Some(Instant::now());
+        if self.addresses != addresses {
+            self.turn = 0;
+            self.addresses = addresses;
+        }
+    }
+}
+
+fn lookup_failed(name: &str, source: io::Error) -> ConnectError {
+    ConnectError::of_proxy(Cause::Lookup { name: name.into(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn after_a_failure_another_address_gets_its_turn() {
+        let [a, b] = ["192.0.2.1:1", "[2001:db8::1]:1"].map(|text| text.parse::<SocketAddr>().expect("one"));
+        let mut found = Found::default();
+        assert_eq!(found.address(), None);
+        found.replace(vec![a, b]);
+        let next = |found: &mut Found| {
+            found.turn += 1;
+            found.address().map(UpstreamAddr::get)
+        };
+        assert_eq!(
+            [found.address().map(UpstreamAddr::get), next(&mut found), next(&mut found)],
+            [Some(a), Some(b), Some(a)]
+        );
+        next(&mut found);
+        found.replace(vec![a, b]);
+        assert_eq!(found.address(), Some(b.into()), "the same addresses: the one that works stays");
+    }
+}

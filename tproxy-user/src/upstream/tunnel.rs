@@ -1,0 +1,94 @@
+//! A connection to a proxy server becomes one to the destination.
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::AsFd as _;
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, Interest};
+use tokio::net::TcpStream;
+
+use super::socks5::{self, Command, Handshake, Step};
+use super::{Cause, ConnectError, http};
+use crate::config::upstream::{Credentials, Protocol, Proxy};
+use crate::sockopt;
+
+/// Asks the server at the other end for a connection to `to`. Not a byte is read of what the
+/// destination says.
+///
+/// # Errors
+/// [`ConnectError`]: of the destination, or with [`Reason::Proxy`](super::Reason::Proxy) of the server.
+pub(super) async fn connect(
+    stream: &mut TcpStream,
+    proxy: &Proxy,
+    to: SocketAddr,
+) -> Result<(), ConnectError> {
+    let credentials = proxy.credentials.as_ref();
+    match proxy.protocol {
+        Protocol::Socks5 => socks5(stream, Command::Connect(to), credentials).await.map(drop),
+        Protocol::Http => http(stream, to, credentials).await,
+    }
+}
+
+/// Has a SOCKS5 handshake; the server's own address for what was asked for.
+///
+/// # Errors
+/// As [`connect`].
+pub(super) async fn socks5(
+    stream: &mut TcpStream,
+    command: Command,
+    credentials: Option<&Credentials>,
+) -> Result<Option<SocketAddr>, ConnectError> {
+    let mut buffer = [0; socks5::LONGEST];
+    let (mut handshake, first) = Handshake::new(command, credentials);
+    stream.write_all(&first).await.map_err(broken)?;
+    loop {
+        let piece = &mut buffer[..handshake.wants()];
+        stream.read_exact(piece).await.map_err(broken)?;
+        match handshake.receive(piece)? {
+            Step::Read => {}
+            Step::Send(bytes) => stream.write_all(&bytes).await.map_err(broken)?,
+            Step::Done(bound) => return Ok(bound),
+        }
+    }
+}
+
+async fn http(
+    stream: &mut TcpStream,
+    to: SocketAddr,
+    credentials: Option<&Credentials>,
+) -> Result<(), ConnectError> {
+    stream.write_all(&http::request(to, credentials)).await.map_err(broken)?;
+    let mut buffer = vec![0; http::LONGEST];
+    let mut seen = 0;
+    loop {
+        let ready = stream.ready(Interest::READABLE).await.map_err(broken)?;
+        // The head is looked at until it is whole, and taken then: behind it the tunnel begins.
+        let more = stream.try_io(Interest::READABLE, || {
+            let length = sockopt::peek(stream.as_fd(), &mut buffer)?;
+            // What has been seen stays, so it is readable still; but it is to be waited for more.
+            if length > seen || length == 0 { Ok(length) } else { Err(io::ErrorKind::WouldBlock.into()) }
+        });
+        match more {
+            Ok(0) => return Err(ConnectError::of_proxy(Cause::Closed)),
+            Ok(length) => seen = length,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && !ready.is_read_closed() => continue,
+            Err(error) => return Err(broken(error)),
+        }
+        if let Some(head) = http::response(&buffer[..seen], credentials.is_some())? {
+            stream.read_exact(&mut buffer[..head]).await.map_err(broken)?;
+            return Ok(());
+        }
+    }
+}
+
+/// The server hangs up, or cannot be spoken with any more.
+fn broken(error: io::Error) -> ConnectError {
+    let hangs_up = matches!(
+        error.kind(),
+        io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::WouldBlock
+    );
+    if hangs_up {
+        return ConnectError::of_proxy(Cause::Closed);
+    }
+    ConnectError::of_proxy(sockopt::SocketError { call: "read or write", source: error }.into())
+}

@@ -1,0 +1,96 @@
+//! Real proxy servers in a namespace: dante, microsocks, tinyproxy, squid.
+
+use std::fs;
+use std::net::{IpAddr, SocketAddr};
+
+use anyhow::Result;
+
+use super::Lab;
+use super::daemon::Daemon;
+use super::namespace::Namespace;
+use super::sockets::Protocol;
+
+/// User and password that servers want, where they want one.
+pub const USER: (&str, &str) = ("alice", "open-sesame");
+
+/// A dante, which speaks SOCKS5 at this address, over TCP and UDP, and sends from `external`.
+///
+/// # Errors
+/// Where it does not start.
+pub fn dante(lab: &Lab, namespace: &Namespace, at: SocketAddr, external: [IpAddr; 2]) -> Result<Daemon> {
+    let rules: String = ["0.0.0.0/0", "::/0"]
+        .iter()
+        .flat_map(|from| {
+            let client = format!("client pass {{ from: {from} to: {from} }}\n");
+            let socks = ["0.0.0.0/0", "::/0"].map(|to| format!("socks pass {{ from: {from} to: {to} }}\n"));
+            [client].into_iter().chain(socks)
+        })
+        .collect();
+    let [one, other] = external;
+    let config = format!(
+        "logoutput: stderr\ninternal: {} port = {}\nexternal: {one}\nexternal: {other}\nexternal.rotation: same-same\n\
+         clientmethod: none\nsocksmethod: none\nuser.privileged: root\nuser.unprivileged: root\n{rules}",
+        at.ip(),
+        at.port()
+    );
+    let path = lab.dir().join("danted.conf");
+    fs::write(&path, config)?;
+    let command = namespace.cmd("danted").arg("-f").arg(&path).arg("-p").arg(lab.dir().join("danted.pid"));
+    bound(Daemon::start(lab, "danted", &command)?, namespace, at)
+}
+
+/// A microsocks, which speaks SOCKS5 at this address, over TCP alone, with [`USER`] or without.
+///
+/// # Errors
+/// Where it does not start.
+pub fn microsocks(lab: &Lab, namespace: &Namespace, at: SocketAddr, with_user: bool) -> Result<Daemon> {
+    let mut command =
+        namespace.cmd("microsocks").args(["-i", &at.ip().to_string(), "-p", &at.port().to_string()]);
+    if with_user {
+        command = command.args(["-u", USER.0, "-P", USER.1]);
+    }
+    bound(Daemon::start(lab, "microsocks", &command)?, namespace, at)
+}
+
+/// A tinyproxy, which speaks HTTP at this address, with [`USER`] or without.
+///
+/// # Errors
+/// Where it does not start.
+pub fn tinyproxy(lab: &Lab, namespace: &Namespace, at: SocketAddr, with_user: bool) -> Result<Daemon> {
+    let user = if with_user { format!("BasicAuth {} {}\n", USER.0, USER.1) } else { String::new() };
+    let config = format!("Listen {}\nPort {}\nTimeout 600\nLogLevel Connect\n{user}", at.ip(), at.port());
+    let path = lab.dir().join("tinyproxy.conf");
+    fs::write(&path, config)?;
+    let command = namespace.cmd("tinyproxy").arg("-d").arg("-c").arg(&path);
+    bound(Daemon::start(lab, "tinyproxy", &command)?, namespace, at)
+}
+
+/// A squid, which speaks HTTP at this address.
+///
+/// # Errors
+/// Where it does not start.
+pub fn squid(lab: &Lab, namespace: &Namespace, at: SocketAddr) -> Result<Daemon> {
+    let dir = lab.dir().join("squid");
+    fs::create_dir_all(&dir)?;
+    let here = dir.display();
+    let config = format!(
+        "http_port {at}\nhttp_access allow all\ncache deny all\ncache_mem 8 MB\npid_filename none\n\
+         access_log none\ncache_log /dev/null\ncoredump_dir {here}\ncache_effective_user proxy\n\
+         shutdown_lifetime 1 seconds\npinger_enable off\nmax_filedescriptors 4096\nnetdb_filename none\nmemory_cache_shared off\ncollapsed_forwarding off\n"
+    );
+    let path = dir.join("squid.conf");
+    fs::write(&path, config)?;
+    // What it keeps in shared memory it leaves there.
+    let start = "mount -t tmpfs none /dev/shm && exec squid \"$@\"";
+    let command = namespace
+        .cmd("unshare")
+        .args(["--mount", "--propagation", "private", "sh", "-c", start, "squid"])
+        .args(["-N", "-d", "1", "-n", "lab", "-f"])
+        .arg(&path);
+    bound(Daemon::start(lab, "squid", &command)?, namespace, at)
+}
+
+fn bound(mut daemon: Daemon, namespace: &Namespace, at: SocketAddr) -> Result<Daemon> {
+    daemon.wait_bound(namespace, Protocol::Tcp, at.port())?;
+    Ok(daemon)
+}

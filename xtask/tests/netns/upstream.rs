@@ -1,0 +1,372 @@
+//! Through proxy servers: SOCKS5 and HTTP, with real ones.
+
+use std::fs;
+use std::io::{Read as _, Write as _};
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use xtask::lab::daemon::{Daemon, wait_for};
+use xtask::lab::pace::{self, patience};
+use xtask::lab::peer::{self, TcpServer, UdpServer};
+use xtask::lab::proxy::{Launch, Proxy};
+use xtask::lab::sockets::Protocol;
+use xtask::lab::upstream::{self, USER};
+use xtask::lab::{Family, Lab, server, url};
+
+use crate::common::{Scenarios, at, needs_proxy};
+use crate::policy::ConfigFile;
+
+pub(crate) const SCENARIOS: Scenarios = &[
+    ("socks5_tcp_by_dante", |lab, family| carries_tcp(lab, family, &dante(lab, family)?, "socks5")),
+    ("socks5_udp_by_dante", udp),
+    ("socks5_tcp_by_microsocks_with_password", microsocks),
+    ("socks5_by_rule_and_reload", by_rule),
+    ("socks5_with_faithful_handshakes", faithful),
+    ("socks5_of_own_traffic", own_traffic),
+    ("F8_socks5_server_fails", failing),
+    ("F9_datagrams_wait_for_the_socks5_server", first_flight),
+    ("http_tcp_by_tinyproxy", tinyproxy),
+    ("http_tcp_by_squid", |lab, family| {
+        carries_tcp(lab, family, &upstream::squid(lab, &lab.server, exit(family))?, "http")
+    }),
+];
+
+/// Where proxy servers listen.
+const PORT: u16 = 1080;
+
+fn exit(family: Family) -> SocketAddr {
+    at(family.server(), PORT)
+}
+
+fn dante(lab: &Lab, family: Family) -> Result<Daemon> {
+    upstream::dante(lab, &lab.server, exit(family), Family::ALL.map(Family::server))
+}
+
+/// Starts a proxy that sends all through the server, by its URL.
+fn through(lab: &Lab, family: Family, scheme: &str, flags: &str) -> Result<Proxy> {
+    needs_proxy()?;
+    Launch::new(lab, &format!("--iface lan --upstream {scheme}://{} {flags}", exit(family))).start()
+}
+
+/// A web page, a server that speaks first, and a large file each way get through, and servers
+/// see the proxy server.
+fn carries_tcp(lab: &Lab, family: Family, exit: &Daemon, scheme: &str) -> Result<()> {
+    let web = server::web(lab, &lab.server, &[80])?;
+    let proxy = through(lab, family, scheme, "--access-log json")?;
+    for to in [family.anywhere(80), family.anywhere(81)] {
+        let page = lab.client.sh(&format!("curl -sS -m {} {}", pace::seconds(10), url(to, 80, "/")))?;
+        ensure!(
+            page.stdout.starts_with(&format!("{} ", family.server()))
+                || page.stdout.starts_with(&to.to_string()),
+            "the web server sees {page:?}; {}",
+            exit.describe()
+        );
+        ensure!(page.stdout.contains(&format!(" {to} 80")), "another server answers: {page:?}");
+    }
+    ensure!(!web.log().contains(&family.client().to_string()), "{}", web.describe());
+
+    let banner = TcpServer::start(&lab.server, at(family.anywhere(22), 22), |mut stream, _| {
+        // Its client may be gone.
+        let _ = stream.write_all(b"SSH-2.0-lab\r\n");
+    })?;
+    let began = Instant::now();
+    let line = lab.client.enter(|| -> Result<String> {
+        let mut stream = peer::try_connect(None, at(family.anywhere(22), 22), peer::PATIENCE)?;
+        Ok(peer::read_line(&mut stream)?)
+    })??;
+    ensure!(line.trim_end() == "SSH-2.0-lab", "the server says {line:?}");
+    ensure!(began.elapsed() < patience(Duration::from_secs(2)), "it took {:?}", began.elapsed());
+    drop(banner);
+
+    let _echo = TcpServer::echo(&lab.server, at(family.anywhere(7), 7))?;
+    let sent = peer::pattern(4 << 20);
+    // An HTTP server ends a tunnel as soon as one side does (RFC 9110, section 9.3.6).
+    let half_closes = scheme == "socks5";
+    let received = lab.client.enter(|| -> Result<Vec<u8>> {
+        let mut reader = peer::try_connect(None, at(family.anywhere(7), 7), peer::PATIENCE)?;
+        let mut writer = reader.try_clone()?;
+        std::thread::scope(|scope| {
+            let writing = scope.spawn(|| {
+                writer.write_all(&sent)?;
+                if half_closes { writer.shutdown(std::net::Shutdown::Write) } else { Ok(()) }
+            });
+            let mut received = vec![0; sent.len()];
+            reader.read_exact(&mut received)?;
+            if half_closes {
+                reader.read_to_end(&mut received)?;
+            }
+            writing.join().expect("no panic")?;
+            Ok(received)
+        })
+    })??;
+    ensure!(received == sent, "{} of {} bytes came back as they were", received.len(), sent.len());
+
+    let flows = proxy.flows()?;
+    let to = at(family.anywhere(80), 80).to_string();
+    let flow = flows.iter().find(|flow| flow.destination == to).context("no flow to the web server")?;
+    ensure!(flow.upstream == format!("{scheme}://{}", self::exit(family)), "{flow:?}");
+    Ok(())
+}
+
+fn microsocks(lab: &Lab, family: Family) -> Result<()> {
+    with_password(lab, family, "socks5", &upstream::microsocks(lab, &lab.server, exit(family), true)?)
+}
+
+fn tinyproxy(lab: &Lab, family: Family) -> Result<()> {
+    {
+        let exit = upstream::tinyproxy(lab, &lab.server, exit(family), false)?;
+        carries_tcp(lab, family, &exit, "http")?;
+    }
+    with_password(lab, family, "http", &upstream::tinyproxy(lab, &lab.server, exit(family), true)?)
+}
+
+/// With the password of a file it gets through, without or with another it does not, and the log
+/// says why. UDP, which the server does not carry, is refused at once.
+fn with_password(lab: &Lab, family: Family, scheme: &str, exit: &Daemon) -> Result<()> {
+    needs_proxy()?;
+    let _web = server::web(lab, &lab.server, &[80])?;
+    let _echo = UdpServer::echo(&lab.server, at(family.anywhere(7), 7))?;
+    fs::write(lab.dir().join("right"), USER.1)?;
+    fs::write(lab.dir().join("wrong"), "sesame")?;
+    let page = url(family.anywhere(80), 80, "/");
+    let curl = lab.client.cmd("curl").args(["-sS", "-m", &pace::seconds(10), &page]);
+    for (password, reason) in [
+        ("username = 'alice'\npassword_file = 'right'", None),
+        ("username = 'alice'\npassword_file = 'wrong'", Some("refuses this user and password")),
+        ("", Some("wants a user and a password")),
+    ] {
+        let config = format!(
+            "[source]\nupstream = 'exit'\n[[upstream]]\nname = 'exit'\nurl = '{scheme}://{}'\n{password}",
+            self::exit(family)
+        );
+        let proxy = ConfigFile::new(lab, &config)?.launch(lab, "--iface lan").start()?;
+        let page = curl.run()?;
+        match reason {
+            None => ensure!(page.stdout.contains(" 80\n"), "{page:?}; {}", exit.describe()),
+            Some(reason) => {
+                ensure!(page.status.code() != Some(0), "it got through: {page:?}");
+                ensure!(proxy.daemon.log().contains(reason), "{}", proxy.daemon.describe());
+                ensure!(proxy.counter("connect_proxy_failed")? > 0, "not counted");
+            }
+        }
+        let log = proxy.daemon.log();
+        ensure!(!log.contains(USER.1) && !log.contains("sesame"), "a password in the log: {log}");
+        if reason.is_none() {
+            let socket = peer::udp(&lab.client, at(family.client(), 4000))?;
+            socket.connect(at(family.anywhere(7), 7))?;
+            socket.send(b"x")?;
+            let answer = socket.recv(&mut [0; 16]);
+            let refused = answer.is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused);
+            ensure!(refused, "its client is not told that UDP does not get through");
+        }
+        proxy.terminate(Duration::from_secs(15))?;
+    }
+    Ok(())
+}
+
+/// DNS, sizes, and many servers from one port, each of which answers as itself.
+fn udp(lab: &Lab, family: Family) -> Result<()> {
+    let exit = dante(lab, family)?;
+    let answer = family.anywhere(80);
+    let _dns = server::dns(lab, &lab.server, [Family::V4.anywhere(80), Family::V6.anywhere(80)])?;
+    let proxy = through(lab, family, "socks5", "")?;
+    let got = server::dig(&lab.client, family.anywhere(53), family, Protocol::Udp)
+        .with_context(|| exit.describe())?;
+    ensure!(got == answer, "the answer is {got}");
+
+    let servers: Vec<_> =
+        (1..=5).map(|n| UdpServer::echo(&lab.server, at(family.anywhere(n), 7))).collect::<Result<_>>()?;
+    let socket = peer::udp(&lab.client, at(family.client(), 4000))?;
+    // Over IPv6 dante 1.4.2 brings the answers of one address alone, whoever its client is.
+    let hosts = family.pick(5, 1);
+    for (number, length) in (1_u16..=hosts).cycle().zip([0, 1, 512, 1400, 1472, 4000, 30_000, 60_000]) {
+        let to = at(family.anywhere(number), 7);
+        let sent = peer::pattern(length);
+        let (received, from) = peer::exchange(&socket, to, &sent).with_context(|| {
+            format!("{length} bytes to {to}; {}; {}", exit.describe(), proxy.daemon.describe())
+        })?;
+        ensure!(from == to, "{to} answers as {from}");
+        ensure!(received == sent, "{length} bytes come back as {}", received.len());
+    }
+    drop(servers);
+    let flows = proxy.status()?["connections"]["udp"].as_u64();
+    ensure!(flows.is_some_and(|flows| flows <= 2), "one association a client port, not {flows:?}");
+
+    // The server goes: its flows end, and come again with it.
+    drop(exit);
+    wait_for("the flows end", patience(Duration::from_secs(5)), || {
+        Ok(proxy.status()?["connections"]["udp"].as_u64() == Some(0))
+    })?;
+    let _exit = dante(lab, family)?;
+    let got = server::dig(&lab.client, family.anywhere(53), family, Protocol::Udp)?;
+    ensure!(got == answer, "the answer is {got}");
+    Ok(())
+}
+
+/// A server that does not do its part: its clients are reset at once, or after the connect
+/// time-out, the log says why, and once it does its part it is used again.
+fn failing(lab: &Lab, family: Family) -> Result<()> {
+    const SAYS: [(&[u8], &str); 5] = [
+        (b"", "it closes the connection instead of an answer"),
+        (b"\x05", "it closes the connection instead of an answer"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "it speaks HTTP, not SOCKS5"),
+        (b"\x05\x00\x05\x00\x00\x07", "it answers with an address of kind 7"),
+        (b"\x05\x00\x05\x02\x00\x01\0\0\0\0\0\0", "it answers: not allowed by its rules"),
+    ];
+    let _web = server::web(lab, &lab.server, &[80])?;
+    let to = at(family.anywhere(80), 80);
+    for (answer, reason) in SAYS {
+        let proxy = through(lab, family, "socks5", "--connect-timeout 3s")?;
+        let faulty = TcpServer::start(&lab.server, exit(family), move |mut stream, _| {
+            let mut asked = [0; 64];
+            // What it is told is not its business; that its client goes before it has said all is none either.
+            let _ = stream.read(&mut asked).and_then(|_| stream.write_all(answer));
+            let _ = stream.set_read_timeout(Some(Duration::from_millis(200)));
+            while stream.read(&mut asked).is_ok_and(|length| length > 0) {}
+        })?;
+        let took = expect_reset(lab, to)?;
+        ensure!(took < patience(Duration::from_secs(2)), "{reason}: it took {took:?}");
+        ensure!(proxy.daemon.log().contains(reason), "not told: {reason}; {}", proxy.daemon.describe());
+        ensure!(proxy.counter("connect_proxy_failed")? == 1, "{reason}: not counted");
+        drop(faulty);
+        proxy.terminate(Duration::from_secs(15))?;
+    }
+    let proxy = through(lab, family, "socks5", "--connect-timeout 1s")?;
+    expect_reset(lab, to)?;
+    ensure!(proxy.daemon.log().contains("Connection refused"), "{}", proxy.daemon.describe());
+    let silent = TcpServer::start(&lab.server, exit(family), |mut stream, _| {
+        let _ = stream.read(&mut [0; 64]);
+        std::thread::sleep(Duration::from_secs(4));
+    })?;
+    let took = expect_reset(lab, to)?;
+    ensure!(took >= Duration::from_millis(900), "before its time: {took:?}");
+    ensure!(took < patience(Duration::from_secs(3)), "it took {took:?}");
+    let up = |proxy: &Proxy| Ok::<_, anyhow::Error>(proxy.status()?["upstreams"][0]["up"].clone());
+    ensure!(up(&proxy)? == false, "a server that does not answer is up");
+    drop(silent);
+    let _dante = dante(lab, family)?;
+    let page = lab.client.sh(&format!("curl -sS -m {} {}", pace::seconds(10), url(to.ip(), 80, "/")))?;
+    ensure!(page.stdout.contains(" 80\n"), "{page:?}");
+    Ok(())
+}
+
+/// Connects and waits for the end, which has to be a reset; how long it took.
+fn expect_reset(lab: &Lab, to: SocketAddr) -> Result<Duration> {
+    lab.client.enter(|| -> Result<Duration> {
+        let began = Instant::now();
+        let ended =
+            peer::try_connect(None, to, peer::PATIENCE).and_then(|mut stream| stream.read(&mut [0; 16]));
+        match ended {
+            Err(error) if peer::is_reset(&error) => Ok(began.elapsed()),
+            other => anyhow::bail!("expected a reset, got {other:?} after {:?}", began.elapsed()),
+        }
+    })?
+}
+
+/// Datagrams that come while the server is being asked wait for it.
+fn first_flight(lab: &Lab, family: Family) -> Result<()> {
+    let _dante =
+        upstream::dante(lab, &lab.server, at(family.server(), 1081), Family::ALL.map(Family::server))?;
+    // Before it a server that is slow to answer.
+    let (namespace, behind) = (lab.server.clone(), at(family.server(), 1081));
+    let _slow = TcpServer::start(&lab.server, exit(family), move |stream, _| {
+        std::thread::sleep(Duration::from_millis(300));
+        let Ok(Ok(onward)) = namespace.enter(|| peer::try_connect(None, behind, peer::PATIENCE)) else {
+            return;
+        };
+        let (mut from, mut to) = (stream, onward);
+        let (Ok(mut there), Ok(mut back)) = (to.try_clone(), from.try_clone()) else { return };
+        std::thread::scope(|scope| {
+            scope.spawn(|| std::io::copy(&mut from, &mut there).is_ok());
+            let _ = std::io::copy(&mut to, &mut back);
+        });
+    })?;
+    let _echo = UdpServer::echo(&lab.server, at(family.anywhere(7), 7))?;
+    let proxy = through(lab, family, "socks5", "")?;
+    let socket = peer::udp(&lab.client, at(family.client(), 4000))?;
+    for number in 0..10_u8 {
+        socket.send_to(&[number; 100], at(family.anywhere(7), 7))?;
+    }
+    let mut buffer = [0; 200];
+    for number in 0..10_u8 {
+        let (length, _) = peer::receive(&socket, &mut buffer)
+            .with_context(|| format!("datagram {number}; {}", proxy.daemon.describe()))?;
+        ensure!(buffer[..length] == [number; 100], "datagram {number} is not the {number}th");
+    }
+    Ok(())
+}
+
+/// A client goes through a server by a rule, the others go straight; after a reload another way.
+fn by_rule(lab: &Lab, family: Family) -> Result<()> {
+    needs_proxy()?;
+    let _dante = dante(lab, family)?;
+    let _web = server::web(lab, &lab.server, &[80])?;
+    let _echo = UdpServer::reflector(&lab.server, at(family.anywhere(7), 7))?;
+    let rules = |port: u16, default: &str| {
+        format!(
+            "[source]\nupstream = '{default}'\n[[upstream]]\nname = 'exit'\nurl = 'socks5://{}'\n\
+             [[rule]]\nto_port = {port}\naction = 'proxy'\nupstream = 'exit'\n\
+             [[rule]]\nto_port = 9\naction = 'proxy'\nupstream = 'direct'\n",
+            exit(family)
+        )
+    };
+    let config = ConfigFile::new(lab, &rules(80, "direct"))?;
+    let proxy = config.launch(lab, "--iface lan").start()?;
+    let sees = |port: u16| -> Result<String> {
+        let page = url(family.anywhere(80), port, "/");
+        let page = lab.client.cmd("curl").args(["-sS", "-m", &pace::seconds(10), &page]).check()?;
+        Ok(page.stdout.split(' ').next().unwrap_or_default().to_owned())
+    };
+    ensure!(sees(80)? == family.server().to_string(), "the rule's upstream is not used: {}", sees(80)?);
+    let socket = peer::udp(&lab.client, at(family.client(), 4000))?;
+    let seen = peer::exchange(&socket, at(family.anywhere(7), 7), b"x")?.0;
+    let client = family.client().to_string();
+    ensure!(String::from_utf8_lossy(&seen).contains(&client), "what no rule sends through it goes there too");
+    let to = at(family.anywhere(80), 80).to_string();
+    let flows = proxy.flows()?;
+    let flow = flows.iter().find(|flow| flow.destination == to).context("no flow")?;
+    ensure!(flow.upstream == "exit" && flow.rule == 1, "{flow:?}");
+
+    config.write(&rules(81, "exit"))?;
+    proxy.cmd("reload")?.check()?;
+    ensure!(sees(80)? == family.server().to_string(), "the new default is not used");
+    config.write(&rules(81, "direct"))?;
+    proxy.cmd("reload")?.check()?;
+    ensure!(sees(80)? == client, "the old rule is used still: {}", sees(80)?);
+    Ok(())
+}
+
+/// With faithful handshakes the client sees what the server says of the destination.
+fn faithful(lab: &Lab, family: Family) -> Result<()> {
+    let _dante = dante(lab, family)?;
+    let _web = server::web(lab, &lab.server, &[80])?;
+    let _proxy = through(lab, family, "socks5", "--handshake faithful")?;
+    let page = url(family.anywhere(80), 80, "/");
+    let page = lab.client.cmd("curl").args(["-sS", "-m", &pace::seconds(10), &page]).check()?;
+    ensure!(page.stdout.starts_with(&family.server().to_string()), "{page:?}");
+    let refused =
+        lab.client.enter(|| peer::try_connect(None, at(family.anywhere(80), 81), peer::PATIENCE))?;
+    let error = refused.err().context("it is connected to a port where nobody listens")?;
+    ensure!(error.kind() == std::io::ErrorKind::ConnectionRefused, "its client is told {error}");
+    Ok(())
+}
+
+/// What the host itself sends goes through the server as well.
+fn own_traffic(lab: &Lab, family: Family) -> Result<()> {
+    needs_proxy()?;
+    let _dante = dante(lab, family)?;
+    let _web = server::web(lab, &lab.server, &[80])?;
+    let answer = family.anywhere(80);
+    let _dns = server::dns(lab, &lab.server, [Family::V4.anywhere(80), Family::V6.anywhere(80)])?;
+    let proxy = Launch::new(lab, &format!("--own-traffic --upstream socks5://{}", exit(family))).start()?;
+    let page = url(family.anywhere(80), 80, "/");
+    let page = lab.router.cmd("curl").args(["-sS", "-m", &pace::seconds(10), &page]).check()?;
+    ensure!(page.stdout.starts_with(&family.server().to_string()), "{page:?}");
+    let got = server::dig(&lab.router, family.anywhere(53), family, Protocol::Udp)
+        .with_context(|| proxy.daemon.describe())?;
+    ensure!(got == answer, "the answer is {got}");
+    let flows = proxy.flows()?;
+    ensure!(flows.iter().all(|flow| flow.destination != exit(family).to_string()), "a loop: {flows:#?}");
+    Ok(())
+}
