@@ -9,6 +9,7 @@ extern crate self as tproxy_user;
 
 pub mod addr;
 pub mod app;
+pub mod argv;
 pub mod cli;
 pub mod clsact;
 pub mod cmd;

@@ -19,7 +19,7 @@ use clap::{ArgMatches, CommandFactory as _, FromArgMatches as _};
 use crate::cli::{Cli, Command, RunArgs, merge, resolve};
 use crate::config::{AccessLog, Config};
 use crate::failure::Failure;
-use crate::{app, instance, privilege, telemetry};
+use crate::{app, argv, instance, privilege, telemetry};
 
 /// Parses the command line, does what it says, and tells how that ended.
 #[must_use]
@@ -49,7 +49,7 @@ pub fn main() -> ExitCode {
 }
 
 fn parse() -> Result<(Cli, ArgMatches), clap::Error> {
-    let matches = Cli::command().try_get_matches()?;
+    let matches = Cli::command().try_get_matches_from(argv::words())?;
     Ok((Cli::from_arg_matches(&matches)?, matches))
 }
 

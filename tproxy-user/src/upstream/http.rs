@@ -27,10 +27,10 @@ pub enum Violation {
         /// What it says to people.
         reason: String,
     },
-    /// It takes nobody without a password (407).
+    /// It takes nobody without a password (407, 401).
     #[error("it wants a user and a password, and none is configured")]
     WantsCredentials,
-    /// It does not take this one (407).
+    /// It does not take this one (407, 401).
     #[error("it refuses this user and password")]
     Credentials,
     /// What it says is no response.
@@ -66,8 +66,9 @@ pub fn response(bytes: &[u8], with_credentials: bool) -> Result<Option<usize>, V
     };
     match response.code {
         Some(200..=299) => Ok(Some(length)),
-        Some(407) if with_credentials => Err(Violation::Credentials),
-        Some(407) => Err(Violation::WantsCredentials),
+        // Some answer 401 to a wrong password, as servers do that are no proxies (tinyproxy 1.11).
+        Some(401 | 407) if with_credentials => Err(Violation::Credentials),
+        Some(401 | 407) => Err(Violation::WantsCredentials),
         status => {
             let reason = response.reason.unwrap_or_default();
             // Obsolete text may have any byte from 0x80 on, which `httparse` leaves out.
@@ -114,6 +115,7 @@ mod tests {
         for (head, credentials, expected) in [
             ("HTTP/1.1 407 Proxy Authentication Required\r\n\r\n", false, "wants a user"),
             ("HTTP/1.1 407 Proxy Authentication Required\r\n\r\n", true, "refuses this user"),
+            ("HTTP/1.0 401 Unauthorized\r\n\r\n", true, "refuses this user"),
             ("HTTP/1.0 503 Service Unavailable\r\nX: y\r\n\r\n", false, "503 Service Unavailable"),
             ("SSH-2.0-OpenSSH\r\n\r\n", false, "does not speak HTTP/1"),
             ("\x05\x00", false, "does not speak HTTP/1"),

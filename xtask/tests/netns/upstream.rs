@@ -26,6 +26,8 @@ pub(crate) const SCENARIOS: Scenarios = &[
     ("socks5_of_own_traffic", own_traffic),
     ("F8_socks5_server_fails", failing),
     ("F9_datagrams_wait_for_the_socks5_server", first_flight),
+    ("socks5_password_in_a_url_is_hidden", url_with_password),
+    ("udp_that_the_upstream_does_not_carry", without_udp),
     ("http_tcp_by_tinyproxy", tinyproxy),
     ("http_tcp_by_squid", |lab, family| {
         carries_tcp(lab, family, &upstream::squid(lab, &lab.server, exit(family))?, "http")
@@ -121,6 +123,55 @@ fn tinyproxy(lab: &Lab, family: Family) -> Result<()> {
     with_password(lab, family, "http", &upstream::tinyproxy(lab, &lab.server, exit(family), true)?)
 }
 
+/// A password in a URL on the command line is used, and is not for others to see.
+fn url_with_password(lab: &Lab, family: Family) -> Result<()> {
+    needs_proxy()?;
+    let _exit = upstream::microsocks(lab, &lab.server, exit(family), true)?;
+    let _web = server::web(lab, &lab.server, &[80])?;
+    let (user, password) = USER;
+    let flags = format!("--iface lan --upstream socks5://{user}:{password}@{}", exit(family));
+    let proxy = Launch::new(lab, &flags).start()?;
+    let page = url(family.anywhere(80), 80, "/");
+    lab.client.cmd("curl").args(["-sS", "-m", &pace::seconds(10), &page]).check()?;
+    let shown = fs::read_to_string(format!("/proc/{}/cmdline", proxy.daemon.pid()))?;
+    ensure!(shown.contains(&format!("socks5://{user}:***")), "{shown}");
+    let told = [shown, proxy.daemon.log(), proxy.status()?.to_string(), proxy.cmd("status")?.check()?.stdout];
+    ensure!(!told.iter().any(|text| text.contains(password)), "the password is told: {told:#?}");
+    let check = Launch::new(lab, &format!("check {flags}")).command()?.run()?;
+    ensure!(!check.stdout.contains(password) && check.stdout.contains("socks5://"), "{}", check.describe());
+    Ok(())
+}
+
+/// What the server does not carry goes the way that is configured.
+fn without_udp(lab: &Lab, family: Family) -> Result<()> {
+    needs_proxy()?;
+    let _exit = upstream::microsocks(lab, &lab.server, exit(family), false)?;
+    let _reflector = UdpServer::reflector(&lab.server, at(family.anywhere(7), 7))?;
+    let from = at(family.client(), 4000);
+    for (scheme, udp, passed) in [
+        ("socks5", "direct", false),
+        ("socks5", "pass", false),
+        ("http", "direct", false),
+        ("http", "pass", true),
+    ] {
+        let config = format!(
+            "[source]\nupstream = 'exit'\n[[upstream]]\nname = 'exit'\nurl = '{scheme}://{}'\nudp = '{udp}'",
+            exit(family)
+        );
+        let proxy = ConfigFile::new(lab, &config)?.launch(lab, "--iface lan").start()?;
+        let socket = peer::udp(&lab.client, from)?;
+        let (seen, by) = peer::exchange(&socket, at(family.anywhere(7), 7), b"x")
+            .with_context(|| format!("{scheme}, {udp}; {}", proxy.daemon.describe()))?;
+        ensure!(by == at(family.anywhere(7), 7), "{by} answers");
+        let seen: SocketAddr = String::from_utf8(seen)?.parse()?;
+        ensure!(seen.ip() == from.ip(), "{scheme}, {udp}: the server sees {seen}");
+        let counted = proxy.counter("pass_policy")?;
+        ensure!((counted > 0) == passed, "{scheme}, {udp}: the kernel has passed {counted}");
+        proxy.terminate(Duration::from_secs(15))?;
+    }
+    Ok(())
+}
+
 /// With the password of a file it gets through, without or with another it does not, and the log
 /// says why. UDP, which the server does not carry, is refused at once.
 fn with_password(lab: &Lab, family: Family, scheme: &str, exit: &Daemon) -> Result<()> {
@@ -211,7 +262,7 @@ fn failing(lab: &Lab, family: Family) -> Result<()> {
         (b"", "it closes the connection instead of an answer"),
         (b"\x05", "it closes the connection instead of an answer"),
         (b"HTTP/1.1 400 Bad Request\r\n\r\n", "it speaks HTTP, not SOCKS5"),
-        (b"\x05\x00\x05\x00\x00\x07", "it answers with an address of kind 7"),
+        (b"\x05\x00\x05\x00\x00\x07\x00", "it answers with an address of kind 7"),
         (b"\x05\x00\x05\x02\x00\x01\0\0\0\0\0\0", "it answers: not allowed by its rules"),
     ];
     let _web = server::web(lab, &lab.server, &[80])?;
