@@ -31,12 +31,13 @@ fn hide() -> io::Result<()> {
     if passwords.is_empty() {
         return Ok(());
     }
-    let stat = Process::myself().and_then(|process| process.stat()).map_err(io::Error::other)?;
-    let start = stat.arg_start.filter(|start| *start != 0);
-    let start = start.ok_or_else(|| io::Error::other("the kernel does not tell where it is"))?;
+    let this = Process::myself().and_then(|process| process.stat()).map_err(io::Error::other)?;
+    let Some(begin @ 1..) = this.arg_start else {
+        return Err(io::Error::other("the kernel does not tell where it is"));
+    };
     let memory = File::options().write(true).open("/proc/self/mem")?;
     for password in passwords {
-        memory.write_all_at(&vec![b'*'; password.len()], start + password.start as u64)?;
+        memory.write_all_at(&vec![b'*'; password.len()], begin + password.start as u64)?;
     }
     Ok(())
 }

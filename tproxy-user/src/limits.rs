@@ -106,12 +106,6 @@ impl Alarm {
         self.last.load(Ordering::Relaxed) != 0 && self.clear_at(Instant::now())
     }
 
-    /// Whether the bound was met, and not cleared since.
-    #[must_use]
-    pub fn is_raised(&self) -> bool {
-        self.last.load(Ordering::Relaxed) != 0
-    }
-
     fn raise_at(&self, now: Instant) -> bool {
         self.last.swap(self.stamp(now), Ordering::Relaxed) == 0
     }

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -21,7 +21,7 @@ use crate::stats::WorkerStats;
 const FRESH: Duration = Duration::from_secs(30);
 
 /// How long a server that does not carry datagrams is not asked again.
-const NO_UDP: Duration = Duration::from_secs(60);
+const NO_UDP: Duration = Duration::from_mins(1);
 
 /// The most addresses of a name that are used.
 const MOST: usize = 8;
@@ -33,6 +33,8 @@ pub struct Outbound {
     found: Mutex<Found>,
     /// Held by who looks the name up.
     looking: tokio::sync::Mutex<()>,
+    /// It did not do its part the last time.
+    down: AtomicBool,
     failing: Alarm,
     /// Until when it is not asked to carry datagrams.
     no_udp: Mutex<Option<Instant>>,
@@ -53,8 +55,8 @@ impl Outbound {
     /// Of a server. Nothing is asked yet.
     #[must_use]
     pub fn new(proxy: Arc<Proxy>) -> Self {
-        let (found, looking, failing, no_udp, latency) = Default::default();
-        Self { proxy, found, looking, failing, no_udp, latency }
+        let (found, looking, down, failing, no_udp, latency) = Default::default();
+        Self { proxy, found, looking, down, failing, no_udp, latency }
     }
 
     /// The server, as it is configured.
@@ -66,7 +68,7 @@ impl Outbound {
     /// Whether its server was reached, and did its part, when it was last tried.
     #[must_use]
     pub fn works(&self) -> bool {
-        !self.failing.is_raised()
+        !self.down.load(Ordering::Relaxed)
     }
 
     /// How long the latest connection to it took to make.
@@ -182,12 +184,11 @@ impl Outbound {
         stats: &WorkerStats,
     ) -> Result<TcpStream, ConnectError> {
         let reached = async {
-            let (server, socket) = match (self.at_hand(), socket) {
-                (Some(server), Some(socket)) => (server, socket),
-                _ => {
-                    let server = self.address().await?;
-                    (server, direct.socket(server)?)
-                }
+            let (server, socket) = if let (Some(server), Some(socket)) = (self.at_hand(), socket) {
+                (server, socket)
+            } else {
+                let server = self.address().await?;
+                (server, direct.socket(server)?)
             };
             let begun = Instant::now();
             let stream = direct.connect(socket, client, server, stats).await?;
@@ -199,22 +200,27 @@ impl Outbound {
             Reason::Exhausted => error,
             _ => ConnectError::of_proxy(error.source),
         });
-        if reached.is_err() {
-            self.found.lock().unwrap_or_else(PoisonError::into_inner).turn += 1;
+        if reached.is_ok() {
+            // It has its part still to do.
+            return reached;
         }
+        self.found.lock().unwrap_or_else(PoisonError::into_inner).turn += 1;
         self.judge(reached)
     }
 
     /// Notes, and says once, that the server does not do its part, or does so again.
+    ///
+    /// # Errors
+    /// That of `outcome`.
     pub fn judge<T>(&self, outcome: Result<T, ConnectError>) -> Result<T, ConnectError> {
-        match &outcome {
-            Err(error) if error.reason == Reason::Proxy => {
-                if self.failing.raise() {
-                    tracing::warn!("upstream {}: {error}", self.proxy);
-                }
-            }
-            Ok(_) if self.failing.clear() => tracing::info!("upstream {}: works again", self.proxy),
-            _ => {}
+        let failed = outcome.as_ref().err().filter(|error| error.reason == Reason::Proxy);
+        if failed.is_some() || outcome.is_ok() {
+            self.down.store(failed.is_some(), Ordering::Relaxed);
+        }
+        if let Some(error) = failed.filter(|_| self.failing.raise()) {
+            tracing::warn!("upstream {}: {error}", self.proxy);
+        } else if outcome.is_ok() && self.failing.clear() {
+            tracing::info!("upstream {}: works again", self.proxy);
         }
         outcome
     }

@@ -192,13 +192,16 @@ mod tests {
 
     const TO: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 1)), 443);
 
-    /// Feeds all that a server says, in the pieces that are asked for. What came of it, what was
-    /// sent, and how much was left.
+    /// What came of a handshake, `None` if the server has said too little; what was sent; and what
+    /// the server had said more.
+    type Outcome<'a> = (Option<Result<Option<SocketAddr>, Violation>>, Vec<Vec<u8>>, &'a [u8]);
+
+    /// Feeds all that a server says, in the pieces that are asked for.
     fn converse<'a>(
         command: Command,
         credentials: Option<&Credentials>,
         mut server: &'a [u8],
-    ) -> (Option<Result<Option<SocketAddr>, Violation>>, Vec<Vec<u8>>, &'a [u8]) {
+    ) -> Outcome<'a> {
         let (mut handshake, first) = Handshake::new(command, credentials);
         let mut sent = vec![first];
         loop {

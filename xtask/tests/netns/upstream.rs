@@ -371,9 +371,9 @@ fn by_rule(lab: &Lab, family: Family) -> Result<()> {
     };
     ensure!(sees(80)? == family.server().to_string(), "the rule's upstream is not used: {}", sees(80)?);
     let socket = peer::udp(&lab.client, at(family.client(), 4000))?;
-    let seen = peer::exchange(&socket, at(family.anywhere(7), 7), b"x")?.0;
+    let told = peer::exchange(&socket, at(family.anywhere(7), 7), b"x")?.0;
     let client = family.client().to_string();
-    ensure!(String::from_utf8_lossy(&seen).contains(&client), "what no rule sends through it goes there too");
+    ensure!(String::from_utf8_lossy(&told).contains(&client), "what no rule sends through it goes there too");
     let to = at(family.anywhere(80), 80).to_string();
     let flows = proxy.flows()?;
     let flow = flows.iter().find(|flow| flow.destination == to).context("no flow")?;
