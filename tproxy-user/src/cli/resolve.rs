@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use tproxy_common::abi::{DEFAULT_MAX_FLOWS, MAX_WORKERS};
 
 use super::RunArgs;
+use crate::config::rule::Action;
+use crate::config::upstream::Upstream;
 use crate::config::{Capture, Config, Handshake, Limits, Scope, Steer, Steering, Timeouts};
 use crate::failure::Failure;
 
@@ -45,6 +47,7 @@ pub fn config(args: &RunArgs) -> Result<Config, Failure> {
         .upstreams
         .find(&args.source.upstream)
         .map_err(|why| Failure::usage(format_args!("--upstream (source.upstream): {why}")))?;
+    require_addresses(args, &upstream)?;
     check_marks(args)?;
     let (on_ip4, on_ip6) = listen_addresses(&steering.on_ip, steering.steer)?;
     // Neither flag and both mean the same: both families.
@@ -104,6 +107,21 @@ pub fn config(args: &RunArgs) -> Result<Config, Failure> {
         watch: args.watch,
         assume_kernel: steering.assume_kernel,
     })
+}
+
+/// Who looks a proxy server's name up asks a DNS server, which would be captured in its turn.
+fn require_addresses(args: &RunArgs, default: &Upstream) -> Result<(), Failure> {
+    let by_rules = args.capture.rules.iter().filter_map(|rule| match &rule.action {
+        Action::Proxy(upstream) => upstream.as_ref(),
+        _ => None,
+    });
+    let named = by_rules.chain([default]).find(|upstream| upstream.has_name());
+    match named.filter(|_| args.capture.own_traffic) {
+        Some(upstream) => Err(Failure::usage(format_args!(
+            "the upstream {upstream} is given by a name, and with --own-traffic the question for its address would be captured: give its address"
+        ))),
+        None => Ok(()),
+    }
 }
 
 fn files(args: &RunArgs) -> Vec<PathBuf> {
@@ -286,6 +304,7 @@ mod tests {
                 "-i e --upstream socks://h:1",
                 "--upstream (source.upstream): 'socks' is no protocol of an upstream",
             ),
+            ("--own-traffic --upstream socks5://exit.example", "give its address"),
             ("-i e --upstream exit", "'exit': no [[upstream]] has this name; expected direct"),
             ("-i e --rule-priority 40000", "40000"),
         ] {

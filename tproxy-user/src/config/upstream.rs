@@ -95,6 +95,12 @@ impl Upstream {
         }
     }
 
+    /// Whether its server is given by a name.
+    #[must_use]
+    pub fn has_name(&self) -> bool {
+        matches!(self, Self::Proxy(proxy) if matches!(proxy.host, Host::Name(_)))
+    }
+
     /// Whether the kernel is to forward UDP flows, because it cannot carry them.
     #[must_use]
     pub fn passes_udp(&self) -> bool {

@@ -40,6 +40,7 @@ fn the_tutorial_has_configs() {
     for name in ["country.txt", "known.txt"] {
         std::fs::write(directory.path().join(name), "198.51.100.0/24\n").expect("written");
     }
+    std::fs::write(directory.path().join("exit.pw"), "secret\n").expect("written");
     for block in blocks {
         let parsed = parse(block.as_bytes(), &directory.path().join("tproxy.toml"));
         assert!(parsed.is_ok_and(|(_, resolved)| !resolved.rules.is_empty()), "{block}");
