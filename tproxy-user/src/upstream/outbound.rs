@@ -175,37 +175,53 @@ impl Outbound {
         Ok((stream, relay))
     }
 
-    /// A connection to the server.
+    /// A connection to the server, at the first of its addresses that has it.
     async fn reach(
+        &self,
+        direct: &Direct,
+        mut socket: Option<UpstreamSocket>,
+        client: ClientAddr,
+        stats: &WorkerStats,
+    ) -> Result<TcpStream, ConnectError> {
+        let mut tried = 0;
+        loop {
+            tried += 1;
+            match self.reach_one(direct, socket.take(), client, stats).await {
+                // It has its part still to do.
+                Ok(stream) => return Ok(stream),
+                Err(error) if error.reason == Reason::Exhausted => return Err(error),
+                Err(error) => {
+                    let addresses = {
+                        let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+                        found.turn += 1;
+                        found.addresses.len()
+                    };
+                    if tried >= addresses {
+                        return self.judge(Err(ConnectError::of_proxy(error.source)));
+                    }
+                }
+            }
+        }
+    }
+
+    async fn reach_one(
         &self,
         direct: &Direct,
         socket: Option<UpstreamSocket>,
         client: ClientAddr,
         stats: &WorkerStats,
     ) -> Result<TcpStream, ConnectError> {
-        let reached = async {
-            let (server, socket) = if let (Some(server), Some(socket)) = (self.at_hand(), socket) {
-                (server, socket)
-            } else {
-                let server = self.address().await?;
-                (server, direct.socket(server)?)
-            };
-            let begun = Instant::now();
-            let stream = direct.connect(socket, client, server, stats).await?;
-            let took = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
-            self.latency.store(took.saturating_add(1), Ordering::Relaxed);
-            Ok(stream)
+        let (server, socket) = if let (Some(server), Some(socket)) = (self.at_hand(), socket) {
+            (server, socket)
+        } else {
+            let server = self.address().await?;
+            (server, direct.socket(server)?)
         };
-        let reached = reached.await.map_err(|error: ConnectError| match error.reason {
-            Reason::Exhausted => error,
-            _ => ConnectError::of_proxy(error.source),
-        });
-        if reached.is_ok() {
-            // It has its part still to do.
-            return reached;
-        }
-        self.found.lock().unwrap_or_else(PoisonError::into_inner).turn += 1;
-        self.judge(reached)
+        let begun = Instant::now();
+        let stream = direct.connect(socket, client, server, stats).await?;
+        let took = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
+        self.latency.store(took.saturating_add(1), Ordering::Relaxed);
+        Ok(stream)
     }
 
     /// Notes, and says once, that the server does not do its part, or does so again.

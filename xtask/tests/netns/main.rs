@@ -134,7 +134,8 @@ fn main() -> ExitCode {
         domains::SCENARIOS,
     ];
     // What the family makes no difference to: both in one run.
-    let once: &[Scenarios] = if selection.is_some() { &[] } else { &[policy::ONCE, reload::ONCE] };
+    let once: &[Scenarios] =
+        if selection.is_some() { &[] } else { &[policy::ONCE, reload::ONCE, upstream::ONCE] };
     let all = if selection.is_some() { anywhere.to_vec() } else { [anywhere, here].concat() };
     let wanted = |name: &str| {
         let matches = |filter: &String| if arguments.exact { name == filter } else { name.contains(filter) };

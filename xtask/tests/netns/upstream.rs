@@ -34,6 +34,9 @@ pub(crate) const SCENARIOS: Scenarios = &[
     }),
 ];
 
+/// For both families at once.
+pub(crate) const ONCE: Scenarios = &[("socks5_server_by_name_on_this_host", by_name)];
+
 /// Where proxy servers listen.
 const PORT: u16 = 1080;
 
@@ -139,6 +142,22 @@ fn url_with_password(lab: &Lab, family: Family) -> Result<()> {
     ensure!(!told.iter().any(|text| text.contains(password)), "the password is told: {told:#?}");
     let check = Launch::new(lab, &format!("check {flags}")).command()?.run()?;
     ensure!(!check.stdout.contains(password) && check.stdout.contains("socks5://"), "{}", check.describe());
+    Ok(())
+}
+
+/// A server by its name, on this very host. What else `localhost` means is up to the host.
+fn by_name(lab: &Lab, family: Family) -> Result<()> {
+    needs_proxy()?;
+    let _exit = upstream::microsocks(lab, &lab.router, at(family.loopback(), PORT), false)?;
+    let _web = server::web(lab, &lab.server, &[80])?;
+    let proxy = Launch::new(lab, &format!("--iface lan --upstream socks5://localhost:{PORT}")).start()?;
+    let page = url(family.anywhere(80), 80, "/");
+    for _ in 0..3 {
+        let page = lab.client.cmd("curl").args(["-sS", "-m", &pace::seconds(10), &page]).check()?;
+        let seen = page.stdout.split(' ').next();
+        ensure!(seen == Some(&family.uplink().to_string()), "the server sees {page:?}");
+    }
+    ensure!(proxy.status()?["upstreams"][0]["up"] == true, "it is down; {}", proxy.daemon.describe());
     Ok(())
 }
 
