@@ -12,7 +12,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::MissedTickBehavior;
 use tproxy_common::abi::ListenerKind;
 
-use crate::config::{Config, Handshake, Steer};
+use crate::config::{Config, Handshake, SourceMode, Steer};
 use crate::failure::Failure;
 use crate::instance::Instance;
 use crate::instance::control::{self, Request};
@@ -23,9 +23,12 @@ use crate::relay::{Routes, Shared};
 use crate::reload::{Reloaded, Watched};
 use crate::rulebook::Rulebook;
 use crate::shutdown::{self, Asked, Controller, Signals};
+use crate::sockopt::OwnMark;
 use crate::stats::Stats;
 use crate::steering::Steering;
 use crate::tun::Tun;
+use crate::upstream::checks;
+use crate::upstream::direct::Direct;
 use crate::worker::{self, WorkerError, WorkerHandle};
 use crate::{cmd, interfaces, limits, netlink, status, undo};
 
@@ -241,6 +244,12 @@ impl Upkeep<'_> {
             }
         };
         let mut answers = std::pin::pin!(control::serve(control, answer));
+        let direct = Direct {
+            source: SourceMode::Proxy,
+            mark: OwnMark(self.config.steering.own_mark),
+            timeout: self.config.timeouts.connect,
+        };
+        let mut checks = std::pin::pin!(checks::run(self.reporter.targets(), direct));
         let mut behind = false;
         let mut ticks = tokio::time::interval(CHECK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -258,6 +267,7 @@ impl Upkeep<'_> {
                 () = watch.changed() => behind = self.follow(behind).await,
                 () = tokio::time::sleep(AGAIN), if behind => behind = self.follow(behind).await,
                 () = &mut answers => {}
+                never = &mut checks => match never {},
                 _ = ticks.tick() => {
                     if let Some(steering) = self.steering.as_mut().filter(|_| !behind) {
                         // What fails here fails in `follow` as well, which tells.

@@ -145,6 +145,8 @@ stats! {
         connect_exhausted,
         /// Connects that a proxy server did not make: it could not be reached, or did not do its part.
         connect_proxy_failed,
+        /// Proxy servers of a group that did not do their part for a connect, so that another was tried.
+        connect_failed_over,
         /// Connects that failed in another way.
         connect_other,
         /// Connects given up because the client had gone.

@@ -8,6 +8,7 @@ use serde_json::{Map, Value, json};
 
 use crate::cmd;
 use crate::config::Config;
+use crate::config::upstream::Upstream;
 use crate::datapath::counters::CounterMap;
 use crate::instance::Instance;
 use crate::policy::targets::{Target, Targets};
@@ -56,6 +57,12 @@ impl Reporter {
         }))
     }
 
+    /// The targets that it tells of.
+    #[must_use]
+    pub fn targets(&self) -> Targets {
+        self.0.targets.clone()
+    }
+
     /// For `check --diff`.
     #[must_use]
     pub fn plan(&self) -> Value {
@@ -101,13 +108,21 @@ impl Reporter {
     }
 }
 
-/// The upstreams that are in use, each with its numbers in the flow table.
+/// The upstreams that are in use, each with its numbers in the flow table; members of groups have none.
 fn upstreams(targets: &Targets) -> Value {
     let mut all = Map::new();
-    for (number, target) in targets.all().iter().enumerate() {
-        let mut told = match target {
+    let members = targets.outbounds().into_iter().map(|outbound| (None, Target::Proxy(outbound)));
+    let numbered = targets.all().into_iter().enumerate().map(|(number, target)| (Some(number), target));
+    for (number, target) in members.chain(numbered) {
+        let mut told = match &target {
             Target::Address(_) => continue,
             Target::Direct => json!({"name": "direct", "up": true, "latency_ms": null}),
+            Target::Group(pool) => json!({
+                "name": &*pool.group().name,
+                "members": pool.group().members.iter().map(Upstream::name).collect::<Vec<_>>(),
+                "up": pool.members().iter().any(|member| member.as_ref().is_none_or(|one| one.works())),
+                "latency_ms": null,
+            }),
             Target::Proxy(outbound) => json!({
                 "name": &*outbound.proxy().name,
                 "url": outbound.proxy().url(),
@@ -119,7 +134,7 @@ fn upstreams(targets: &Targets) -> Value {
         // Of two that have been called the same, the one of now.
         let mut numbers = all.remove(&name).map_or_else(|| json!([]), |known| known["numbers"].clone());
         if let Some(numbers) = numbers.as_array_mut() {
-            numbers.push(json!(number));
+            numbers.extend(number.map(|number| json!(number)));
         }
         told["numbers"] = numbers;
         all.insert(name, told);

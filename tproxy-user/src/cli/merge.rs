@@ -51,8 +51,18 @@ impl Unsaid<'_> {
     }
 
     fn take(&self, file: file::File, run: &mut RunArgs, logging: &mut LoggingArgs) {
-        let file::File { watch, capture, steer, source, log, timeouts, limits, upstreams: _, rules: _ } =
-            file;
+        let file::File {
+            watch,
+            capture,
+            steer,
+            source,
+            log,
+            timeouts,
+            limits,
+            upstreams: _,
+            groups: _,
+            rules: _,
+        } = file;
         self.one("watch", &mut run.watch, watch);
         self.capture(capture, &mut run.capture);
         self.steering(steer, &mut run.steering);

@@ -305,7 +305,7 @@ mod tests {
                 "--upstream (source.upstream): 'socks' is no protocol of an upstream",
             ),
             ("--own-traffic --upstream socks5://exit.example", "give its address"),
-            ("-i e --upstream exit", "'exit': no [[upstream]] has this name; expected direct"),
+            ("-i e --upstream exit", "'exit': no [[upstream]] or [[group]] has this name; expected direct"),
             ("-i e --rule-priority 40000", "40000"),
         ] {
             let error = resolve(flags).expect_err(flags);

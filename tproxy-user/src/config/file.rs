@@ -60,6 +60,9 @@ pub struct File {
     /// Proxy servers that flows can be sent through.
     #[serde(rename = "upstream", skip_serializing_if = "Vec::is_empty")]
     pub upstreams: Vec<upstream::Upstream>,
+    /// Groups of them, of which one is chosen for each flow.
+    #[serde(rename = "group", skip_serializing_if = "Vec::is_empty")]
+    pub groups: Vec<upstream::Group>,
     /// What becomes of flows. The first rule that matches decides; without one they are proxied.
     #[serde(rename = "rule", skip_serializing_if = "Vec::is_empty")]
     pub rules: Vec<rule::Rule>,
@@ -210,7 +213,7 @@ pub fn parse(content: &[u8], path: &Path) -> Result<(File, Resolved), Failure> {
     let file: File = document.deserialize()?;
     let directory = path.parent().map_or_else(PathBuf::new, Path::to_owned);
     let resolve = || {
-        let upstreams = Upstreams::new(&file.upstreams, &directory)?;
+        let upstreams = Upstreams::new(&file.upstreams, &file.groups, &directory)?;
         Ok(Resolved { rules: resolve::rules(&file.rules, &upstreams, &directory)?, upstreams })
     };
     let resolved = resolve().map_err(|mistake| document.failure(mistake))?;

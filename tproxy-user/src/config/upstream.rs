@@ -1,8 +1,9 @@
 //! Ways to reach destinations.
 
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::time::Duration;
 
 use url::Url;
 
@@ -14,6 +15,66 @@ pub enum Upstream {
     Direct,
     /// Through a proxy server.
     Proxy(Arc<Proxy>),
+    /// By one of several others.
+    Group(Arc<Group>),
+}
+
+/// Upstreams of which one is chosen for each flow.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Group {
+    /// What rules, logs and `status` call it.
+    pub name: Arc<str>,
+    /// At least one; none is a group.
+    pub members: Vec<Upstream>,
+    /// Which of those that work.
+    pub policy: Policy,
+}
+
+/// How a member is chosen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Policy {
+    /// The first that works.
+    #[default]
+    Failover,
+    /// Each in turn.
+    RoundRobin,
+    /// The one that was connected to the fastest.
+    LeastLatency,
+    /// The same for all flows of a client's address.
+    SourceHash,
+}
+
+/// How it is found out whether a proxy server works.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Check {
+    /// From one check to the next.
+    pub interval: Duration,
+    /// The longest that one takes.
+    pub timeout: Duration,
+    /// After so many failures in a row it does not work.
+    pub fall: u32,
+    /// After so many successes in a row it works again.
+    pub rise: u32,
+    /// What is tried.
+    pub by: CheckBy,
+}
+
+/// What a check tries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CheckBy {
+    /// A connection to the server.
+    Connect,
+    /// What is said there before a request: method and password of SOCKS5; of HTTP, `OPTIONS *`.
+    Handshake,
+    /// A connection through the server to this address.
+    Request(SocketAddr),
+}
+
+impl Default for Check {
+    fn default() -> Self {
+        let (interval, timeout) = (Duration::from_secs(10), Duration::from_secs(3));
+        Self { interval, timeout, fall: 3, rise: 2, by: CheckBy::Handshake }
+    }
 }
 
 /// A proxy server.
@@ -31,6 +92,8 @@ pub struct Proxy {
     pub credentials: Option<Credentials>,
     /// What becomes of UDP flows, where it cannot carry them.
     pub udp: Udp,
+    /// How it is found out whether it works; `None`: by the flows that go through it.
+    pub check: Option<Check>,
 }
 
 /// What a proxy server speaks.
@@ -92,19 +155,28 @@ impl Upstream {
         match self {
             Self::Direct => "direct",
             Self::Proxy(proxy) => &proxy.name,
+            Self::Group(group) => &group.name,
         }
     }
 
     /// Whether its server is given by a name.
     #[must_use]
     pub fn has_name(&self) -> bool {
-        matches!(self, Self::Proxy(proxy) if matches!(proxy.host, Host::Name(_)))
+        match self {
+            Self::Direct => false,
+            Self::Proxy(proxy) => matches!(proxy.host, Host::Name(_)),
+            Self::Group(group) => group.members.iter().any(Self::has_name),
+        }
     }
 
     /// Whether the kernel is to forward UDP flows, because it cannot carry them.
     #[must_use]
     pub fn passes_udp(&self) -> bool {
-        matches!(self, Self::Proxy(proxy) if !proxy.may_carry_udp() && proxy.udp == Udp::Pass)
+        match self {
+            Self::Direct => false,
+            Self::Proxy(proxy) => !proxy.may_carry_udp() && proxy.udp == Udp::Pass,
+            Self::Group(group) => group.members.iter().all(Self::passes_udp),
+        }
     }
 }
 
@@ -143,7 +215,15 @@ impl Proxy {
             }
         };
         let name = "".into();
-        let proxy = Self { name, protocol, host: Host::parse(host)?, port, credentials, udp: Udp::default() };
+        let proxy = Self {
+            name,
+            protocol,
+            host: Host::parse(host)?,
+            port,
+            credentials,
+            udp: Udp::default(),
+            check: None,
+        };
         Ok(Self { name: proxy.url().into(), ..proxy })
     }
 
@@ -243,6 +323,17 @@ pub fn name(text: &str) -> Result<String, String> {
     Ok(text.to_owned())
 }
 
+impl fmt::Display for Policy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Failover => "failover",
+            Self::RoundRobin => "round-robin",
+            Self::LeastLatency => "least-latency",
+            Self::SourceHash => "source-hash",
+        })
+    }
+}
+
 impl fmt::Display for Protocol {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -275,6 +366,10 @@ impl fmt::Display for Upstream {
         match self {
             Self::Direct => f.write_str(self.name()),
             Self::Proxy(proxy) => proxy.fmt(f),
+            Self::Group(group) => {
+                let members: Vec<_> = group.members.iter().map(Self::name).collect();
+                write!(f, "{} ({} of {})", group.name, group.policy, members.join(", "))
+            }
         }
     }
 }

@@ -9,8 +9,9 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use tproxy_common::abi::Decision;
 
-use crate::config::upstream::Upstream;
+use crate::config::upstream::{Proxy, Upstream};
 use crate::upstream::outbound::Outbound;
+use crate::upstream::pool::Pool;
 
 /// Targets. A number means the same target for as long as the process lives, for
 /// flows keep theirs when the rules change; but for 0, the default upstream.
@@ -25,6 +26,8 @@ pub enum Target {
     Direct,
     /// To their destinations, through a proxy server.
     Proxy(Arc<Outbound>),
+    /// To their destinations, by a member of a group.
+    Group(Arc<Pool>),
     /// To this address instead.
     Address(SocketAddr),
 }
@@ -120,6 +123,18 @@ impl Targets {
         self.0.targets.read().unwrap_or_else(PoisonError::into_inner).get(usize::from(number)).cloned()
     }
 
+    /// All proxy servers, each once.
+    #[must_use]
+    pub fn outbounds(&self) -> Vec<Arc<Outbound>> {
+        let mut all: Vec<Arc<Outbound>> = Vec::new();
+        for outbound in self.all().iter().flat_map(Target::outbounds) {
+            if !all.iter().any(|known| Arc::ptr_eq(known, &outbound)) {
+                all.push(outbound);
+            }
+        }
+        all
+    }
+
     /// All of them, by their numbers.
     #[must_use]
     pub fn all(&self) -> Vec<Target> {
@@ -132,7 +147,17 @@ impl Target {
         match (self, upstream) {
             (Self::Direct, Upstream::Direct) => true,
             (Self::Proxy(outbound), Upstream::Proxy(proxy)) => outbound.proxy() == &**proxy,
+            (Self::Group(pool), Upstream::Group(group)) => pool.group() == &**group,
             _ => false,
+        }
+    }
+
+    /// The proxy servers of it.
+    fn outbounds(&self) -> Vec<Arc<Outbound>> {
+        match self {
+            Self::Direct | Self::Address(_) => Vec::new(),
+            Self::Proxy(outbound) => vec![Arc::clone(outbound)],
+            Self::Group(pool) => pool.members().iter().flatten().cloned().collect(),
         }
     }
 
@@ -143,15 +168,30 @@ impl Target {
         }
         match upstream {
             Upstream::Direct => Self::Direct,
-            Upstream::Proxy(proxy) => Self::Proxy(Arc::new(Outbound::new(Arc::clone(proxy)))),
+            Upstream::Proxy(proxy) => Self::Proxy(outbound(proxy, known)),
+            Upstream::Group(group) => {
+                let member = |member: &Upstream| match member {
+                    Upstream::Proxy(proxy) => Some(outbound(proxy, known)),
+                    Upstream::Direct | Upstream::Group(_) => None,
+                };
+                let members = group.members.iter().map(member).collect();
+                Self::Group(Arc::new(Pool::new(Arc::clone(group), members)))
+            }
         }
     }
+}
+
+/// A proxy server: the one that is in use, alone or in a group, if it is.
+fn outbound(proxy: &Arc<Proxy>, known: &[Target]) -> Arc<Outbound> {
+    let mut known = known.iter().flat_map(Target::outbounds);
+    known
+        .find(|outbound| outbound.proxy() == &**proxy)
+        .unwrap_or_else(|| Arc::new(Outbound::new(Arc::clone(proxy))))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::upstream::Proxy;
 
     fn through(url: &str) -> Upstream {
         Upstream::Proxy(Arc::new(Proxy::parse(url).expect("a URL")))

@@ -2,16 +2,19 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::net::TcpStream;
+use tokio::time::{Instant, timeout};
 
 use super::Worker;
 use super::route::Way;
 use crate::addr::{ClientAddr, OrigDst, UpstreamAddr};
+use crate::policy::targets::Target;
 use crate::sockopt::UpstreamSocket;
-use crate::upstream::ConnectError;
 use crate::upstream::direct::Direct;
 use crate::upstream::outbound::Outbound;
+use crate::upstream::{ConnectError, Reason};
 
 /// The next hop of a flow.
 #[derive(Clone, Debug)]
@@ -29,21 +32,15 @@ pub(super) struct Leg {
     pub(super) hop: Hop,
 }
 
-impl Leg {
-    /// The one of a flow; `None`: it goes nowhere, which is also where it would come back.
-    pub(super) fn of(worker: &Worker, way: Way, client: ClientAddr, destination: OrigDst) -> Option<Self> {
-        let shared = &worker.shared;
-        match way {
-            Way::Proxy(number) => match shared.routes.outbound(number) {
-                Some(outbound) => Some(Self { direct: shared.as_proxy, hop: Hop::Through(outbound) }),
-                None => Self::straight(worker, client, destination),
-            },
-            Way::Divert(target) => Self::to(worker, shared.as_proxy, client, target.into()),
-            Way::Reject | Way::Drop | Way::Ask => None,
-        }
-    }
+/// How a flow leaves: the first of these that does its part.
+#[derive(Clone, Debug)]
+pub(super) struct Legs {
+    first: Leg,
+    others: Vec<Leg>,
+}
 
-    /// Straight to its destination.
+impl Leg {
+    /// Straight to its destination; `None`: that is where it would come back.
     pub(super) fn straight(worker: &Worker, client: ClientAddr, destination: OrigDst) -> Option<Self> {
         Self::to(worker, worker.shared.direct, client, destination.into())
     }
@@ -56,13 +53,50 @@ impl Leg {
         }
         Some(Self { direct, hop: Hop::Straight(to) })
     }
+
+    fn through(worker: &Worker, outbound: Arc<Outbound>) -> Self {
+        Self { direct: worker.shared.as_proxy, hop: Hop::Through(outbound) }
+    }
+}
+
+impl Legs {
+    /// Those of a flow; `None`: it goes nowhere, which is also where it would come back.
+    pub(super) fn of(worker: &Worker, way: Way, client: ClientAddr, destination: OrigDst) -> Option<Self> {
+        let shared = &worker.shared;
+        let only = match way {
+            Way::Proxy(number) => match shared.routes.upstream(number) {
+                Target::Proxy(outbound) => Some(Leg::through(worker, outbound)),
+                Target::Group(pool) => {
+                    let mut legs = pool.order(client.ip()).into_iter().filter_map(|member| match member {
+                        Some(outbound) => Some(Leg::through(worker, outbound)),
+                        None => Leg::straight(worker, client, destination),
+                    });
+                    return Some(Self { first: legs.next()?, others: legs.collect() });
+                }
+                Target::Direct | Target::Address(_) => Leg::straight(worker, client, destination),
+            },
+            Way::Divert(target) => Leg::to(worker, shared.as_proxy, client, target.into()),
+            Way::Reject | Way::Drop | Way::Ask => None,
+        };
+        only.map(|first| Self { first, others: Vec::new() })
+    }
+}
+
+impl IntoIterator for Legs {
+    type Item = Leg;
+    type IntoIter = std::iter::Chain<std::iter::Once<Leg>, std::vec::IntoIter<Leg>>;
+
+    /// In the order in which they are tried.
+    fn into_iter(self) -> Self::IntoIter {
+        std::iter::once(self.first).chain(self.others)
+    }
 }
 
 /// A connection that is about to be made.
 #[derive(Debug)]
 pub(super) struct Exit {
-    leg: Leg,
-    /// `None`: there is none yet, as where it is not known where the server is.
+    legs: Legs,
+    /// For the first; `None`: there is none yet, as where it is not known where the server is.
     socket: Option<Result<UpstreamSocket, ConnectError>>,
 }
 
@@ -77,44 +111,68 @@ impl fmt::Display for Hop {
 
 impl Exit {
     /// Takes a descriptor for it only when it is made.
-    pub(super) fn later(leg: Leg) -> Self {
-        Self { leg, socket: None }
+    pub(super) fn later(legs: Legs) -> Self {
+        Self { legs, socket: None }
     }
 
     /// Takes a descriptor for it.
-    pub(super) fn open(worker: &Worker, leg: Leg) -> Self {
-        let to = match &leg.hop {
+    pub(super) fn open(worker: &Worker, legs: Legs) -> Self {
+        let to = match &legs.first.hop {
             Hop::Straight(to) => Some(*to),
             Hop::Through(outbound) => outbound.at_hand(),
         };
-        let socket = to.map(|to| worker.upstream_socket(&leg.direct, to));
-        Self { leg, socket }
+        let socket = to.map(|to| worker.upstream_socket(&legs.first.direct, to));
+        Self { legs, socket }
     }
 
-    /// Where it goes next.
-    pub(super) fn hop(&self) -> &Hop {
-        &self.leg.hop
-    }
-
-    /// Connects on behalf of `client`; within the connect time-out.
+    /// Connects on behalf of `client`; within the connect time-out, of which each way that is left
+    /// has its part. Tells by which way.
     pub(super) async fn connect(
         self,
         worker: &Worker,
+        ends: (ClientAddr, OrigDst),
+    ) -> Result<(TcpStream, Hop), ConnectError> {
+        let Self { legs, mut socket } = self;
+        let end = Instant::now() + worker.shared.timeouts.connect;
+        let mut left = u32::try_from(legs.others.len()).unwrap_or(u32::MAX).saturating_add(1);
+        let mut legs = legs.into_iter();
+        loop {
+            let Some(leg) = legs.next() else { return Err(Direct::too_slow()) };
+            let patience = end.saturating_duration_since(Instant::now()) / left;
+            left -= 1;
+            match leg.connect(worker, socket.take(), ends, patience).await {
+                Ok(stream) => return Ok((stream, leg.hop)),
+                Err(error) if error.reason == Reason::Proxy && left > 0 => {
+                    worker.stats().connect_failed_over.inc();
+                    tracing::debug!("{} to {} by {}: {error}; trying another", ends.0, ends.1, leg.hop);
+                }
+                Err(error) => {
+                    tracing::debug!("{} to {} by {}: {error}", ends.0, ends.1, leg.hop);
+                    return Err(error);
+                }
+            }
+        }
+    }
+}
+
+impl Leg {
+    async fn connect(
+        &self,
+        worker: &Worker,
+        socket: Option<Result<UpstreamSocket, ConnectError>>,
         (client, destination): (ClientAddr, OrigDst),
+        patience: Duration,
     ) -> Result<TcpStream, ConnectError> {
-        let Self { leg: Leg { direct, hop }, socket } = self;
         let (socket, stats) = (socket.transpose()?, worker.stats());
-        match hop {
+        match &self.hop {
             Hop::Straight(to) => {
-                let socket = socket.map_or_else(|| direct.socket(to), Ok)?;
-                let attempt = direct.connect(socket, client, to, stats);
-                tokio::time::timeout(direct.timeout, attempt)
-                    .await
-                    .unwrap_or_else(|_| Err(Direct::too_slow()))
+                let socket = socket.map_or_else(|| self.direct.socket(*to), Ok)?;
+                let attempt = self.direct.connect(socket, client, *to, stats);
+                timeout(patience, attempt).await.unwrap_or_else(|_| Err(Direct::too_slow()))
             }
             Hop::Through(outbound) => {
-                let attempt = outbound.connect(&direct, socket, (client, destination), stats);
-                match tokio::time::timeout(direct.timeout, attempt).await {
+                let attempt = outbound.connect(&self.direct, socket, (client, destination), stats);
+                match timeout(patience, attempt).await {
                     Ok(outcome) => outcome,
                     Err(_) => outbound.judge(Err(Outbound::too_slow())),
                 }

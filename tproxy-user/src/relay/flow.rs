@@ -28,7 +28,7 @@ use tokio::time::{Instant, sleep_until};
 use tproxy_common::abi::UDP;
 
 use super::Worker;
-use super::exit::{Hop, Leg};
+use super::exit::{Hop, Leg, Legs};
 use super::icmp::Budget;
 use super::raw::ReplySender;
 use super::receive::{Received, Receiver};
@@ -156,44 +156,63 @@ impl Flows {
             Way::Drop | Way::Ask => return,
         };
         let known = self.table.borrow_mut().get(&(client, lane)).map(Rc::clone);
-        let flow = match known {
-            Some(flow) => flow,
-            None => match self.leg((client, destination), route.way, payload) {
-                None => return,
-                Some(Leg { hop: Hop::Through(outbound), .. }) => {
-                    let route = self.rule_of(route, client, destination);
-                    return self.associate((client, lane), outbound, route, datagram, payload);
-                }
-                Some(Leg { direct, hop: Hop::Straight(to) }) => {
-                    let Some(slot) = self.admit(client) else { return };
-                    let socket = direct.udp(client, to, self.worker.stats());
-                    let Some(socket) = self.available(socket, client) else { return };
-                    let exit = match lane {
-                        Lane::Upstream(_) => Exit::Straight,
-                        Lane::Diverted(_) => Exit::Target(to, destination),
-                    };
-                    let route = self.rule_of(route, client, destination);
-                    self.open((client, lane), exit, socket, slot, self.record(client, destination, route))
-                }
-            },
-        };
-        self.send(&flow, destination, datagram, payload, dont_fragment);
+        let known = known.or_else(|| self.begin((client, lane), destination, route, datagram, payload));
+        if let Some(flow) = known {
+            self.send(&flow, destination, datagram, payload, dont_fragment);
+        }
     }
 
-    /// How the first datagram of a flow leaves; `None`: it does not, and its client is told.
-    fn leg(&self, (client, destination): (ClientAddr, OrigDst), way: Way, payload: &[u8]) -> Option<Leg> {
-        let leg = Leg::of(&self.worker, way, client, destination)?;
-        match &leg.hop {
-            Hop::Through(outbound) if !outbound.carries_udp() => match outbound.proxy().udp {
-                Udp::Reject => {
-                    self.refuse(client, destination, payload);
-                    None
-                }
-                // What the kernel was not told to forward is here, and can be relayed.
-                Udp::Direct | Udp::Pass => Leg::straight(&self.worker, client, destination),
-            },
-            _ => Some(leg),
+    /// A new flow; `None`: this datagram is not sent, or only once a server carries it.
+    fn begin(
+        self: &Rc<Self>,
+        (client, lane): Key,
+        destination: OrigDst,
+        route: Route,
+        datagram: &Received,
+        payload: &[u8],
+    ) -> Option<Rc<Flow>> {
+        let legs = self.legs((client, destination), route.way, payload)?;
+        let route = self.rule_of(route, client, destination);
+        let Leg { direct, hop } = legs.first()?;
+        let Hop::Straight(to) = hop else {
+            self.associate((client, lane), legs, route, datagram, payload);
+            return None;
+        };
+        let slot = self.admit(client)?;
+        let socket = self.available(direct.udp(client, *to, self.worker.stats()), client)?;
+        let exit = match lane {
+            Lane::Upstream(_) => Exit::Straight,
+            Lane::Diverted(_) => Exit::Target(*to, destination),
+        };
+        Some(self.open((client, lane), exit, socket, slot, self.record(client, destination, route)))
+    }
+
+    /// How a new flow may leave, what goes first before; `None`: it does not, and its client is told.
+    fn legs(
+        &self,
+        (client, destination): (ClientAddr, OrigDst),
+        way: Way,
+        payload: &[u8],
+    ) -> Option<Vec<Leg>> {
+        let legs = Legs::of(&self.worker, way, client, destination)?;
+        let mut instead = None;
+        let carries = |leg: &Leg| match &leg.hop {
+            Hop::Straight(_) => true,
+            Hop::Through(outbound) => {
+                instead.get_or_insert(outbound.proxy().udp);
+                outbound.carries_udp()
+            }
+        };
+        let legs: Vec<_> = legs.into_iter().filter(carries).collect();
+        if !legs.is_empty() {
+            return Some(legs);
         }
+        if instead == Some(Udp::Reject) {
+            self.refuse(client, destination, payload);
+            return None;
+        }
+        // What the kernel was not told to forward is here, and can be relayed.
+        Leg::straight(&self.worker, client, destination).map(|leg| vec![leg])
     }
 
     /// The rule of a new flow, where none was asked for yet.

@@ -22,7 +22,7 @@ use tokio::time::Instant;
 use tproxy_common::abi::TCP;
 
 use super::Worker;
-use super::exit::{Exit, Leg};
+use super::exit::{Exit, Legs};
 use super::record::{End, Protocol, Record};
 use super::refusal::{Refusal, RefusalSender};
 use super::syn::Syn;
@@ -160,7 +160,7 @@ fn arrived(worker: &Rc<Worker>, handshakes: &Handshakes, packet: Box<[u8]>) {
     }
     let (shared, stats) = (&worker.shared, worker.stats());
     let route = shared.routes.of(TCP, syn.client, syn.destination, stats);
-    let Some(leg) = Leg::of(worker, route.way, syn.client, syn.destination) else {
+    let Some(legs) = Legs::of(worker, route.way, syn.client, syn.destination) else {
         return handshakes.refuse(Refusal::Reset, &syn, &packet, worker);
     };
     let Some(slot) = shared.clients.admit(syn.client.ip()) else {
@@ -178,7 +178,7 @@ fn arrived(worker: &Rc<Worker>, handshakes: &Handshakes, packet: Box<[u8]>) {
     handshakes.open.borrow_mut().insert(key, Rc::clone(&handshake));
     let record = Record::new(worker, Protocol::Tcp, syn.client, syn.destination, route.rule);
     let open = Open { handshake, key };
-    let exit = Exit::later(leg);
+    let exit = Exit::later(legs);
     drop(spawn_local(serve(Rc::clone(worker), (open, exit), record, claimed, (permit, slot))));
 }
 
@@ -206,14 +206,13 @@ async fn serve(
     _shares: (OwnedSemaphorePermit, ClientSlot),
 ) {
     let Some(handshakes) = &worker.handshakes else { return };
-    let hop = exit.hop().clone();
     let connected = tokio::select! {
         connected = exit.connect(&worker, open.key) => connected,
         // Nobody can claim what was not let in: the run is over.
         _ = &mut claimed => return,
     };
-    let upstream_side = match connected {
-        Ok(stream) => Connection::new(stream),
+    let (upstream_side, hop) = match connected {
+        Ok((stream, hop)) => (Connection::new(stream), hop),
         Err(error) => {
             failed(&worker, handshakes, &open.handshake, &error);
             open.forget(handshakes);

@@ -3,7 +3,6 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
-use std::sync::Arc;
 
 use aya::maps::MapError;
 use tproxy_common::abi::{Addr, Decision, Family, Flow, FlowKey, Origin, UDP, Verdict, mapped};
@@ -16,7 +15,6 @@ use crate::policy::targets::Target;
 use crate::relay::sniff::dns;
 use crate::rulebook::Rulebook;
 use crate::stats::WorkerStats;
-use crate::upstream::outbound::Outbound;
 
 /// What becomes of a flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,11 +68,11 @@ impl Routes {
         Self { table: None, rules }
     }
 
-    /// The proxy server with this number; `None`: straight to the destination.
-    pub(crate) fn outbound(&self, number: u16) -> Option<Arc<Outbound>> {
+    /// What this number means for flows that go to their destinations.
+    pub(crate) fn upstream(&self, number: u16) -> Target {
         match self.rules.targets.get(number) {
-            Some(Target::Proxy(outbound)) => Some(outbound),
-            Some(Target::Direct | Target::Address(_)) | None => None,
+            None | Some(Target::Address(_)) => Target::Direct,
+            Some(upstream) => upstream,
         }
     }
 
@@ -152,7 +150,7 @@ impl Routes {
         let way = match Verdict::from_raw(decision.raw_verdict()) {
             Some(Verdict::Divert) => match self.rules.targets.get(decision.target()) {
                 Some(Target::Address(address)) => Way::Divert(address),
-                Some(Target::Direct | Target::Proxy(_)) | None => Way::Reject,
+                Some(Target::Direct | Target::Proxy(_) | Target::Group(_)) | None => Way::Reject,
             },
             Some(Verdict::Reject) => Way::Reject,
             Some(Verdict::Drop) => Way::Drop,

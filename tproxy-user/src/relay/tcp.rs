@@ -17,7 +17,7 @@ use tproxy_common::abi::TCP;
 use super::Worker;
 use super::ask;
 use super::copy::{Ending, Patience, copy, reset};
-use super::exit::{Exit, Leg};
+use super::exit::{Exit, Legs};
 use super::record::{End, Protocol, Record};
 use super::route::Way;
 use crate::addr::{ClientAddr, OrigDst};
@@ -135,8 +135,8 @@ fn admit(
         return stats.accept_errors.inc();
     };
     let route = worker.shared.routes.of(TCP, client, destination, stats);
-    let leg = Leg::of(worker, route.way, client, destination);
-    if leg.is_none() && route.way != Way::Ask {
+    let legs = Legs::of(worker, route.way, client, destination);
+    if legs.is_none() && route.way != Way::Ask {
         return sockopt::reset_on_close(&stream);
     }
     let mut stream = match TcpStream::from_std(stream) {
@@ -162,7 +162,7 @@ fn admit(
     let Some(permit) = permit.or_else(|| worker.try_permit()) else { return };
     let record = Record::new(worker, Protocol::Tcp, client, destination, route.rule);
     // Before another is accepted, which would take the descriptor.
-    let exit = leg.map(|leg| Exit::open(worker, leg));
+    let exit = legs.map(|legs| Exit::open(worker, legs));
     let task = serve(Rc::clone(worker), stream, record, (client, destination, exit), (permit, slot));
     drop(spawn_local(task));
 }
@@ -186,22 +186,20 @@ async fn serve(
         let route = worker.shared.routes.decide(TCP, client, destination, name.as_deref(), stats);
         tracing::debug!("{client} to {destination}: for {name:?}, so {:?}", route.way);
         record.rule.set(route.rule);
-        exit = Leg::of(&worker, route.way, client, destination).map(|leg| Exit::open(&worker, leg));
+        exit = Legs::of(&worker, route.way, client, destination).map(|legs| Exit::open(&worker, legs));
     }
     // A connection that its client believes in can only be reset, whatever a rule says.
     let Some(exit) = exit else { return record.ends(End::Rejected) };
-    let hop = exit.hop().clone();
     let connected = tokio::select! {
         connected = exit.connect(&worker, (client, destination)) => connected,
         () = reset(&client_side) => return record.ends(End::ClientGone),
     };
-    let upstream_side = match connected {
-        Ok(stream) => Connection::new(stream),
+    let (upstream_side, hop) = match connected {
+        Ok((stream, hop)) => (Connection::new(stream), hop),
         Err(error) => {
             if let Some(error) = error.exhaustion() {
                 worker.shared.report_exhaustion("cannot connect", error);
             }
-            tracing::debug!("{client} to {destination} by {hop}: {error}");
             return record.ends(End::NotConnected(error.reason));
         }
     };

@@ -44,11 +44,37 @@ pub enum Violation {
 /// The request for a connection to this address.
 #[must_use]
 pub fn request(to: SocketAddr, credentials: Option<&Credentials>) -> Vec<u8> {
-    let authorization = credentials.map_or_else(String::new, |credentials| {
+    let authorization = authorization(credentials);
+    format!("CONNECT {to} HTTP/1.1\r\nHost: {to}\r\n{authorization}\r\n").into_bytes()
+}
+
+/// A request that asks a server, by its URL, for nothing but an answer (RFC 9110, section 9.3.7).
+#[must_use]
+pub fn options(url: &str, credentials: Option<&Credentials>) -> Vec<u8> {
+    let (authorization, host) = (authorization(credentials), url.trim_start_matches("http://"));
+    format!(
+        "OPTIONS * HTTP/1.1\r\nHost: {host}\r\nMax-Forwards: 0\r\n{authorization}Connection: close\r\n\r\n"
+    )
+    .into_bytes()
+}
+
+fn authorization(credentials: Option<&Credentials>) -> String {
+    credentials.map_or_else(String::new, |credentials| {
         let both = format!("{}:{}", credentials.username, credentials.password.reveal());
         format!("Proxy-Authorization: Basic {}\r\n", STANDARD.encode(both))
-    });
-    format!("CONNECT {to} HTTP/1.1\r\nHost: {to}\r\n{authorization}\r\n").into_bytes()
+    })
+}
+
+/// As [`response`], to a request that asks for nothing: any status will do, but one that is about
+/// user and password.
+///
+/// # Errors
+/// As there.
+pub fn answer(bytes: &[u8], with_credentials: bool) -> Result<Option<usize>, Violation> {
+    match response(bytes, with_credentials) {
+        Err(Violation::Status { .. }) => Ok(Some(0)),
+        other => other,
+    }
 }
 
 /// Looks at the first bytes of a response: how long the head is of one that says yes; `None`:

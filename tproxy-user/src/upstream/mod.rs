@@ -1,8 +1,11 @@
 //! Ways to reach the destination: [`direct`]ly, or through a proxy server.
 
+pub mod checks;
 pub mod direct;
+pub mod health;
 pub mod http;
 pub mod outbound;
+pub mod pool;
 pub mod socks5;
 mod tunnel;
 

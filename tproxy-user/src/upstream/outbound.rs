@@ -1,18 +1,19 @@
 //! A proxy server that is in use: where it is, and whether it does its part.
 
 use std::io;
-use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::net::TcpStream;
 
 use super::direct::Direct;
+use super::health::{Change, Health};
 use super::socks5::Command;
 use super::{Cause, ConnectError, Reason, tunnel};
 use crate::addr::{ClientAddr, OrigDst, UpstreamAddr};
-use crate::config::upstream::{Host, Proxy};
+use crate::config::upstream::{Check, CheckBy, Host, Proxy};
 use crate::limits::Alarm;
 use crate::sockopt::UpstreamSocket;
 use crate::stats::WorkerStats;
@@ -22,6 +23,9 @@ const FRESH: Duration = Duration::from_secs(30);
 
 /// How long a server that does not carry datagrams is not asked again.
 const NO_UDP: Duration = Duration::from_mins(1);
+
+/// Whom a check is on behalf of: the proxy itself, whose source no mode keeps.
+const NOBODY: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0);
 
 /// The most addresses of a name that are used.
 const MOST: usize = 8;
@@ -33,8 +37,7 @@ pub struct Outbound {
     found: Mutex<Found>,
     /// Held by who looks the name up.
     looking: tokio::sync::Mutex<()>,
-    /// It did not do its part the last time.
-    down: AtomicBool,
+    health: Health,
     failing: Alarm,
     /// Until when it is not asked to carry datagrams.
     no_udp: Mutex<Option<Instant>>,
@@ -55,8 +58,8 @@ impl Outbound {
     /// Of a server. Nothing is asked yet.
     #[must_use]
     pub fn new(proxy: Arc<Proxy>) -> Self {
-        let (found, looking, down, failing, no_udp, latency) = Default::default();
-        Self { proxy, found, looking, down, failing, no_udp, latency }
+        let (found, looking, health, failing, no_udp, latency) = Default::default();
+        Self { proxy, found, looking, health, failing, no_udp, latency }
     }
 
     /// The server, as it is configured.
@@ -65,10 +68,10 @@ impl Outbound {
         &self.proxy
     }
 
-    /// Whether its server was reached, and did its part, when it was last tried.
+    /// Whether it works, as far as is known.
     #[must_use]
     pub fn works(&self) -> bool {
-        !self.down.load(Ordering::Relaxed)
+        self.health.is_up()
     }
 
     /// How long the latest connection to it took to make.
@@ -179,6 +182,20 @@ impl Outbound {
     async fn reach(
         &self,
         direct: &Direct,
+        socket: Option<UpstreamSocket>,
+        client: ClientAddr,
+        stats: &WorkerStats,
+    ) -> Result<TcpStream, ConnectError> {
+        match self.reach_any(direct, socket, client, stats).await {
+            // It has its part still to do.
+            Ok(stream) => Ok(stream),
+            Err(error) => self.judge(Err(error)),
+        }
+    }
+
+    async fn reach_any(
+        &self,
+        direct: &Direct,
         mut socket: Option<UpstreamSocket>,
         client: ClientAddr,
         stats: &WorkerStats,
@@ -187,7 +204,6 @@ impl Outbound {
         loop {
             tried += 1;
             match self.reach_one(direct, socket.take(), client, stats).await {
-                // It has its part still to do.
                 Ok(stream) => return Ok(stream),
                 Err(error) if error.reason == Reason::Exhausted => return Err(error),
                 Err(error) => {
@@ -197,7 +213,7 @@ impl Outbound {
                         found.addresses.len()
                     };
                     if tried >= addresses {
-                        return self.judge(Err(ConnectError::of_proxy(error.source)));
+                        return Err(ConnectError::of_proxy(error.source));
                     }
                 }
             }
@@ -229,16 +245,47 @@ impl Outbound {
     /// # Errors
     /// That of `outcome`.
     pub fn judge<T>(&self, outcome: Result<T, ConnectError>) -> Result<T, ConnectError> {
-        let failed = outcome.as_ref().err().filter(|error| error.reason == Reason::Proxy);
-        if failed.is_some() || outcome.is_ok() {
-            self.down.store(failed.is_some(), Ordering::Relaxed);
-        }
-        if let Some(error) = failed.filter(|_| self.failing.raise()) {
-            tracing::warn!("upstream {}: {error}", self.proxy);
-        } else if outcome.is_ok() && self.failing.clear() {
-            tracing::info!("upstream {}: works again", self.proxy);
+        let check = self.proxy.check.as_ref();
+        match &outcome {
+            Err(error) if error.reason == Reason::Proxy => {
+                let change = self.health.flow(false, check);
+                let first = self.failing.raise();
+                // Of one that is checked it is told when it is given up; of others once in a while.
+                if change.is_some() && check.is_some() {
+                    tracing::warn!("upstream {} is down: {error}", self.proxy);
+                } else if first {
+                    tracing::warn!("upstream {}: {error}", self.proxy);
+                }
+            }
+            Err(_) => {}
+            Ok(_) => {
+                let change = self.health.flow(true, check);
+                if (change.is_some() && check.is_some()) || self.failing.clear() {
+                    tracing::info!("upstream {}: works again", self.proxy);
+                }
+            }
         }
         outcome
+    }
+
+    /// Looks whether the server works, and notes it.
+    pub async fn check(&self, check: &Check, direct: &Direct, stats: &WorkerStats) {
+        let attempt = async {
+            let mut stream = self.reach_any(direct, None, NOBODY.into(), stats).await?;
+            match check.by {
+                CheckBy::Connect => Ok(()),
+                CheckBy::Handshake => tunnel::greet(&mut stream, &self.proxy).await,
+                CheckBy::Request(to) => tunnel::connect(&mut stream, &self.proxy, to).await,
+            }
+        };
+        let outcome =
+            tokio::time::timeout(check.timeout, attempt).await.unwrap_or_else(|_| Err(Self::too_slow()));
+        match (self.health.check(outcome.is_ok(), check), outcome) {
+            (Some(Change::Down), Err(error)) => tracing::warn!("upstream {} is down: {error}", self.proxy),
+            (Some(Change::Up), _) => tracing::info!("upstream {} is up again", self.proxy),
+            (_, Err(error)) => tracing::debug!("upstream {}: a check failed: {error}", self.proxy),
+            (_, Ok(())) => {}
+        }
     }
 
     /// The error of a server that did not answer in time.

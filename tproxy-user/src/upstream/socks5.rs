@@ -41,6 +41,8 @@ pub enum Command {
     Connect(SocketAddr),
     /// To carry datagrams that come from this address; with port 0 they may come from any.
     UdpAssociate(SocketAddr),
+    /// Nothing: it is over where a request would go.
+    Nothing,
 }
 
 /// What comes next.
@@ -139,6 +141,7 @@ impl<'a> Handshake<'a> {
         let (command, address) = match self.command {
             Command::Connect(to) => (1, to),
             Command::UdpAssociate(from) => (3, from),
+            Command::Nothing => return Step::Done(None),
         };
         let mut request = vec![VERSION, command, 0];
         write_address(&mut request, address);

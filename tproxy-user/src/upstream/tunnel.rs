@@ -29,6 +29,21 @@ pub(super) async fn connect(
     }
 }
 
+/// Says what goes before a request, to see whether the server is there.
+///
+/// # Errors
+/// As [`connect`], of the server.
+pub(super) async fn greet(stream: &mut TcpStream, proxy: &Proxy) -> Result<(), ConnectError> {
+    let credentials = proxy.credentials.as_ref();
+    match proxy.protocol {
+        Protocol::Socks5 => socks5(stream, Command::Nothing, credentials).await.map(drop),
+        Protocol::Http => {
+            let request = http::options(&proxy.url(), credentials);
+            converse(stream, &request, |head| http::answer(head, credentials.is_some())).await.map(drop)
+        }
+    }
+}
+
 /// Has a SOCKS5 handshake; the server's own address for what was asked for.
 ///
 /// # Errors
@@ -57,12 +72,25 @@ async fn http(
     to: SocketAddr,
     credentials: Option<&Credentials>,
 ) -> Result<(), ConnectError> {
-    stream.write_all(&http::request(to, credentials)).await.map_err(broken)?;
+    let request = http::request(to, credentials);
+    let head = converse(stream, &request, |head| http::response(head, credentials.is_some())).await?;
+    // The head was looked at; now it is taken: behind it the tunnel begins.
+    let mut taken = vec![0; head];
+    stream.read_exact(&mut taken).await.map(drop).map_err(broken)
+}
+
+/// Sends a request and looks at what comes until `whole` says how long the head is. It is left
+/// where it is.
+async fn converse(
+    stream: &mut TcpStream,
+    request: &[u8],
+    whole: impl Fn(&[u8]) -> Result<Option<usize>, http::Violation>,
+) -> Result<usize, ConnectError> {
+    stream.write_all(request).await.map_err(broken)?;
     let mut buffer = vec![0; http::LONGEST];
     let mut seen = 0;
     loop {
         let ready = stream.ready(Interest::READABLE).await.map_err(broken)?;
-        // The head is looked at until it is whole, and taken then: behind it the tunnel begins.
         let more = stream.try_io(Interest::READABLE, || {
             let length = sockopt::peek(stream.as_fd(), &mut buffer)?;
             // What has been seen stays, so it is readable still; but it is to be waited for more.
@@ -74,9 +102,8 @@ async fn http(
             Err(error) if error.kind() == io::ErrorKind::WouldBlock && !ready.is_read_closed() => continue,
             Err(error) => return Err(broken(error)),
         }
-        if let Some(head) = http::response(&buffer[..seen], credentials.is_some())? {
-            stream.read_exact(&mut buffer[..head]).await.map_err(broken)?;
-            return Ok(());
+        if let Some(head) = whole(&buffer[..seen])? {
+            return Ok(head);
         }
     }
 }

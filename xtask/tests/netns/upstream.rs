@@ -27,6 +27,7 @@ pub(crate) const SCENARIOS: Scenarios = &[
     ("F8_socks5_server_fails", failing),
     ("F9_datagrams_wait_for_the_socks5_server", first_flight),
     ("socks5_password_in_a_url_is_hidden", url_with_password),
+    ("group_fails_over_and_comes_back", failover),
     ("udp_that_the_upstream_does_not_carry", without_udp),
     ("http_tcp_by_tinyproxy", tinyproxy),
     ("http_tcp_by_squid", |lab, family| {
@@ -438,5 +439,77 @@ fn own_traffic(lab: &Lab, family: Family) -> Result<()> {
     ensure!(got == answer, "the answer is {got}");
     let flows = proxy.flows()?;
     ensure!(flows.iter().all(|flow| flow.destination != exit(family).to_string()), "a loop: {flows:#?}");
+    Ok(())
+}
+
+/// The first of a group dies under load: no new connection is lost, the open ones end at once, and
+/// it is used again once it is back. Datagrams go over as well.
+fn failover(lab: &Lab, family: Family) -> Result<()> {
+    needs_proxy()?;
+    let second = at(family.server(), 1081);
+    // By the port where it listens the servers tell through whom a connection comes.
+    let external = Family::ALL.map(Family::server);
+    let first = dante(lab, family)?;
+    let _second = upstream::microsocks(lab, &lab.server, second, false)?;
+    let _web = server::web(lab, &lab.server, &[80])?;
+    let _echo = TcpServer::echo(&lab.server, at(family.anywhere(7), 7))?;
+    let config = format!(
+        "[source]\nupstream = 'exits'\n[log]\naccess = 'json'\n\
+         [[upstream]]\nname = 'one'\nurl = 'socks5://{}'\ncheck = {{ interval = '1s', timeout = '1s', fall = 2, rise = 2 }}\n\
+         [[upstream]]\nname = 'two'\nurl = 'socks5://{second}'\nudp = 'direct'\n\
+         [[group]]\nname = 'exits'\nmembers = ['one', 'two']\n",
+        exit(family)
+    );
+    let proxy = ConfigFile::new(lab, &config)?.launch(lab, "--iface lan").start()?;
+    let page = url(family.anywhere(80), 80, "/");
+    let get = || lab.client.cmd("curl").args(["-sS", "-m", &pace::seconds(5), &page]).check();
+    let ended_by = |name: &str| {
+        let log = proxy.daemon.log();
+        log.lines().filter(|line| line.contains(&format!("\"upstream\":\"{name}\""))).count()
+    };
+    get()?;
+    ensure!((ended_by("one"), ended_by("two")) == (1, 0), "{}", proxy.daemon.describe());
+
+    let mut open = Vec::new();
+    for _ in 0..20 {
+        let to = at(family.anywhere(7), 7);
+        open.push(lab.client.enter(|| peer::try_connect(None, to, peer::PATIENCE))??);
+    }
+    for stream in &mut open {
+        stream.write_all(b"x")?;
+        stream.read_exact(&mut [0; 1])?;
+    }
+    let began = Instant::now();
+    drop(first);
+    for (number, stream) in open.iter_mut().enumerate() {
+        let ended = stream.read(&mut [0; 1]);
+        ensure!(ended.is_err() || ended.is_ok_and(|length| length == 0), "connection {number} goes on");
+    }
+    ensure!(began.elapsed() < patience(Duration::from_secs(2)), "they ended after {:?}", began.elapsed());
+    for _ in 0..10 {
+        get().with_context(|| proxy.daemon.describe())?;
+    }
+    ensure!(ended_by("two") == 10, "{}", proxy.daemon.describe());
+    wait_for("the first is told to be down", patience(Duration::from_secs(5)), || {
+        Ok(proxy.daemon.log().contains("upstream one") && proxy.daemon.log().contains("is down"))
+    })?;
+    // From now on it is not tried any more.
+    let failed_over = proxy.counter("connect_failed_over")?;
+    get()?;
+    ensure!(proxy.counter("connect_failed_over")? == failed_over, "it is tried still");
+    let upstreams = proxy.status()?["upstreams"].clone();
+    let up = |name: &str| {
+        let all = upstreams.as_array().into_iter().flatten();
+        all.clone().find(|one| one["name"] == name).map(|one| one["up"] == true)
+    };
+    ensure!((up("exits"), up("one"), up("two")) == (Some(true), Some(false), Some(true)), "{upstreams:#}");
+
+    let _first = upstream::dante(lab, &lab.server, exit(family), external)?;
+    wait_for("it is up again", patience(Duration::from_secs(6)), || {
+        Ok(proxy.daemon.log().contains("is up again"))
+    })?;
+    let before = ended_by("one");
+    get()?;
+    ensure!(ended_by("one") == before + 1, "it is not used again: {}", proxy.daemon.describe());
     Ok(())
 }

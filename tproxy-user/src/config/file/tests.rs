@@ -61,7 +61,7 @@ fn mistakes_name_line_column_and_key() {
         ("[[upstrm]]\nname = 'exit'", "t.toml:1:3: upstrm: unknown key; did you mean `upstream`?"),
         (
             "[qux]",
-            "t.toml:1:2: qux: unknown key; expected watch, capture, steer, source, log, timeouts, limits, upstream, rule",
+            "t.toml:1:2: qux: unknown key; expected watch, capture, steer, source, log, timeouts, limits, upstream, group, rule",
         ),
         ("[[upstream]]\nname = 'exit'", "t.toml:1:1: upstream[0]: the key `url` is missing"),
         (
@@ -70,7 +70,7 @@ fn mistakes_name_line_column_and_key() {
         ),
         (
             "[[upstream]]\nname = 'exit'\nurl = 'socks5://h'\n[[rule]]\nupstream = 'exti'\naction = 'proxy'",
-            "t.toml:5:12: rule[0].upstream: 'exti': no [[upstream]] has this name; did you mean `exit`?",
+            "t.toml:5:12: rule[0].upstream: 'exti': no [[upstream]] or [[group]] has this name; did you mean `exit`?",
         ),
         (
             "[capture]\nfail = 'opne'",
@@ -145,7 +145,7 @@ fn mistakes_in_rules() {
         ),
         (
             "action = 'proxy'\nupstream = 'exits'",
-            "5:12: rule[1].upstream: 'exits': no [[upstream]] has this name; expected direct",
+            "5:12: rule[1].upstream: 'exits': no [[upstream]] or [[group]] has this name; expected direct",
         ),
         ("gid = 5\naction = 'pass'", "4:7: rule[1].gid: not supported yet; leave the key out"),
         (
@@ -342,6 +342,19 @@ fn keys_of_schema(
     }
 }
 
+/// Keys of a table, those of tables within it and of lists of tables as well.
+fn keys_of_table(table: &toml::Table, under: &str, keys: &mut BTreeSet<String>) {
+    for (name, value) in table {
+        let name = format!("{under}.{name}");
+        let values = value.as_array().map_or(std::slice::from_ref(value), Vec::as_slice);
+        let mut tables = values.iter().filter_map(toml::Value::as_table).peekable();
+        if tables.peek().is_none() {
+            keys.insert(name.trim_start_matches('.').to_owned());
+        }
+        tables.for_each(|table| keys_of_table(table, &name, keys));
+    }
+}
+
 #[test]
 fn the_sample_has_every_key_of_the_schema_and_no_other() {
     let directory = tempfile::tempdir().expect("a directory");
@@ -358,14 +371,7 @@ fn the_sample_has_every_key_of_the_schema_and_no_other() {
 
     let mut keys_of_sample = BTreeSet::new();
     let table: toml::Table = sample().parse().expect("parsed above");
-    for (name, value) in &table {
-        let tables = value.as_array().map_or(std::slice::from_ref(value), Vec::as_slice);
-        let keys = tables.iter().filter_map(toml::Value::as_table).flat_map(toml::Table::keys);
-        keys_of_sample.extend(keys.map(|key| format!("{name}.{key}")));
-        if !value.is_table() && !value.is_array() {
-            keys_of_sample.insert(name.clone());
-        }
-    }
+    keys_of_table(&table, "", &mut keys_of_sample);
     let schema = schema().to_value();
     let mut known = BTreeSet::new();
     keys_of_schema(&schema, &schema, "", &mut known);

@@ -3,12 +3,12 @@
 use std::fs::File;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::error::Mistake;
+use super::value::{Count, Target, Time};
 use crate::config::upstream::{self, Credentials, Proxy};
 
 /// The most that a file with a password may have, in bytes: more is another file.
@@ -32,6 +32,64 @@ pub struct Upstream {
     pub password_credential: Option<String>,
     /// UDP flows that it cannot carry: reject (the default), pass, direct.
     pub udp: Option<Udp>,
+    /// How it is found out whether it works; members of groups are checked also without.
+    pub check: Option<Check>,
+}
+
+/// How it is found out whether an upstream works.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default, expecting = "a table")]
+pub struct Check {
+    /// From one check to the next.
+    pub interval: Option<Time>,
+    /// The longest that one takes.
+    pub timeout: Option<Time>,
+    /// Failures in a row after which it does not work.
+    pub fall: Option<Count>,
+    /// Successes in a row after which it works again.
+    pub rise: Option<Count>,
+    /// What is tried: a handshake (the default), a connection alone, or a request.
+    pub by: Option<CheckBy>,
+    /// Where a request goes to; with by = "request" alone.
+    pub target: Option<Target>,
+}
+
+/// What a check tries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum CheckBy {
+    /// A connection to the server.
+    Connect,
+    /// What is said there before a request.
+    Handshake,
+    /// A connection through the server to `target`.
+    Request,
+}
+
+/// Upstreams of which one is chosen for each flow.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, expecting = "a table")]
+pub struct Group {
+    /// What rules call it.
+    pub name: String,
+    /// Names of upstreams; direct, too.
+    pub members: Vec<String>,
+    /// Which of those that work: failover (the default), round-robin, least-latency, source-hash.
+    pub policy: Option<Policy>,
+}
+
+/// How a member is chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Policy {
+    /// The first that works.
+    Failover,
+    /// Each in turn.
+    RoundRobin,
+    /// The one that was connected to the fastest.
+    LeastLatency,
+    /// The same for all flows of a client's address.
+    SourceHash,
 }
 
 /// What becomes of UDP flows that an upstream cannot carry.
@@ -48,22 +106,36 @@ pub enum Udp {
 
 /// The upstreams of a file.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Upstreams(Vec<Arc<Proxy>>);
+pub struct Upstreams(Vec<upstream::Upstream>);
 
 impl Upstreams {
     /// Resolves what is written; `directory` is what paths are relative to.
-    pub(super) fn new(written: &[Upstream], directory: &Path) -> Result<Self, Mistake> {
+    pub(super) fn new(written: &[Upstream], groups: &[Group], directory: &Path) -> Result<Self, Mistake> {
         let mut known = Self::default();
         for (index, written) in written.iter().enumerate() {
-            let mistake = |key: &str, message| Mistake::Key(format!("upstream[{index}].{key}"), message);
-            let proxy = written.resolve(directory).map_err(|(key, message)| mistake(key, message))?;
-            if &*proxy.name == "direct" || known.0.iter().any(|other| other.name == proxy.name) {
-                let message = format!("'{}': there is one of this name already", proxy.name);
-                return Err(mistake("name", message));
+            let mistake = |(key, message)| Mistake::Key(format!("upstream[{index}].{key}"), message);
+            let mut proxy = written.resolve(directory).map_err(mistake)?;
+            if groups.iter().any(|group| group.members.contains(&written.name)) {
+                proxy.check.get_or_insert_default();
             }
-            known.0.push(proxy.into());
+            known.add(upstream::Upstream::Proxy(proxy.into())).map_err(mistake)?;
+        }
+        let alone = known.clone();
+        for (index, group) in groups.iter().enumerate() {
+            let mistake = |(key, message)| Mistake::Key(format!("group[{index}].{key}"), message);
+            let group = group.resolve(&alone).map_err(mistake)?;
+            known.add(upstream::Upstream::Group(group.into())).map_err(mistake)?;
         }
         Ok(known)
+    }
+
+    /// Adds one whose name is new.
+    fn add(&mut self, upstream: upstream::Upstream) -> Result<(), (&'static str, String)> {
+        if upstream.name() == "direct" || self.0.iter().any(|other| other.name() == upstream.name()) {
+            return Err(("name", format!("'{}': there is one of this name already", upstream.name())));
+        }
+        self.0.push(upstream);
+        Ok(())
     }
 
     /// The upstream that a text names.
@@ -75,21 +147,20 @@ impl Upstreams {
             upstream::Reference::Here(upstream) => return Ok(upstream),
             upstream::Reference::Name(name) => name,
         };
-        if let Some(proxy) = self.0.iter().find(|proxy| *proxy.name == *name) {
-            return Ok(upstream::Upstream::Proxy(Arc::clone(proxy)));
+        if let Some(known) = self.0.iter().find(|known| known.name() == name) {
+            return Ok(known.clone());
         }
-        let names: Vec<_> = self.0.iter().map(|proxy| &*proxy.name).chain(["direct"]).collect();
+        let names: Vec<_> = self.0.iter().map(upstream::Upstream::name).chain(["direct"]).collect();
         let hint = super::error::nearest(&name, &names)
             .map_or_else(|| format!("expected {}", names.join(", ")), super::error::ask);
-        Err(format!("'{name}': no [[upstream]] has this name; {hint}"))
+        Err(format!("'{name}': no [[upstream]] or [[group]] has this name; {hint}"))
     }
 }
 
 impl Upstream {
     /// What it means; or a key, and what is wrong with it.
     fn resolve(&self, directory: &Path) -> Result<Proxy, (&'static str, String)> {
-        let name = upstream::name(&self.name)
-            .map_err(|_| ("name", "expected up to 64 letters, digits, '-', '_' and '.'".to_owned()))?;
+        let name = named(&self.name)?;
         let mut proxy = Proxy::parse(&self.url).map_err(|message| ("url", message))?;
         if let Some((key, password)) = self.password(directory)? {
             let Some(username) = &self.username else {
@@ -109,7 +180,8 @@ impl Upstream {
             Some(Udp::Pass) => upstream::Udp::Pass,
             Some(Udp::Direct) => upstream::Udp::Direct,
         };
-        Ok(Proxy { name: name.into(), ..proxy })
+        let check = self.check.as_ref().map(Check::resolve).transpose().map_err(|why| ("check", why))?;
+        Ok(Proxy { name: name.into(), check, ..proxy })
     }
 
     /// The password, and the key that names it.
@@ -124,6 +196,50 @@ impl Upstream {
         };
         password.map(|password| Some((key, password))).map_err(|message| (key, message))
     }
+}
+
+impl Check {
+    fn resolve(&self) -> Result<upstream::Check, String> {
+        let usual = upstream::Check::default();
+        let by = match (self.by, &self.target) {
+            (Some(CheckBy::Request), Some(target)) => upstream::CheckBy::Request(target.0),
+            (Some(CheckBy::Request), None) => {
+                return Err("by = \"request\" needs a target, such as target = \"1.1.1.1:80\"".to_owned());
+            }
+            (_, Some(_)) => return Err("a target is of by = \"request\" alone".to_owned()),
+            (Some(CheckBy::Connect), None) => upstream::CheckBy::Connect,
+            (Some(CheckBy::Handshake) | None, None) => upstream::CheckBy::Handshake,
+        };
+        Ok(upstream::Check {
+            interval: self.interval.as_ref().map_or(usual.interval, |time| time.0),
+            timeout: self.timeout.as_ref().map_or(usual.timeout, |time| time.0),
+            fall: self.fall.as_ref().map_or(usual.fall, |count| count.0),
+            rise: self.rise.as_ref().map_or(usual.rise, |count| count.0),
+            by,
+        })
+    }
+}
+
+impl Group {
+    fn resolve(&self, known: &Upstreams) -> Result<upstream::Group, (&'static str, String)> {
+        let name = named(&self.name)?;
+        if self.members.is_empty() {
+            return Err(("members", "expected names of upstreams, such as [\"exit\", \"exit2\"]".to_owned()));
+        }
+        let members = self.members.iter().map(|name| known.find(name)).collect::<Result<_, _>>();
+        let policy = match self.policy {
+            None | Some(Policy::Failover) => upstream::Policy::Failover,
+            Some(Policy::RoundRobin) => upstream::Policy::RoundRobin,
+            Some(Policy::LeastLatency) => upstream::Policy::LeastLatency,
+            Some(Policy::SourceHash) => upstream::Policy::SourceHash,
+        };
+        Ok(upstream::Group { name: name.into(), members: members.map_err(|why| ("members", why))?, policy })
+    }
+}
+
+fn named(name: &str) -> Result<String, (&'static str, String)> {
+    let expected = |_| ("name", "expected up to 64 letters, digits, '-', '_' and '.'".to_owned());
+    upstream::name(name).map_err(expected)
 }
 
 fn environment(variable: &str) -> Result<String, String> {
@@ -164,7 +280,7 @@ mod tests {
     }
 
     fn mistake(written: &[Upstream]) -> String {
-        match Upstreams::new(written, Path::new("/nowhere")) {
+        match Upstreams::new(written, &[], Path::new("/nowhere")) {
             Err(Mistake::Key(key, message)) => format!("{key}: {message}"),
             Err(Mistake::Elsewhere(failure)) => failure.to_string(),
             Ok(_) => panic!("{written:?}"),
@@ -174,12 +290,54 @@ mod tests {
     #[test]
     fn an_upstream_is_found_by_its_name() {
         let known =
-            Upstreams::new(&[written("exit", "socks5://10.0.0.2")], Path::new("/")).ok().expect("one");
+            Upstreams::new(&[written("exit", "socks5://10.0.0.2")], &[], Path::new("/")).ok().expect("one");
         assert_eq!(known.find("exit").expect("known").to_string(), "exit (socks5://10.0.0.2:1080)");
         assert_eq!(known.find("direct"), Ok(upstream::Upstream::Direct));
         assert_eq!(known.find("http://h:1").expect("a URL").to_string(), "http://h:1");
         assert!(known.find("exti").expect_err("unknown").contains("did you mean `exit`?"));
         assert!(known.find("other").expect_err("unknown").contains("expected exit, direct"));
+    }
+
+    #[test]
+    fn groups_name_upstreams_and_have_them_checked() {
+        let written = [written("one", "socks5://10.0.0.1"), written("two", "http://10.0.0.2:80")];
+        let group = |name: &str, members: &[&str]| {
+            let members = members.iter().map(|member| (*member).to_owned()).collect();
+            Group { name: name.to_owned(), members, policy: Some(Policy::RoundRobin) }
+        };
+        let resolved = |groups: &[Group]| match Upstreams::new(&written, groups, Path::new("/")) {
+            Ok(known) => Ok(known),
+            Err(Mistake::Key(key, message)) => Err(format!("{key}: {message}")),
+            Err(Mistake::Elsewhere(failure)) => Err(failure.to_string()),
+        };
+        let known = resolved(&[group("exits", &["two", "direct"])]).expect("valid");
+        assert_eq!(known.find("exits").expect("known").to_string(), "exits (round-robin of two, direct)");
+        let check = |name| match known.find(name).expect("known") {
+            upstream::Upstream::Proxy(proxy) => proxy.check,
+            other => panic!("{other}"),
+        };
+        assert_eq!((check("one"), check("two")), (None, Some(upstream::Check::default())));
+        for (groups, expected) in [
+            (vec![group("one", &["two"])], "group[0].name: 'one': there is one of this name already"),
+            (vec![group("g", &[])], "group[0].members: expected names of upstreams"),
+            (vec![group("g", &["thre"])], "group[0].members: 'thre': no [[upstream]]"),
+            (vec![group("g", &["one"]), group("h", &["g"])], "group[1].members: 'g': no [[upstream]]"),
+        ] {
+            let error = resolved(&groups).expect_err(expected);
+            assert!(error.starts_with(expected), "{error}");
+        }
+    }
+
+    #[test]
+    fn checks_have_defaults_and_say_what_they_try() {
+        let check = |text: &str| toml::from_str::<Check>(text).expect("a table").resolve();
+        assert_eq!(check(""), Ok(upstream::Check::default()));
+        let request =
+            check("interval = '1s'\nfall = 1\nby = 'request'\ntarget = '192.0.2.1:80'").expect("valid");
+        assert_eq!(request.by, upstream::CheckBy::Request(([192, 0, 2, 1], 80).into()));
+        assert_eq!((request.interval.as_secs(), request.fall, request.rise), (1, 1, 2));
+        assert!(check("by = 'request'").expect_err("no target").contains("needs a target"));
+        assert!(check("target = '192.0.2.1:80'").expect_err("no request").contains("alone"));
     }
 
     #[test]

@@ -4,11 +4,11 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::rc::Rc;
-use std::sync::Arc;
 
 use tokio::io::Interest;
-use tokio::net::TcpStream;
+use tokio::net::{TcpStream, UdpSocket};
 use tokio::task::spawn_local;
+use tokio::time::timeout;
 
 use super::exit::Exit;
 use super::{Flows, Key};
@@ -18,8 +18,8 @@ use crate::relay::exit::{Hop, Leg};
 use crate::relay::receive::Received;
 use crate::relay::record::End;
 use crate::relay::route::Route;
+use crate::upstream::ConnectError;
 use crate::upstream::outbound::Outbound;
-use crate::upstream::{ConnectError, Reason};
 
 /// Datagrams of a flow that wait: a QUIC client's first flight, some DNS questions.
 const DATAGRAMS: usize = 16;
@@ -74,11 +74,11 @@ impl Opening {
 }
 
 impl Flows {
-    /// Has a server carry the datagrams of a new flow, of which this is one.
+    /// Has the first server that does so carry the datagrams of a new flow, of which this is one.
     pub(super) fn associate(
         self: &Rc<Self>,
         key: Key,
-        outbound: Arc<Outbound>,
+        legs: Vec<Leg>,
         route: Route,
         datagram: &Received,
         payload: &[u8],
@@ -99,78 +99,66 @@ impl Flows {
         let record = self.record(client, destination, route);
         let flows = Rc::clone(self);
         drop(spawn_local(async move {
-            let asked = flows.ask_server(client, &outbound).await;
+            let found = flows.first_of(legs, (client, destination)).await;
             let waited = flows.opening.0.borrow_mut().remove(&key).unwrap_or_default();
-            match asked {
-                Ok((association, socket)) => {
-                    record.connected(Hop::Through(outbound));
-                    let flow = flows.open(key, Exit::Relay(association), socket, slot, record);
-                    for one in waited {
-                        flows.send(&flow, one.destination, &one.datagram, &one.payload, false);
-                    }
+            let (exit, socket) = match found {
+                Ok((exit, socket, hop)) => {
+                    record.connected(hop);
+                    (exit, socket)
                 }
                 Err(error) => {
-                    tracing::debug!("a flow of {client} by {}: {error}", outbound.proxy().name);
                     if let Some(error) = error.exhaustion() {
                         flows.worker.shared.report_exhaustion("cannot open a UDP flow", error);
                     }
                     record.ends(End::NotConnected(error.reason));
-                    drop((record, slot));
-                    flows.without(&outbound, key, route, &error, &waited);
+                    for one in waited {
+                        flows.refuse(client, one.destination, &one.payload);
+                    }
+                    return;
                 }
+            };
+            let flow = flows.open(key, exit, socket, slot, record);
+            for one in waited {
+                flows.send(&flow, one.destination, &one.datagram, &one.payload, false);
             }
         }));
     }
 
-    async fn ask_server(
+    /// The first way that can be gone, and a socket for it.
+    async fn first_of(
         &self,
-        client: ClientAddr,
-        outbound: &Outbound,
-    ) -> Result<(Association, tokio::net::UdpSocket), ConnectError> {
-        let (direct, stats) = (self.worker.shared.as_proxy, self.worker.stats());
-        let asked = tokio::time::timeout(direct.timeout, outbound.associate(&direct, client, stats)).await;
-        let (control, relay) = match asked {
-            Ok(outcome) => outcome?,
-            Err(_) => return outbound.judge(Err(Outbound::too_slow())),
-        };
-        let relay = UpstreamAddr::from(relay);
-        let socket = direct.udp(client, relay, stats)?;
-        Ok((Association { relay, control }, socket))
-    }
-
-    /// What becomes of datagrams that the server does not carry.
-    fn without(
-        self: &Rc<Self>,
-        outbound: &Outbound,
-        (client, lane): Key,
-        route: Route,
-        error: &ConnectError,
-        waited: &[Waiting],
-    ) {
-        // It may carry others' once it works again; these are not to take another way meanwhile.
-        let another_way = error.reason == Reason::Proxy && !outbound.carries_udp();
-        let straight = another_way && outbound.proxy().udp != Udp::Reject;
-        for one in waited {
-            let destination = one.destination;
-            if !straight {
-                self.refuse(client, destination, &one.payload);
-                continue;
-            }
-            let Some(Leg { direct, hop: Hop::Straight(to) }) =
-                Leg::straight(&self.worker, client, destination)
-            else {
-                continue;
+        legs: Vec<Leg>,
+        (client, destination): (ClientAddr, OrigDst),
+    ) -> Result<(Exit, UdpSocket, Hop), ConnectError> {
+        let stats = self.worker.stats();
+        let mut failed = Err(Outbound::too_slow());
+        for Leg { direct, hop } in legs {
+            let outbound = match &hop {
+                Hop::Through(outbound) => outbound,
+                Hop::Straight(to) => return Ok((Exit::Straight, direct.udp(client, *to, stats)?, hop)),
             };
-            let known = self.table.borrow_mut().get(&(client, lane)).map(Rc::clone);
-            let flow = known.or_else(|| {
-                let slot = self.admit(client)?;
-                let socket = self.available(direct.udp(client, to, self.worker.stats()), client)?;
-                let record = self.record(client, destination, route);
-                Some(self.open((client, lane), Exit::Straight, socket, slot, record))
-            });
-            if let Some(flow) = flow {
-                self.send(&flow, destination, &one.datagram, &one.payload, false);
+            let asked = timeout(direct.timeout, outbound.associate(&direct, client, stats)).await;
+            let asked = asked.unwrap_or_else(|_| outbound.judge(Err(Outbound::too_slow())));
+            match asked {
+                Ok((control, relay)) => {
+                    let relay = UpstreamAddr::from(relay);
+                    let socket = direct.udp(client, relay, stats)?;
+                    return Ok((Exit::Relay(Association { relay, control }), socket, hop));
+                }
+                Err(error) => {
+                    tracing::debug!("a flow of {client} by {hop}: {error}");
+                    // It says that it never will, and where such flows go is configured.
+                    if !outbound.carries_udp()
+                        && outbound.proxy().udp != Udp::Reject
+                        && let Some(Leg { direct, hop: Hop::Straight(to) }) =
+                            Leg::straight(&self.worker, client, destination)
+                    {
+                        return Ok((Exit::Straight, direct.udp(client, to, stats)?, Hop::Straight(to)));
+                    }
+                    failed = Err(error);
+                }
             }
         }
+        failed
     }
 }
