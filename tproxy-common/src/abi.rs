@@ -68,6 +68,9 @@ pub mod program {
     pub const QUEUE: &str = "tproxy_queue";
     /// `sk_lookup` of the network namespace (Linux 5.9).
     pub const LOOKUP: &str = "tproxy_lookup";
+    /// Socket creation in the root of the control groups: notes the group that makes a socket
+    /// (Linux 5.9).
+    pub const GROUP: &str = "tproxy_group";
 }
 
 /// Which kind of listener an entry of [`map::LISTENERS`] is.

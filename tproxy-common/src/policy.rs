@@ -80,6 +80,9 @@ pub enum Dimension {
     Mark1,
     /// User that owns the sending socket; own traffic alone.
     Uid,
+    /// Group of the process that made the sending socket; own traffic alone, and none where
+    /// that is not known.
+    Gid,
     /// Control group that the sending socket is in, 64 bits: its ancestor at the depth that
     /// the description's [`PARAMETER`](layout::PARAMETER) says, the root's being 0. Own
     /// traffic alone, and none where the socket's group is less deep.
@@ -95,7 +98,7 @@ pub enum Dimension {
 
 impl Dimension {
     /// All, in the order of their numbers.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 18] = [
         Self::Source4,
         Self::Source6,
         Self::Destination4,
@@ -109,6 +112,7 @@ impl Dimension {
         Self::Mark0,
         Self::Mark1,
         Self::Uid,
+        Self::Gid,
         Self::Cgroup0,
         Self::Cgroup1,
         Self::Cgroup2,
@@ -189,6 +193,9 @@ pub trait Facts {
     fn mark(&self) -> u32;
     /// User that owns the sending socket; `None` for traffic of others.
     fn uid(&self) -> Option<u32>;
+    /// Group of the process that made the sending socket; `None` where it is not known, and for
+    /// traffic of others.
+    fn gid(&self) -> Option<u32>;
     /// Control group at this depth that the sending socket is in or below; `None` where
     /// there is none, and for traffic of others.
     fn cgroup(&self, depth: u32) -> Option<u64>;
@@ -197,11 +204,11 @@ pub trait Facts {
 }
 
 /// Memory for one decision: the lines of the vectors that are to be joined, and behind
-/// them an end. No packet has addresses of both families, so there is room for it; and a power of
-/// two has a remainder whose bounds the kernel's verifier knows.
-pub type Work = [u32; Dimension::ALL.len() - 1];
+/// them an end. A power of two has a remainder whose bounds the kernel's verifier knows.
+pub type Work = [u32; (MOST_JOINED + 1).next_power_of_two()];
 
-const _: () = assert!(Dimension::ALL.len() - 1 == 16);
+/// Vectors that one packet can have: it has no addresses of both families.
+const MOST_JOINED: usize = Dimension::ALL.len() - 2;
 
 /// Ends a list of lines. To count them instead would tell the kernel's verifier at each
 /// step how many there are, and it would follow what comes after once for each number.
@@ -296,6 +303,7 @@ fn vectors(image: &impl Image, used: u32, facts: &impl Facts, work: &mut Work) -
     look_up!(short_class Mark0, mask => Known::Is(facts.mark() & mask));
     look_up!(short_class Mark1, mask => Known::Is(facts.mark() & mask));
     look_up!(short_class Uid, Known::from(facts.uid()));
+    look_up!(short_class Gid, Known::from(facts.gid()));
     look_up!(long_class Cgroup0, depth => Known::from(facts.cgroup(depth)).map(long));
     look_up!(long_class Cgroup1, depth => Known::from(facts.cgroup(depth)).map(long));
     look_up!(long_class Cgroup2, depth => Known::from(facts.cgroup(depth)).map(long));
@@ -341,7 +349,7 @@ pub fn long_class(image: &impl Image, dimension: u32, value: (u64, u64)) -> Opti
 #[inline(always)]
 pub fn in_all(image: &impl Image, work: &Work, place: u32) -> Option<u32> {
     let mut all = u32::MAX;
-    for vector in work.iter().take_while(|vector| **vector != END) {
+    for vector in work.iter().take(MOST_JOINED).take_while(|vector| **vector != END) {
         all &= word(image.line(vector.wrapping_add(place / LINE as u32))?, place as usize);
         if all == 0 {
             break;

@@ -10,9 +10,10 @@
 //! tproxy_admit    TC ingress of the tun device      faithful handshakes: SYNs that are let in
 //! tproxy_queue    queue choice of the tun device    which worker gets a SYN that is set aside
 //! tproxy_lookup   sk_lookup of the namespace        where the stack looks a listener up itself
+//! tproxy_group    sock_create of the root cgroup    note the group of sockets that are made
 //! ```
 //!
-//! The core (everything but the last three) needs Linux 5.7, `tproxy_admit` 5.8.
+//! The core (everything but the last four) needs Linux 5.7, `tproxy_admit` 5.8.
 
 #![no_std]
 #![no_main]
@@ -35,6 +36,7 @@
 mod account;
 mod capture;
 mod fragment;
+mod group;
 mod handshake;
 mod icmp;
 mod lookup;
@@ -51,8 +53,8 @@ mod steer;
 mod trace;
 mod uplink;
 
-use aya_ebpf::macros::{classifier, sk_lookup, socket_filter};
-use aya_ebpf::programs::{SkBuffContext, SkLookupContext, TcContext};
+use aya_ebpf::macros::{cgroup_sock, classifier, sk_lookup, socket_filter};
+use aya_ebpf::programs::{SkBuffContext, SkLookupContext, SockContext, TcContext};
 use skb::Skb;
 
 /// TC ingress of captured interfaces.
@@ -107,6 +109,15 @@ pub fn tproxy_queue(ctx: SkBuffContext) -> i64 {
 #[sk_lookup]
 pub fn tproxy_lookup(ctx: SkLookupContext) -> u32 {
     lookup::lookup(&ctx)
+}
+
+/// Sockets that processes make, while rules ask for their group (Linux 5.9).
+#[cgroup_sock(sock_create)]
+pub fn tproxy_group(ctx: SockContext) -> i32 {
+    /// The socket may be made.
+    const ALLOWED: i32 = 1;
+    group::note(ctx.sock);
+    ALLOWED
 }
 
 #[cfg(not(test))]

@@ -11,10 +11,12 @@ use tproxy_common::policy::{
 use tproxy_common::wire::{Packet, dscp};
 
 use crate::account::now;
+use crate::group;
 use crate::maps::{LOCAL, NAMES, POLICY, PolicyImage};
 use crate::scratch;
 use crate::settings;
 use crate::skb::Skb;
+use crate::sock;
 
 /// Whether the address is one of this host's own.
 #[inline(never)]
@@ -280,6 +282,11 @@ impl Facts for Seen<'_> {
     #[inline(always)]
     fn uid(&self) -> Option<u32> {
         if self.is_from_socket() { self.skb.uid() } else { None }
+    }
+
+    #[inline(always)]
+    fn gid(&self) -> Option<u32> {
+        if self.is_from_socket() { group::of(sock::sender(self.skb)?) } else { None }
     }
 
     #[inline(always)]

@@ -126,7 +126,7 @@ unsafe fn bound_word(sk: *const bpf_sock, i: usize) -> u32 {
 
 /// The full socket that sends the packet.
 #[inline(always)]
-fn sender(skb: &Skb) -> Option<*const bpf_sock> {
+pub(crate) fn sender(skb: &Skb) -> Option<*const bpf_sock> {
     let sk = skb.sk();
     if sk.is_null() {
         return None;

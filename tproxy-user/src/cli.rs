@@ -92,7 +92,7 @@ pub enum Command {
         ///
         /// For example: 'tcp 192.168.1.5:1234 > 1.1.1.1:443 iface br-lan'. Instead of iface NAME, own
         /// stands for what this host sends. Rules may ask for more: domain, mac, dscp, mark, uid,
-        /// cgroup, each with a value.
+        /// gid, cgroup, each with a value.
         #[arg(long, value_name = "PACKET", conflicts_with = "diff")]
         packet: Option<Question>,
         /// Say what differs from what runs

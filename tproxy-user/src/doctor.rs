@@ -73,8 +73,9 @@ const ALWAYS: [Check; 5] =
     [process::kernel, process::capabilities, process::open_files, process::ports, process::instance];
 
 /// What steering by eBPF needs besides.
-const STEERING: [Check; 22] = [
+const STEERING: [Check; 23] = [
     process::bpf_file_system,
+    process::control_groups,
     process::memlock,
     process::btf,
     process::jit,

@@ -99,6 +99,8 @@ pub struct Plan {
     pub routes: Vec<LocalRoute>,
     /// Kernel settings.
     pub sysctls: Vec<Sysctl>,
+    /// The group of who makes a socket is noted at it: rules ask for it.
+    pub notes_groups: bool,
     /// Keys of the `LOCAL` map.
     pub local: Vec<LpmKey>,
     /// Which flows are captured.
@@ -155,6 +157,7 @@ impl Plan {
             rules: Vec::new(),
             routes: Vec::new(),
             sysctls: Vec::new(),
+            notes_groups: false,
             local: host.local.iter().map(prefixes::key).collect(),
             scope: Scope { v6: ipv6, ..config.capture.scope.clone() },
             policy: Arc::clone(&config.capture.rules),
@@ -177,6 +180,8 @@ impl Plan {
         if steering {
             plan.add_interfaces(config, host)?;
             plan.add_routing(config);
+            plan.notes_groups =
+                config.capture.own_traffic && plan.policy.iter().any(|rule| !rule.conditions.gids.is_empty());
             plan.warn_of_idle_rules(config);
         }
         Ok(plan)
@@ -245,8 +250,8 @@ impl Plan {
     fn warn_of_idle_rules(&mut self, config: &Config) {
         let capture = &config.capture;
         for (rule, number) in capture.rules.iter().zip(1..) {
-            let Conditions { uids, cgroups, interfaces, macs, .. } = &rule.conditions;
-            let asks_who_sends = !uids.is_empty() || !cgroups.is_empty();
+            let Conditions { uids, gids, cgroups, interfaces, macs, .. } = &rule.conditions;
+            let asks_who_sends = !uids.is_empty() || !gids.is_empty() || !cgroups.is_empty();
             let asks_how_it_arrives = !interfaces.is_empty() || !macs.is_empty();
             if asks_who_sends && !capture.own_traffic {
                 self.warnings.push(format!(

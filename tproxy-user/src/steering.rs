@@ -91,7 +91,7 @@ impl Steering {
         rulebook: &Rulebook,
     ) -> anyhow::Result<Self> {
         let features = Features::of(privilege::kernel(config)?)?;
-        check(config, features)?;
+        check(config, plan, features)?;
         let (table, mark) = (config.steering.table, config.steering.mark);
         // A running instance first: it is named, where a rule alone is anybody's.
         if let Some(conflict) = instance::claimed_by_another(instance.paths(), table, mark)? {
@@ -192,11 +192,12 @@ impl Steering {
     ///
     /// # Errors
     ///
-    /// [`Failure::Usage`] for a name or rule that cannot be had, or what failed; all is as before
-    /// then.
+    /// [`Failure::Usage`] for a name or rule that cannot be had, [`Failure::Unsupported`] for one
+    /// that needs a newer kernel, or what failed; all is as before then.
     pub async fn reload(&mut self, config: Config, instance: &mut Instance) -> anyhow::Result<()> {
         let host = interfaces::snapshot(&self.handle, config.steering.table).await?;
         let plan = Plan::new(&config, &host)?;
+        check(&config, &plan, self.datapath.features())?;
         // One that was named before may be gone for a while.
         let before = &self.config.capture.interfaces;
         if plan.missing.iter().any(|name| !before.contains(name))
@@ -222,6 +223,10 @@ impl Steering {
 
     /// Has the kernel decide by the rules of a plan, by one write.
     fn set_policy(&mut self, plan: &Plan, names: Names) -> anyhow::Result<()> {
+        if plan.notes_groups {
+            // First: no socket that is made once the rules hold is to be without its note.
+            self.keep_groups(true)?;
+        }
         if !plan.policy.is_empty() {
             let binds = |rule: &Rule| {
                 matches!(rule.action, Action::Divert(_) | Action::Reject | Action::Proxy(Some(_)))
@@ -379,12 +384,15 @@ impl Steering {
 }
 
 /// Refuses what was asked for and the kernel lacks.
-fn check(config: &Config, features: Features) -> Result<(), Failure> {
+fn check(config: &Config, plan: &Plan, features: Features) -> Result<(), Failure> {
     if config.steering.attach == Attach::Tcx && !features.tcx() {
         return Err(Failure::unsupported("--attach tcx needs Linux 6.6; leave it out to attach by clsact"));
     }
     if config.steering.handshake == Handshake::Faithful && !features.link_headers() {
         return Err(Failure::unsupported("--handshake faithful needs Linux 5.8"));
+    }
+    if plan.notes_groups && !features.socket_notes() {
+        return Err(Failure::unsupported("rules with `gid` need Linux 5.9"));
     }
     if config.steering.bpf_log && !features.ring_buffer() {
         return Err(Failure::unsupported("--bpf-log needs the ring buffer of Linux 5.8"));

@@ -10,6 +10,7 @@
 use std::collections::{BTreeSet, HashSet};
 
 use aya_obj::generated::bpf_insn;
+use aya_obj::programs::CgroupSockAttachType;
 use aya_obj::{Object, ProgramSection};
 use tproxy_common::abi::program;
 
@@ -34,8 +35,8 @@ fn object() -> Object {
 }
 
 /// Programs that newer kernels alone are given: `sk_lookup` (5.9), faithful
-/// handshakes (TC programs may call `skb_change_head` from 5.8 on).
-const NOT_CORE: [&str; 3] = [program::LOOKUP, program::ADMIT, program::QUEUE];
+/// handshakes (TC programs may call `skb_change_head` from 5.8 on), notes at sockets (5.9).
+const NOT_CORE: [&str; 4] = [program::LOOKUP, program::ADMIT, program::QUEUE, program::GROUP];
 
 /// Name and instructions of every program of the core.
 fn core(object: &Object) -> Vec<(&str, &[bpf_insn])> {
@@ -90,6 +91,7 @@ fn programs_are_of_types_that_linux_5_7_has() {
         let expected = match name.as_str() {
             program::LOOKUP => ProgramSection::SkLookup,
             program::QUEUE => ProgramSection::SocketFilter,
+            program::GROUP => ProgramSection::CgroupSock { attach_type: CgroupSockAttachType::SockCreate },
             _ => ProgramSection::SchedClassifier,
         };
         assert_eq!(
@@ -149,6 +151,7 @@ fn the_core_calls_these_helpers() {
         (86, "sk_release, 4.20"),
         (95, "sk_fullsock, 5.1"),
         (99, "skc_lookup_tcp, 5.2"),
+        (107, "sk_storage_get, 5.2"),
         (124, "sk_assign, 5.7"),
         (BEHIND_A_SETTING, "ktime_get_coarse_ns, 5.11"),
     ];

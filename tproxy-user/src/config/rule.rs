@@ -46,6 +46,8 @@ pub struct Conditions {
     pub marks: Vec<Mark>,
     /// Users that own the sending socket, as inclusive ranges; the host's own traffic alone.
     pub uids: Vec<(u32, u32)>,
+    /// Groups of the processes that made it, as inclusive ranges; likewise.
+    pub gids: Vec<(u32, u32)>,
     /// Control groups that the sending socket is in, below `/sys/fs/cgroup` and without
     /// slashes at either end; the host's own traffic alone.
     pub cgroups: Vec<String>,

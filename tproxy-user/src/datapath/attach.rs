@@ -15,6 +15,7 @@ use serde::Serialize;
 use tproxy_common::abi::program;
 
 use crate::clsact::Filter;
+use crate::failure::Failure;
 use crate::instance::state::FilterMade;
 use crate::plan::Role;
 use crate::tun::Tun;
@@ -70,6 +71,9 @@ pub enum AttachError {
     /// The network namespace's `sk_lookup` hook.
     #[error("cannot attach tproxy_lookup to the network namespace: {0}")]
     Lookup(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// The root of the control groups.
+    #[error("rules with `gid`")]
+    Group(#[source] Failure),
     /// What is attached cannot be told.
     #[error("cannot look which programs are attached: {0}")]
     Query(#[source] Box<dyn std::error::Error + Send + Sync>),
@@ -281,7 +285,7 @@ fn admit_failed(interface: &str, hook: Hook, source: AnyError) -> AttachError {
 }
 
 /// Pins a link where the pin of one that another program detached may still be.
-fn pin_anew(link: FdLink, path: &Path) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+pub(super) fn pin_anew(link: FdLink, path: &Path) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
         _ => {}
@@ -290,7 +294,7 @@ fn pin_anew(link: FdLink, path: &Path) -> Result<(), Box<dyn std::error::Error +
     Ok(())
 }
 
-fn query_failed(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> AttachError {
+pub(super) fn query_failed(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> AttachError {
     AttachError::Query(error.into())
 }
 

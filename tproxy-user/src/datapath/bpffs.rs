@@ -91,7 +91,7 @@ pub fn remove(pin: &Path) -> Result<Vec<String>, PinError> {
 fn is_link(name: &str) -> bool {
     let program = match name.split_once('_') {
         Some((index, program)) if index.parse::<u32>().is_ok() => program,
-        _ => return name == program::LOOKUP,
+        _ => return [program::LOOKUP, program::GROUP].contains(&name),
     };
     [program::CAPTURE, program::UPLINK, program::NAT, program::REPLY, program::OWN, program::LOOPBACK]
         .contains(&program)
@@ -145,6 +145,19 @@ pub fn remove_links(pin: &Path, ifindex: u32) -> Result<Vec<String>, PinError> {
     remove_files(&links(pin), |name| name.starts_with(&prefix))
 }
 
+/// Removes the pinned link of a program that is attached once; none is no error.
+///
+/// # Errors
+///
+/// [`PinError::Io`] where the pin would not go.
+pub fn remove_link(pin: &Path, program: &str) -> Result<(), PinError> {
+    let path = links(pin).join(program);
+    match std::fs::remove_file(&path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(error(&path)(e)),
+        _ => Ok(()),
+    }
+}
+
 fn error(path: &Path) -> impl FnOnce(io::Error) -> PinError {
     let path = path.to_owned();
     move |source| PinError::Io { path, source }
@@ -183,7 +196,9 @@ mod tests {
 
     #[test]
     fn own_links_are_told_from_others() {
-        for own in ["tproxy_lookup", "2_tproxy_capture", "4294967295_tproxy_lo", "7_tproxy_own"] {
+        for own in
+            ["tproxy_lookup", "tproxy_group", "2_tproxy_capture", "4294967295_tproxy_lo", "7_tproxy_own"]
+        {
             assert!(is_link(own), "{own}");
         }
         for other in ["", "_", "2_", "lookup", "x_tproxy_capture", "2_tproxy_captured", "2_tproxy_lookup"] {

@@ -13,6 +13,8 @@ const LINK_HEADERS: Kernel = Kernel { major: 5, minor: 8 };
 const RING_BUFFER: Kernel = Kernel { major: 5, minor: 8 };
 /// `sk_lookup` programs.
 const SK_LOOKUP: Kernel = Kernel { major: 5, minor: 9 };
+/// Programs of control groups can note something at a socket (`bpf_sk_storage_get`).
+const SOCKET_NOTES: Kernel = Kernel { major: 5, minor: 9 };
 /// Maps in an array of maps may differ in size.
 const INNER_MAPS_OF_ANY_SIZE: Kernel = Kernel { major: 5, minor: 10 };
 /// `bpf_ktime_get_coarse_ns`.
@@ -66,6 +68,12 @@ impl Features {
         self.0 >= LINK_HEADERS
     }
 
+    /// The group that makes a socket can be noted at it (5.9), as rules with `gid` need.
+    #[must_use]
+    pub fn socket_notes(self) -> bool {
+        self.0 >= SOCKET_NOTES
+    }
+
     /// The rules may take as much memory as they need (5.10); without it, 8 MiB.
     #[must_use]
     pub fn inner_maps_of_any_size(self) -> bool {
@@ -98,9 +106,11 @@ mod tests {
     fn features_come_with_their_versions() {
         assert!(of(5, 6).is_err());
         let oldest = of(5, 7).expect("the floor");
-        assert!(!oldest.link_headers());
+        assert!(!oldest.link_headers() && !oldest.socket_notes());
         assert!(!oldest.listeners_from_tc() && !oldest.ring_buffer() && !oldest.sk_lookup() && !oldest.tcx());
         assert!(of(5, 10).expect("newer").sk_lookup());
+        assert!(!of(5, 8).expect("newer").socket_notes());
+        assert!(of(5, 9).expect("newer").socket_notes());
         assert!(!of(5, 10).expect("newer").coarse_clock());
         assert!(of(5, 11).expect("newer").coarse_clock());
         assert!(!of(6, 5).expect("newer").tcx());

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use aya::maps::SockMap;
 use aya::programs::tc::SchedClassifierLink;
-use aya::programs::{ProgramError, SchedClassifier, SkLookup, SocketFilter};
+use aya::programs::{CgroupSock, ProgramError, SchedClassifier, SkLookup, SocketFilter};
 use aya::{Ebpf, EbpfLoader, include_bytes_aligned};
 use aya_log::EbpfLogger;
 use tproxy_common::abi::{ListenerKind, Settings, listener_index, map, program};
@@ -217,6 +217,14 @@ pub(super) fn tc_program<'a>(
 
 pub(super) fn queue_program(ebpf: &mut Ebpf) -> Result<&mut SocketFilter, LoadError> {
     let name = program::QUEUE;
+    ebpf.program_mut(name)
+        .ok_or(LoadError::Missing(name))?
+        .try_into()
+        .map_err(|source| LoadError::Program { name, source })
+}
+
+pub(super) fn group_program(ebpf: &mut Ebpf) -> Result<&mut CgroupSock, LoadError> {
+    let name = program::GROUP;
     ebpf.program_mut(name)
         .ok_or(LoadError::Missing(name))?
         .try_into()

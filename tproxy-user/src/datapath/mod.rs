@@ -5,6 +5,7 @@ pub mod bpffs;
 pub mod counters;
 pub mod features;
 pub mod flows;
+pub mod group;
 pub mod load;
 pub mod local;
 pub mod names;

@@ -8,11 +8,12 @@ use std::os::fd::{AsRawFd as _, BorrowedFd};
 /// `BPF_PROG_QUERY` of `enum bpf_cmd` (include/uapi/linux/bpf.h).
 const BPF_PROG_QUERY: libc::c_long = 16;
 /// `enum bpf_attach_type`.
+const BPF_CGROUP_INET_SOCK_CREATE: u32 = 2;
 const BPF_SK_LOOKUP: u32 = 36;
 const BPF_TCX_INGRESS: u32 = 46;
 const BPF_TCX_EGRESS: u32 = 47;
 
-/// Programs that one place can have (`BPF_MPROG_MAX`, and as many in a namespace).
+/// Programs that one place can have (`BPF_MPROG_MAX`, and as many in a namespace or control group).
 const MOST: u32 = 64;
 
 /// A place for programs.
@@ -24,6 +25,8 @@ pub enum Place<'a> {
     TcxEgress(u32),
     /// `sk_lookup` of a network namespace (5.9).
     SkLookup(BorrowedFd<'a>),
+    /// Creation of sockets in a control group (4.10, and asked for since 4.15).
+    SocketCreation(BorrowedFd<'a>),
 }
 
 /// The `query` part of `union bpf_attr` with all that the kernel writes to, the
@@ -56,6 +59,7 @@ pub fn programs(place: Place<'_>) -> io::Result<Vec<u32>> {
         Place::TcxIngress(ifindex) => (ifindex, BPF_TCX_INGRESS),
         Place::TcxEgress(ifindex) => (ifindex, BPF_TCX_EGRESS),
         Place::SkLookup(netns) => (netns.as_raw_fd().cast_unsigned(), BPF_SK_LOOKUP),
+        Place::SocketCreation(group) => (group.as_raw_fd().cast_unsigned(), BPF_CGROUP_INET_SOCK_CREATE),
     };
     let mut ids = [0_u32; MOST as usize];
     let mut query = Query { target, attach_type, count: MOST, ..Query::default() };

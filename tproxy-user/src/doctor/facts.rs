@@ -15,6 +15,7 @@ use tproxy_common::abi::program;
 use crate::cmd::status;
 use crate::config::{Config, Handshake, Kernel, Mark, Steer};
 use crate::datapath::bpffs;
+use crate::datapath::group;
 use crate::datapath::query::{self, Place};
 use crate::instance::{self, Paths};
 use crate::interfaces::{self, Host, Interface, LinkDetail};
@@ -86,6 +87,8 @@ pub struct Facts {
     pub jit: Option<String>,
     /// The pin directory.
     pub bpffs: BpfFs,
+    /// The root of the control groups is mounted.
+    pub control_groups: bool,
     /// The tun driver.
     pub tun: TunDriver,
     /// Sockets that `run` needs and others have: what, and who.
@@ -180,6 +183,7 @@ pub async fn collect(config: &Config) -> anyhow::Result<Facts> {
         btf: Path::new("/sys/kernel/btf/vmlinux").exists(),
         jit: sysctl::read("net.core.bpf_jit_enable").ok(),
         bpffs: bpf_fs(&config.pin),
+        control_groups: group::root().is_ok(),
         tun: tun_driver(config),
         taken: if running.is_some() { Vec::new() } else { taken(config, &plan) },
         free_port: free_port(config, &plan),

@@ -2,6 +2,7 @@
 
 use crate::config::{Attach, Handshake, Kernel};
 use crate::datapath::features::Features;
+use crate::datapath::group;
 use crate::privilege;
 
 use super::Finding;
@@ -69,6 +70,11 @@ fn refused(facts: &Facts, features: Features) -> Vec<(&'static str, Option<Strin
             steering.handshake == Handshake::Faithful && !features.link_headers(),
             "link-layer headers for packets from a tun device, which --handshake faithful needs (5.8)",
             Some("--handshake eager"),
+        ),
+        (
+            facts.plan.notes_groups && !features.socket_notes(),
+            "notes at sockets, which rules with `gid` need (5.9): leave those out",
+            None,
         ),
         (
             steering.bpf_log && !features.ring_buffer(),
@@ -174,6 +180,18 @@ pub(super) fn bpf_file_system(facts: &Facts) -> Vec<Finding> {
         BpfFs::Other => {
             Finding::fail(ID, format!("{pin} is not on a BPF file system, so nothing can be pinned there"))
                 .mend("--pin /sys/fs/bpf/tproxy")
+        }
+    }]
+}
+
+/// Where the program is attached that notes the group of sockets.
+pub(super) fn control_groups(facts: &Facts) -> Vec<Finding> {
+    const ID: &str = "control-groups";
+    vec![match (facts.plan.notes_groups, facts.control_groups) {
+        (false, _) => Finding::ok(ID, "no rule asks for groups"),
+        (true, true) => Finding::ok(ID, "mounted, as rules with `gid` need"),
+        (true, false) => {
+            Finding::fail(ID, "not mounted (version 2), which rules with `gid` need").mend(group::MOUNT)
         }
     }]
 }

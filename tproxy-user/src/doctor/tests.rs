@@ -42,6 +42,7 @@ fn facts(flags: &str, change: impl FnOnce(&mut Facts)) -> Facts {
         btf: true,
         jit: Some("1".to_owned()),
         bpffs: BpfFs::Mounted,
+        control_groups: true,
         tun: TunDriver::Usable,
         taken: Vec::new(),
         free_port: 15002,
@@ -85,7 +86,7 @@ fn a_healthy_gateway_has_only_ok() {
 fn each_cause_has_its_finding() {
     use Level::{Fail, Warn};
     type Case = (&'static str, fn(&mut Facts), Level, &'static str);
-    let cases: [Case; 17] = [
+    let cases: [Case; 20] = [
         ("--iface lan", |f| f.memlock = Some(65536), Level::Ok, ""),
         (
             "--iface lan",
@@ -98,6 +99,14 @@ fn each_cause_has_its_finding() {
         ),
         ("--iface lan", |f| f.jit = Some("0".to_owned()), Warn, "jit"),
         ("--iface lan", |f| f.bpffs = BpfFs::Mountable, Warn, "bpf-file-system"),
+        ("--iface lan", |f| f.control_groups = false, Level::Ok, ""),
+        ("--iface lan", |f| (f.plan.notes_groups, f.control_groups) = (true, false), Fail, "control-groups"),
+        (
+            "--iface lan",
+            |f| (f.plan.notes_groups, f.kernel) = (true, Some(Kernel { major: 5, minor: 8 })),
+            Fail,
+            "kernel",
+        ),
         ("--iface lan", |f| f.hooks[0].xdp = true, Warn, "xdp"),
         ("--iface lan", |f| f.hooks[0].tcx = None, Warn, "tc-programs"),
         ("--iface lan", |f| f.conntrack = Some((950, 1000)), Warn, "conntrack"),

@@ -25,12 +25,14 @@ pub(crate) enum Dimension {
     Dscp,
     /// User of the sending socket.
     Uid,
+    /// Group of the process that made it.
+    Gid,
     /// Link-layer source address.
     Mac,
 }
 
 impl Dimension {
-    const COUNT: usize = 10;
+    const COUNT: usize = 11;
 
     /// All numbers that packets have.
     #[must_use]
@@ -45,7 +47,7 @@ impl Dimension {
     pub(crate) const fn most(self) -> u128 {
         match self {
             Self::Protocol => 0xff,
-            Self::From4 | Self::To4 | Self::Uid => u32::MAX as u128,
+            Self::From4 | Self::To4 | Self::Uid | Self::Gid => u32::MAX as u128,
             Self::From6 | Self::To6 => u128::MAX,
             Self::FromPort | Self::ToPort => 0xffff,
             Self::Dscp => 63,
@@ -58,12 +60,13 @@ impl Dimension {
 pub(crate) const FAMILIES: [[Dimension; 2]; 2] =
     [[Dimension::From4, Dimension::To4], [Dimension::From6, Dimension::To6]];
 
-const NOT_ADDRESSES: [Dimension; 6] = [
+const NOT_ADDRESSES: [Dimension; 7] = [
     Dimension::Protocol,
     Dimension::FromPort,
     Dimension::ToPort,
     Dimension::Dscp,
     Dimension::Uid,
+    Dimension::Gid,
     Dimension::Mac,
 ];
 
@@ -78,6 +81,8 @@ pub(crate) struct Conditions {
     pub(crate) interfaces: Option<Vec<String>>,
     /// Names of users, where they have no number; in order.
     pub(crate) users: Option<Vec<String>>,
+    /// Names of groups, likewise.
+    pub(crate) groups: Option<Vec<String>>,
     /// Its mark.
     pub(crate) mark: Option<Mark>,
     /// It is (or is not) this host's own traffic.
@@ -121,6 +126,20 @@ impl Conditions {
     #[must_use]
     pub(crate) fn sent_by(users: Vec<String>) -> Self {
         Self { users: Some(in_order(users)), ..Self::default() }
+    }
+
+    /// A process of one of these groups sends it.
+    #[must_use]
+    pub(crate) fn sent_by_groups(groups: Vec<String>) -> Self {
+        Self { groups: Some(in_order(groups)), ..Self::default() }
+    }
+
+    /// Whether they ask for the socket that sends it, which the host's own traffic alone has.
+    #[must_use]
+    pub(crate) fn ask_who_sends(&self) -> bool {
+        self.users.is_some()
+            || self.groups.is_some()
+            || [Dimension::Uid, Dimension::Gid].iter().any(|dimension| self.get(*dimension).is_some())
     }
 
     /// It is this host's own traffic, or is not.
@@ -177,10 +196,8 @@ impl Conditions {
                 this.iter().flat_map(|a| that.iter().filter_map(|b| narrower(a, b))).cloned().collect();
             Some(in_order(both)).filter(|both| !both.is_empty())
         })?;
-        both.users = join(self.users.as_ref(), other.users.as_ref(), |this, that| {
-            let both: Vec<_> = this.iter().filter(|name| that.contains(name)).cloned().collect();
-            Some(both).filter(|both| !both.is_empty())
-        })?;
+        both.users = join(self.users.as_ref(), other.users.as_ref(), common)?;
+        both.groups = join(self.groups.as_ref(), other.groups.as_ref(), common)?;
         both.mark = join(self.mark.as_ref(), other.mark.as_ref(), |this, that| both_marks(*this, *that))?;
         both.own = join(self.own.as_ref(), other.own.as_ref(), |this, that| (this == that).then_some(*this))?;
         both.to_this_host = self.to_this_host || other.to_this_host;
@@ -217,6 +234,7 @@ impl Conditions {
         };
         sets && interfaces
             && (self.users.is_none() || self.users == other.users)
+            && (self.groups.is_none() || self.groups == other.groups)
             && (self.mark.is_none() || self.mark == other.mark)
             && (self.own.is_none() || self.own == other.own)
             && (!self.to_this_host || other.to_this_host)
@@ -226,7 +244,7 @@ impl Conditions {
     /// than one respect.
     #[must_use]
     pub(crate) fn or(&self, other: &Self) -> Option<Self> {
-        let rest = |of: &Self| (of.users.clone(), of.mark, of.own, of.to_this_host);
+        let rest = |of: &Self| (of.users.clone(), of.groups.clone(), of.mark, of.own, of.to_this_host);
         if rest(self) != rest(other) {
             return None;
         }
@@ -287,6 +305,13 @@ fn join<T: Clone>(
         (Some(this), Some(that)) => both(this, that).map(Some).ok_or(Contradiction),
         (one, other) => Ok(one.or(other).cloned()),
     }
+}
+
+/// The names that are in both lists; `None` where there is none.
+#[expect(clippy::ptr_arg, reason = "as `join` has what it joins")]
+fn common(this: &Vec<String>, that: &Vec<String>) -> Option<Vec<String>> {
+    let both: Vec<_> = this.iter().filter(|name| that.contains(name)).cloned().collect();
+    Some(both).filter(|both| !both.is_empty())
 }
 
 fn both_marks(this: Mark, that: Mark) -> Option<Mark> {

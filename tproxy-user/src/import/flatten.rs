@@ -206,11 +206,6 @@ impl<'a> Walk<'a, '_> {
             self.lost.entry(rule.source).or_insert_with(|| why.clone());
             return Ok(rest);
         }
-        if let Some(why) = &matches.widened {
-            self.lost
-                .entry(rule.source)
-                .or_insert_with(|| format!("{why}; the rest of the rule is carried over"));
-        }
         let unless: Vec<_> = matches.unless.iter().filter_map(|unless| self.resolve(unless, state)).collect();
         let then = state.after(rule.mark);
         let taken = match &rule.verdict {
@@ -308,8 +303,7 @@ impl<'a> Walk<'a, '_> {
             conditions.interfaces = Some(patterns).filter(|patterns| !patterns.is_empty());
             conditions.interfaces.as_ref()?;
         }
-        let of_sockets = conditions.users.is_some() || conditions.get(Dimension::Uid).is_some();
-        (!of_sockets).then_some(conditions)
+        (!conditions.ask_who_sends()).then_some(conditions)
     }
 }
 

@@ -77,8 +77,6 @@ pub(crate) struct Matches {
     pub(crate) unless: Vec<Conditions>,
     /// Why it cannot be told when it applies.
     pub(crate) obstacle: Option<String>,
-    /// A condition that was left out, and why that may be.
-    pub(crate) widened: Option<String>,
 }
 
 /// A change of a mark: the bits of `keep` stay, then those of `flip` are flipped.
@@ -153,7 +151,7 @@ impl SetMark {
 impl Default for Matches {
     /// Always.
     fn default() -> Self {
-        Self { any: vec![Conditions::default()], unless: Vec::new(), obstacle: None, widened: None }
+        Self { any: vec![Conditions::default()], unless: Vec::new(), obstacle: None }
     }
 }
 
@@ -175,8 +173,9 @@ impl Matches {
 
     /// A number is in a set, or is not.
     pub(crate) fn number(&mut self, dimension: Dimension, numbers: Ranges, negated: bool) {
-        // All but some link-layer addresses are too many to be listed.
-        if dimension == Dimension::Mac {
+        // All but some link-layer addresses are too many to be listed; and of all but some groups
+        // are the sockets of which tproxy knows none.
+        if matches!(dimension, Dimension::Mac | Dimension::Gid) {
             return self.require_or_not(Conditions::of(dimension, numbers), negated);
         }
         let numbers = if negated { numbers.complement(dimension.most()) } else { numbers };

@@ -127,9 +127,8 @@ impl Settled {
     /// Rules for what arrives, then rules for the host's own traffic, which arrives on no interface.
     fn one_list(&self, arriving: Vec<Decided>, own: Vec<Decided>) -> Vec<Decided> {
         let (arriving, own) = (self.within_capture(arriving), self.within_capture(own));
-        // A rule over users is for the host's own traffic anyhow.
-        let is_own =
-            |rule: &Decided| rule.conditions.users.is_some() || rule.conditions.get(Dimension::Uid).is_some();
+        // A rule over users or groups is for the host's own traffic anyhow.
+        let is_own = |rule: &Decided| rule.conditions.ask_who_sends();
         let same = |(this, that): (&Decided, &Decided)| {
             this.conditions == that.conditions && this.action == that.action
         };

@@ -93,26 +93,24 @@ pub(crate) fn mac(text: &str) -> Result<Ranges, String> {
 
 /// The user of the sending socket, as numbers `5` or `5-10`, or a name.
 pub(crate) fn require_users(matches: &mut Matches, text: &str, negated: bool) {
-    let (first, last) = text.split_once('-').unwrap_or((text, text));
-    if let (Ok(first), Ok(last)) = (first.parse::<u32>(), last.parse::<u32>()) {
-        matches.number(Dimension::Uid, Ranges::new(vec![(first.into(), last.into())]), negated);
-    } else {
-        matches.require_or_not(Conditions::sent_by(vec![text.to_owned()]), negated);
+    match ids(text) {
+        Some(ids) => matches.number(Dimension::Uid, ids, negated),
+        None => matches.require_or_not(Conditions::sent_by(vec![text.to_owned()]), negated),
     }
 }
 
-/// Groups: tproxy has no condition over them. What exempts a group is nearly always there for
-/// the proxy's own packets, which tproxy knows by their mark; so that alone may be left out.
-pub(crate) fn group(matches: &mut Matches, name: &str, negated: bool) {
-    if negated {
-        matches.widened = Some(format!(
-            "there is no condition over groups, so group {name} is not exempt (the proxy's own packets are, by own_mark)"
-        ));
-    } else {
-        matches.cannot(format!(
-            "there is no condition over groups (group {name}; the proxy's own packets are exempt by own_mark)"
-        ));
+/// The group of the process that made it, likewise.
+pub(crate) fn require_groups(matches: &mut Matches, text: &str, negated: bool) {
+    match ids(text) {
+        Some(ids) => matches.number(Dimension::Gid, ids, negated),
+        None => matches.require_or_not(Conditions::sent_by_groups(vec![text.to_owned()]), negated),
     }
+}
+
+fn ids(text: &str) -> Option<Ranges> {
+    let (first, last) = text.split_once('-').unwrap_or((text, text));
+    let id = |text: &str| text.parse::<u32>().ok().map(u128::from);
+    Some(Ranges::new(vec![(id(first)?, id(last)?)]))
 }
 
 /// What kind of address the destination is, by the words of both tools: of the packets that

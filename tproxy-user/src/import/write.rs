@@ -121,10 +121,15 @@ fn rule(text: &mut String, rule: &Decided, families: [bool; 2], sources: &[Sourc
     if let Some(mark) = conditions.mark {
         line(text, format_args!("mark = {}", strings(&[mark.to_string()])));
     }
-    match (&conditions.users, conditions.get(Dimension::Uid)) {
-        (Some(users), _) => line(text, format_args!("uid = {}", strings(users))),
-        (None, Some(set)) => line(text, format_args!("uid = {}", numbers(set))),
-        (None, None) => {}
+    for (key, names, ids) in [
+        ("uid", &conditions.users, conditions.get(Dimension::Uid)),
+        ("gid", &conditions.groups, conditions.get(Dimension::Gid)),
+    ] {
+        match (names, ids) {
+            (Some(names), _) => line(text, format_args!("{key} = {}", strings(names))),
+            (None, Some(set)) => line(text, format_args!("{key} = {}", numbers(set))),
+            (None, None) => {}
+        }
     }
     let action = match &rule.action {
         Action::Proxy(_) => "proxy",

@@ -123,6 +123,10 @@ impl fmt::Display for Plan {
         section(f, "Rules", self.rules.iter().map(Rule::to_string))?;
         section(f, "Routes", self.routes.iter().map(LocalRoute::to_string))?;
         section(f, "Settings", self.sysctls.iter().map(Sysctl::to_string))?;
+        if self.notes_groups {
+            let noted = "by the program tproxy_group at the root of the control groups".to_owned();
+            section(f, "Groups of this host's sockets", [noted])?;
+        }
         let title = format!("Sockets of each of {} workers (the first has the port shown)", self.workers);
         section(f, &title, self.sockets.iter().map(PlannedSocket::to_string))?;
         let selected = selection(&self.scope).into_iter().filter(|(_, values)| !values.is_empty());
@@ -165,6 +169,7 @@ impl Plan {
                 "table": route.table,
             })).collect::<Vec<_>>(),
             "sysctls": self.sysctls.iter().map(|s| (s.name, s.value)).collect::<BTreeMap<_, _>>(),
+            "notes_groups": self.notes_groups,
             "workers": self.workers,
             "sockets": self.sockets.iter().map(|socket| json!({
                 "protocol": socket.protocol,

@@ -104,14 +104,23 @@ fn rules_that_never_match_are_told() {
     let rule = |conditions| rule::Rule { conditions, action: rule::Action::Pass };
     let sender = rule(Conditions { uids: vec![(1000, 1000)], ..Conditions::default() });
     let arrival = rule(Conditions { macs: vec![[2; 6]], ..Conditions::default() });
+    let group = rule(Conditions { gids: vec![(1000, 1000)], ..Conditions::default() });
     for (flags, expected) in [
         ("--iface eth0 --own-traffic", &[][..]),
-        ("--iface eth0", &["rule 1 never matches: it asks who on this host sends"]),
+        (
+            "--iface eth0",
+            &[
+                "rule 1 never matches: it asks who on this host sends",
+                "rule 3 never matches: it asks who on this host sends",
+            ],
+        ),
         ("--own-traffic", &["rule 2 never matches: it asks how a flow arrives"]),
     ] {
         let mut config = config(flags);
-        config.capture.rules = vec![sender.clone(), arrival.clone()].into();
-        let warnings = Plan::new(&config, &host()).expect("plan").warnings;
+        config.capture.rules = vec![sender.clone(), arrival.clone(), group.clone()].into();
+        let plan = Plan::new(&config, &host()).expect("plan");
+        assert_eq!(plan.notes_groups, config.capture.own_traffic, "{flags}");
+        let warnings = plan.warnings;
         assert_eq!(warnings.len(), expected.len(), "{flags}: {warnings:?}");
         assert!(warnings.iter().zip(expected).all(|(told, begin)| told.starts_with(begin)), "{warnings:?}");
     }

@@ -59,6 +59,8 @@ pub enum Selector {
     },
     /// User that owns the sending socket.
     Uid,
+    /// Group of the process that made it.
+    Gid,
     /// Number of the control group (cgroup v2) that the sending socket is in or below. Rules
     /// may have groups of [three depths](Unfit::Depths).
     Cgroup {
@@ -86,6 +88,7 @@ impl Selector {
             Self::Dscp => &[Dimension::Dscp],
             Self::Mark { .. } => &MARKS,
             Self::Uid => &[Dimension::Uid],
+            Self::Gid => &[Dimension::Gid],
             Self::Cgroup { .. } => &CGROUPS,
             Self::Domain => &[Dimension::Domain],
         }

@@ -139,6 +139,7 @@ const fn key(selector: Selector) -> &'static str {
         Selector::Dscp => "dscp",
         Selector::Mark { .. } => "mark",
         Selector::Uid => "uid",
+        Selector::Gid => "gid",
         Selector::Cgroup { .. } => "cgroup",
         Selector::Domain => "domain",
     }
@@ -163,6 +164,7 @@ fn facts(question: &Question, interface: Option<u32>, plan: &Plan) -> Packet {
         dscp: question.dscp,
         mark: question.mark,
         uid: question.uid.filter(|_| interface.is_none()),
+        gid: question.gid.filter(|_| interface.is_none()),
         cgroups: if interface.is_none() {
             question.cgroup.as_deref().map(Names::ancestors).unwrap_or_default()
         } else {
@@ -211,9 +213,14 @@ action = "reject"
 
     /// A router that captures `lan`.
     fn plan() -> Plan {
-        let argv = ["tproxy-user", "-i", "lan", "--not-to", "203.0.113.0/24", "--proto", "tcp,udp"];
+        plan_by("--not-to 203.0.113.0/24 --proto tcp,udp", CONFIG)
+    }
+
+    /// With these flags and rules.
+    fn plan_by(flags: &str, rules: &str) -> Plan {
+        let argv = ["tproxy-user", "-i", "lan"].into_iter().chain(flags.split(' '));
         let mut run = Cli::try_parse_from(argv).expect("flags").run;
-        run.capture.rules = file::parse(CONFIG.as_bytes(), "t.toml".as_ref()).expect("rules").1.rules;
+        run.capture.rules = file::parse(rules.as_bytes(), "t.toml".as_ref()).expect("rules").1.rules;
         let interface = |index, name: &str, address: &str| Interface {
             index,
             name: name.to_owned(),
@@ -222,7 +229,11 @@ action = "reject"
             ..Interface::default()
         };
         let host = Host {
-            interfaces: vec![interface(2, "lan", "192.168.1.1"), interface(3, "wan", "198.51.100.1")],
+            interfaces: vec![
+                Interface { loopback: true, ..interface(1, "lo", "127.0.0.1") },
+                interface(2, "lan", "192.168.1.1"),
+                interface(3, "wan", "198.51.100.1"),
+            ],
             local: vec!["192.168.1.1/32".parse().expect("a network")],
             ipv6: true,
         };
@@ -270,6 +281,23 @@ action = "reject"
             let answer = explain(&plan, &question).expect("an answer");
             let missed = answer.not.first().map(|miss| miss.condition);
             assert_eq!((answer.rule, missed), (Some(rule), not), "{name}");
+        }
+    }
+
+    #[test]
+    fn who_sends_is_asked_of_own_traffic_alone() {
+        let plan = plan_by("--own-traffic", "[[rule]]\nuid = 7\ngid = '100-200'\naction = 'reject'\n");
+        for (origin, rule, not) in [
+            ("own uid 7 gid 150", Some(1), None),
+            ("own uid 7 gid 201", None, Some("gid")),
+            ("own uid 8 gid 150", None, Some("uid")),
+            ("own uid 7", None, Some("gid")),
+            ("iface lan uid 7 gid 150", None, Some("uid")),
+        ] {
+            let question = format!("tcp 192.168.1.5:1 > 8.8.8.8:443 {origin}").parse().expect("a packet");
+            let answer = explain(&plan, &question).expect("an answer");
+            let missed = answer.not.first().map(|miss| miss.condition);
+            assert_eq!((answer.rule, missed), (rule, not), "{origin}");
         }
     }
 

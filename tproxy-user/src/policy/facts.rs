@@ -26,6 +26,8 @@ pub struct Packet {
     pub mark: u32,
     /// User that owns the sending socket.
     pub uid: Option<u32>,
+    /// Group of the process that made it.
+    pub gid: Option<u32>,
     /// Control groups that the sending socket is in, from the root down.
     pub cgroups: Vec<u64>,
     /// Set of the name that it is for.
@@ -45,6 +47,7 @@ impl Packet {
         dscp: 0,
         mark: 0,
         uid: None,
+        gid: None,
         cgroups: Vec::new(),
         domain: Known::Absent,
     };
@@ -89,6 +92,10 @@ impl Facts for Packet {
 
     fn uid(&self) -> Option<u32> {
         self.uid
+    }
+
+    fn gid(&self) -> Option<u32> {
+        self.gid
     }
 
     fn cgroup(&self, depth: u32) -> Option<u64> {

@@ -12,7 +12,7 @@ use tproxy_user::policy::facts::Packet;
 use tproxy_user::policy::ranges::Ranges;
 
 /// What rules may ask for: as many masks and depths as there may be.
-const SELECTORS: [Selector; 17] = [
+const SELECTORS: [Selector; 18] = [
     Selector::Source4,
     Selector::Source6,
     Selector::Destination4,
@@ -26,6 +26,7 @@ const SELECTORS: [Selector; 17] = [
     Selector::Mark { mask: 0x0000_001f },
     Selector::Mark { mask: 0xffff_fff0 },
     Selector::Uid,
+    Selector::Gid,
     Selector::Cgroup { depth: 0 },
     Selector::Cgroup { depth: 1 },
     Selector::Cgroup { depth: 3 },
@@ -53,6 +54,7 @@ fn value(packet: &Packet, selector: Selector) -> Option<u128> {
         Selector::Dscp => Some(packet.dscp.into()),
         Selector::Mark { mask } => Some((packet.mark & mask).into()),
         Selector::Uid => packet.uid.map(Into::into),
+        Selector::Gid => packet.gid.map(Into::into),
         Selector::Cgroup { depth } => packet.cgroups.get(depth as usize).copied().map(Into::into),
         Selector::Domain => match packet.domain {
             Known::Is(set) => Some(set.into()),
@@ -101,7 +103,9 @@ fn number(selector: Selector) -> BoxedStrategy<u128> {
         Selector::Source6 | Selector::Destination6 => (0x2001_0db8 << 96, (0xfe00 << 112) - 1),
         Selector::SourcePort | Selector::DestinationPort => (0, 0xffff),
         Selector::Protocol => (0, 0xff),
-        Selector::Interface | Selector::Mark { .. } | Selector::Uid | Selector::Domain => (0, 0xffff_ffff),
+        Selector::Interface | Selector::Mark { .. } | Selector::Uid | Selector::Gid | Selector::Domain => {
+            (0, 0xffff_ffff)
+        }
         Selector::Mac => (0, 0xffff_ffff_ffff),
         Selector::Dscp => (0, 0x3f),
         Selector::Cgroup { .. } => (0, u64::MAX.into()),
@@ -155,6 +159,7 @@ prop_compose! {
         dscp in number(Selector::Dscp),
         mark in number(Selector::Mark { mask: u32::MAX }),
         uid in prop::option::of(number(Selector::Uid)),
+        gid in prop::option::of(number(Selector::Gid)),
         cgroups in prop::collection::vec(number(Selector::Cgroup { depth: 0 }), 0..6),
         domain in prop_oneof![
             8 => number(Selector::Domain).prop_map(|set| Known::Is(word(set))),
@@ -175,6 +180,7 @@ prop_compose! {
             dscp: byte(dscp),
             mark: word(mark),
             uid: uid.map(word),
+            gid: gid.map(word),
             cgroups: cgroups.into_iter().map(long).collect(),
             domain,
         }

@@ -1,6 +1,6 @@
 //! A packet in words, such as `tcp 192.168.1.5:1234 > 1.1.1.1:443 iface br-lan`, and what
 //! else rules may ask for: `domain`, `mac`, `dscp`, `mark`, and of what this host sends `uid`,
-//! `cgroup`.
+//! `gid`, `cgroup`.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -31,6 +31,8 @@ pub struct Question {
     pub mark: u32,
     /// Who owns the socket that sends it.
     pub uid: Option<u32>,
+    /// The group of the process that made that socket.
+    pub gid: Option<u32>,
     /// The control group of that socket, below `/sys/fs/cgroup`.
     pub cgroup: Option<String>,
     /// The name that the flow is for; `None`: none is found.
@@ -77,6 +79,7 @@ impl FromStr for Question {
             dscp: 0,
             mark: 0,
             uid: None,
+            gid: None,
             cgroup: None,
             domain: None,
         };
@@ -97,6 +100,7 @@ impl FromStr for Question {
                 "dscp" => question.dscp = parse::dscp(value).map_err(named)?,
                 "mark" => question.mark = parse::number(value).map_err(named)?,
                 "uid" => question.uid = Some(parse::number(value).map_err(named)?),
+                "gid" => question.gid = Some(parse::number(value).map_err(named)?),
                 "cgroup" => question.cgroup = Some(value.trim_matches('/').to_owned()),
                 "domain" => {
                     let name = Pattern::parse(value).map_err(named)?.to_string();
@@ -144,10 +148,11 @@ mod tests {
         ] {
             assert_eq!(text.parse::<Question>().map(|question| question.to_string()), Ok(text.to_owned()));
         }
-        let all = "udp 1.1.1.1:1 > 1.1.1.1:1 own mac 02:00:00:00:00:01 dscp ef mark 0x10 uid 7 cgroup /a/b";
+        let all =
+            "udp 1.1.1.1:1 > 1.1.1.1:1 own mac 02:00:00:00:00:01 dscp ef mark 0x10 uid 7 gid 8 cgroup /a/b";
         let question: Question = all.parse().expect("a packet");
         assert_eq!((question.mac, question.dscp, question.mark), (Some([2, 0, 0, 0, 0, 1]), 46, 16));
-        assert_eq!((question.uid, question.cgroup.as_deref()), (Some(7), Some("a/b")));
+        assert_eq!((question.uid, question.gid, question.cgroup.as_deref()), (Some(7), Some(8), Some("a/b")));
     }
 
     #[test]

@@ -137,6 +137,7 @@ fn common(of: &Conditions, names: &Names) -> Vec<Condition> {
         }
     }
     let ports = |(first, last): &(u16, u16)| ((*first).into(), (*last).into());
+    let ids = |(first, last): &(u32, u32)| ((*first).into(), (*last).into());
     for (asked, selector, values) in [
         (!of.protocols.is_empty(), Selector::Protocol, collect(of.protocols.iter().map(|p| single(*p)))),
         (!of.from_ports.is_empty(), Selector::SourcePort, collect(of.from_ports.iter().map(ports))),
@@ -148,11 +149,8 @@ fn common(of: &Conditions, names: &Names) -> Vec<Condition> {
         ),
         (!of.macs.is_empty(), Selector::Mac, collect(of.macs.iter().map(|mac| single(number(*mac))))),
         (!of.dscps.is_empty(), Selector::Dscp, collect(of.dscps.iter().map(|dscp| single(*dscp)))),
-        (
-            !of.uids.is_empty(),
-            Selector::Uid,
-            collect(of.uids.iter().map(|(first, last)| ((*first).into(), (*last).into()))),
-        ),
+        (!of.uids.is_empty(), Selector::Uid, collect(of.uids.iter().map(ids))),
+        (!of.gids.is_empty(), Selector::Gid, collect(of.gids.iter().map(ids))),
     ] {
         if asked {
             require(selector, values);
@@ -246,10 +244,12 @@ mod tests {
             && any(!of.macs.is_empty(), of.macs.iter().any(|mac| packet.mac == Some(number(*mac))))
             && any(!of.dscps.is_empty(), of.dscps.contains(&packet.dscp))
             && any(!of.marks.is_empty(), of.marks.iter().any(|mark| mark.matches(packet.mark)))
-            && any(
-                !of.uids.is_empty(),
-                of.uids.iter().any(|(a, b)| packet.uid.is_some_and(|uid| (*a..=*b).contains(&uid))),
-            )
+            && any(!of.uids.is_empty(), among(&of.uids, packet.uid))
+            && any(!of.gids.is_empty(), among(&of.gids, packet.gid))
+    }
+
+    fn among(of: &[(u32, u32)], id: Option<u32>) -> bool {
+        id.is_some_and(|id| of.iter().any(|(first, last)| (*first..=*last).contains(&id)))
     }
 
     fn within(of: &Addresses, address: IpAddr) -> bool {
@@ -322,10 +322,11 @@ mod tests {
                 Mark { value: value & mask, mask }
             })),
             uids in list(span().prop_map(|(a, b)| (a.into(), b.into()))),
+            gids in list(span().prop_map(|(a, b)| (a.into(), b.into()))),
         ) -> Conditions {
             let interfaces = interfaces.into_iter().map(str::to_owned).collect();
             Conditions {
-                protocols, from, to, from_ports, to_ports, interfaces, macs, dscps, marks, uids,
+                protocols, from, to, from_ports, to_ports, interfaces, macs, dscps, marks, uids, gids,
                 cgroups: Vec::new(), ..Conditions::default()
             }
         }
@@ -337,6 +338,7 @@ mod tests {
             ports in (0_u16..6, 0_u16..6), protocol in prop::sample::select(vec![TCP, UDP]),
             interface in prop::option::of(1_u32..4), mac in prop::option::of(0x0200_0000_0000_u64..0x0200_0000_0003),
             dscp in 0_u8..3, mark in 0_u32..8, uid in prop::option::of(0_u32..6),
+            gid in prop::option::of(0_u32..6),
         ) -> Packet {
             let addr = |ip| match ip {
                 IpAddr::V4(v4) => mapped(v4.octets()),
@@ -345,7 +347,7 @@ mod tests {
             Packet {
                 family: if ends.0.is_ipv4() { Family::V4 } else { Family::V6 },
                 source: addr(ends.0), destination: addr(ends.1), ports: Known::Is(ports),
-                protocol, interface, mac, dscp, mark, uid, ..Packet::EMPTY
+                protocol, interface, mac, dscp, mark, uid, gid, ..Packet::EMPTY
             }
         }
     }

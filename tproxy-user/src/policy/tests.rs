@@ -46,6 +46,7 @@ fn every_interval_is_found() {
         (Selector::Dscp, 1),
         (Selector::Mark { mask: u32::MAX }, 1),
         (Selector::Uid, 1),
+        (Selector::Gid, 1),
         (Selector::Cgroup { depth: 2 }, 4),
         (Selector::Domain, 1),
     ] {
@@ -105,6 +106,7 @@ fn packet_with(selector: Selector, value: u128) -> Option<Packet> {
         Selector::Dscp => packet.dscp = u8::try_from(value).ok().filter(|dscp| *dscp < 64)?,
         Selector::Mark { .. } => packet.mark = small?,
         Selector::Uid => packet.uid = Some(small?),
+        Selector::Gid => packet.gid = Some(small?),
         Selector::Cgroup { depth } => {
             packet.cgroups = vec![0; usize::try_from(depth).ok()?];
             packet.cgroups.push(u64::try_from(value).ok()?);

@@ -6,6 +6,7 @@ use tproxy_common::abi::program;
 
 use crate::clsact;
 use crate::datapath::attach::{Direction, Hook, Target, add_clsact, programs};
+use crate::datapath::bpffs;
 use crate::instance::Instance;
 use crate::plan::{PlannedInterface, Sysctl};
 use crate::routing::Routing;
@@ -13,6 +14,9 @@ use crate::{sysctl, tun, undo};
 
 use super::upkeep::Kind;
 use super::{Attached, Steering};
+
+/// Where [`program::GROUP`] is.
+const CONTROL_GROUPS: &str = "the control groups";
 
 impl Steering {
     /// Rules and routes.
@@ -46,6 +50,7 @@ impl Steering {
             outcomes.push(self.keep_setting(sysctl, instance));
         }
         outcomes.push(self.keep_lookup());
+        outcomes.push(self.keep_groups(self.plan.notes_groups));
         outcomes.push(self.keep_tun().await);
         for interface in self.plan.interfaces.clone() {
             // Gone since the plan was made: notice of that is under way. Its programs go a
@@ -81,6 +86,23 @@ impl Steering {
         let Some(kind) = self.upkeep.may_make(part, Instant::now()) else { return Ok(()) };
         let attached = self.datapath.attach_lookup(&self.config.pin);
         self.upkeep.made(part, kind, attached.map_err(Into::into), |stats| &stats.programs_put_back)
+    }
+
+    /// The program that notes the group of sockets, while rules ask for it: it costs something at
+    /// each socket that is made anywhere on the host.
+    pub(super) fn keep_groups(&mut self, wanted: bool) -> anyhow::Result<()> {
+        let part = format!("{} at {CONTROL_GROUPS}", program::GROUP);
+        if !wanted {
+            self.upkeep.forget(CONTROL_GROUPS);
+            return Ok(bpffs::remove_link(&self.config.pin, program::GROUP)?);
+        }
+        if self.datapath.has_group()? {
+            self.upkeep.found(&part);
+            return Ok(());
+        }
+        let Some(kind) = self.upkeep.may_make(&part, Instant::now()) else { return Ok(()) };
+        let attached = self.datapath.attach_group(&self.config.pin);
+        self.upkeep.made(&part, kind, attached.map_err(Into::into), |stats| &stats.programs_put_back)
     }
 
     /// The tun device of faithful handshakes: down, or without its program, it

@@ -77,9 +77,9 @@ impl Upkeep {
         self.made.insert(part.to_owned());
     }
 
-    /// The programs of an interface are no longer wanted, or went with it.
-    pub(super) fn forget(&mut self, interface: &str) {
-        let at = format!(" at {interface}");
+    /// The programs of an interface, or another place, are no longer wanted, or went with it.
+    pub(super) fn forget(&mut self, place: &str) {
+        let at = format!(" at {place}");
         self.made.retain(|part| !part.ends_with(&at));
     }
 

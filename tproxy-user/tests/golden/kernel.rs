@@ -1,13 +1,15 @@
 //! The programs, loaded in a network namespace of the test's own.
 
+use std::fs::File;
 use std::io::ErrorKind;
 use std::net::{TcpListener, UdpSocket};
 use std::os::fd::AsRawFd;
+use std::path::Path;
 use std::time::Duration;
 
 use aya::Pod;
 use aya::maps::{HashMap, Map, MapData, MapError, PerCpuArray};
-use aya::programs::{ProgramError, SchedClassifier, TcAttachType, TestRun as _, TestRunOptions};
+use aya::programs::{CgroupSock, ProgramError, SchedClassifier, TcAttachType, TestRun as _, TestRunOptions};
 use nix::errno::Errno;
 use tproxy_common::abi::{
     ABI_VERSION, Addr, Decided, Flow, FlowKey, FragmentInfo, FragmentKey, HostPair, ListenerKind, LpmKey,
@@ -20,6 +22,7 @@ use tproxy_user::config::Kernel as Version;
 use tproxy_user::config::Scope;
 use tproxy_user::datapath::attach::add_clsact;
 use tproxy_user::datapath::features::Features;
+use tproxy_user::datapath::group::BESIDE_OTHERS;
 use tproxy_user::datapath::load::Datapath;
 use tproxy_user::policy::compile::{RuleSet, compile};
 use tproxy_user::privilege::running_kernel;
@@ -287,6 +290,18 @@ impl Kernel {
         add_clsact(interface).expect("a qdisc");
         let classifier = self.loaded(program);
         classifier.attach(interface, side).expect("attached");
+    }
+
+    /// Notes the groups of sockets that are made from here on.
+    pub(crate) fn note_groups(&mut self, root: &Path) {
+        if !self.datapath.features().socket_notes() {
+            needs("notes at sockets", Version { major: 5, minor: 9 });
+        }
+        let group = self.datapath.ebpf().program_mut(program::GROUP).expect("a program");
+        let group: &mut CgroupSock = group.try_into().expect("a program of control groups");
+        group.load().unwrap_or_else(|error| panic!("{error}"));
+        let root = File::open(root).expect("a control group");
+        group.attach(root, BESIDE_OTHERS).expect("attached");
     }
 
     /// Counters that are not zero.

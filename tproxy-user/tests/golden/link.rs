@@ -17,6 +17,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 use tproxy_common::abi::program;
 use tproxy_user::policy::compile::Selector;
 
+use crate::hierarchy::Hierarchy;
 use crate::kernel::{Kernel, usual};
 use crate::packets as p;
 use crate::rules::{only, with_own_traffic};
@@ -26,6 +27,8 @@ tests![
     a_tag_that_carries_a_priority_alone_is_no_vlan,
     a_packet_without_an_ethernet_header_has_no_link_layer_address,
     a_socket_belongs_to_the_user_that_made_it,
+    a_socket_belongs_to_the_group_that_made_it,
+    a_socket_that_was_there_before_has_no_group,
 ];
 
 const CVLAN: u16 = 0x8100;
@@ -58,21 +61,64 @@ fn a_packet_without_an_ethernet_header_has_no_link_layer_address() {
 
 fn a_socket_belongs_to_the_user_that_made_it() {
     const USER: u32 = 4711;
-    let mut kernel = Kernel::new(&with_own_traffic());
-    kernel.set_rules(&only(Selector::Uid, (USER.into(), USER.into())));
-    make_pair();
-    ip("addr add 192.0.2.1/24 dev out");
-    ip("neigh add 192.0.2.2 lladdr 02:00:00:00:00:01 dev out");
-    ip("route add default via 192.0.2.2");
-    kernel.attach(program::OWN, "out", TcAttachType::Egress);
+    let mut kernel = sending(Selector::Uid, USER);
     for (user, counter) in [(USER, "own_redirected"), (0, "pass_policy")] {
         // Of this thread alone.
         setfsuid(Uid::from_raw(user));
         let socket = UdpSocket::bind("192.0.2.1:0");
         setfsuid(Uid::from_raw(0));
-        socket.expect("a port").send_to(b"?", "203.0.113.7:443").expect("sent");
+        ask(&socket.expect("a port"));
         wait_for(&mut kernel, counter);
     }
+}
+
+fn a_socket_belongs_to_the_group_that_made_it() {
+    const GROUP: u32 = 4711;
+    let mut kernel = sending(Selector::Gid, GROUP);
+    let hierarchy = Hierarchy::mount();
+    kernel.note_groups(hierarchy.root());
+    for (group, counter) in [(GROUP, "own_redirected"), (0, "pass_policy")] {
+        set_group(group);
+        let socket = UdpSocket::bind("192.0.2.1:0");
+        set_group(0);
+        ask(&socket.expect("a port"));
+        wait_for(&mut kernel, counter);
+    }
+}
+
+fn a_socket_that_was_there_before_has_no_group() {
+    let mut kernel = sending(Selector::Gid, 0);
+    let before = UdpSocket::bind("192.0.2.1:0").expect("a port");
+    let hierarchy = Hierarchy::mount();
+    kernel.note_groups(hierarchy.root());
+    ask(&before);
+    wait_for(&mut kernel, "pass_policy");
+    ask(&UdpSocket::bind("192.0.2.1:0").expect("a port"));
+    wait_for(&mut kernel, "own_redirected");
+}
+
+/// What this host sends by an interface is proxied where its socket has this number.
+fn sending(selector: Selector, number: u32) -> Kernel {
+    let mut kernel = Kernel::new(&with_own_traffic());
+    kernel.set_rules(&only(selector, (number.into(), number.into())));
+    make_pair();
+    ip("addr add 192.0.2.1/24 dev out");
+    ip("neigh add 192.0.2.2 lladdr 02:00:00:00:00:01 dev out");
+    ip("route add default via 192.0.2.2");
+    kernel.attach(program::OWN, "out", TcAttachType::Egress);
+    kernel
+}
+
+fn ask(socket: &UdpSocket) {
+    socket.send_to(b"?", "203.0.113.7:443").expect("sent");
+}
+
+/// The real group of this thread alone: glibc's call would change all.
+fn set_group(group: u32) {
+    const AS_IT_IS: libc::gid_t = libc::gid_t::MAX;
+    // SAFETY: the call takes numbers.
+    let result = unsafe { libc::syscall(libc::SYS_setresgid, group, AS_IT_IS, AS_IT_IS) };
+    assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
 }
 
 /// Lets a frame arrive on a captured interface, where this counter must rise.

@@ -21,6 +21,7 @@ mod differential;
 mod exchange;
 mod fragments;
 mod headers;
+mod hierarchy;
 mod kernel;
 mod link;
 mod listeners;

@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use proptest::strategy::{Strategy, ValueTree as _};
 use proptest::test_runner::TestRunner;
 use tproxy_common::abi::{Settings, TCP, UDP, Verdict, program};
@@ -17,6 +16,7 @@ use tproxy_user::policy::compile::{Condition, Rule, RuleSet, Selector, compile};
 use tproxy_user::policy::facts::{Memory, Packet};
 use tproxy_user::policy::ranges::Ranges;
 
+use crate::hierarchy::Hierarchy;
 use crate::kernel::{Context, Kernel, PASS, REDIRECTED, STEERED, usual};
 use crate::packets as p;
 use crate::predict::parse;
@@ -111,13 +111,13 @@ pub(crate) fn as_frame(mut seen: Packet) -> Packet {
     }
     // All frames have an address, and none of what arrives has a socket.
     seen.mac = seen.mac.or(Some(0));
-    seen.uid = None;
+    (seen.uid, seen.gid) = (None, None);
     seen.cgroups.clear();
     seen
 }
 
 /// The same of this host, sent by the socket that each test run has: one that belongs to
-/// the kernel, and so to user 0.
+/// the kernel, and so to user 0 and to no group.
 fn own_frame(seen: Packet) -> Packet {
     let mark = seen.mark & !with_own_traffic().own_mark;
     Packet { interface: None, mac: None, uid: Some(0), mark, ..as_frame(seen) }
@@ -156,17 +156,14 @@ fn the_control_group_of_a_socket_is_known_at_its_depth() {
     assert!(depths_of(&group.sibling()).is_empty());
 }
 
-/// A control group that this process is in for a while, and one above it. They are in a
-/// hierarchy that is mounted for it, since there may be none.
+/// A control group that this process is in for a while, and one above it.
 struct Group {
-    root: tempfile::TempDir,
+    hierarchy: Hierarchy,
 }
 
 impl Group {
     fn enter() -> Self {
-        let group = Self { root: tempfile::tempdir().expect("a directory") };
-        mount(Some("none"), group.root.path(), Some("cgroup2"), MsFlags::empty(), None::<&str>)
-            .expect("a hierarchy of control groups");
+        let group = Self { hierarchy: Hierarchy::mount() };
         fs::create_dir(group.outer()).expect("a group");
         fs::create_dir(group.inner()).expect("a group in it");
         fs::create_dir(group.sibling()).expect("another");
@@ -175,7 +172,7 @@ impl Group {
     }
 
     fn outer(&self) -> PathBuf {
-        self.root.path().join(format!("tproxy-golden-{}", std::process::id()))
+        self.hierarchy.root().join(format!("tproxy-golden-{}", std::process::id()))
     }
 
     fn inner(&self) -> PathBuf {
@@ -189,11 +186,10 @@ impl Group {
 
 impl Drop for Group {
     fn drop(&mut self) {
-        move_to(self.root.path());
+        move_to(self.hierarchy.root());
         for group in [self.sibling(), self.inner(), self.outer()] {
             remove(&group);
         }
-        umount2(self.root.path(), MntFlags::MNT_DETACH).expect("mounted");
     }
 }
 

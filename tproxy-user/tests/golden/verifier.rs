@@ -28,7 +28,8 @@ fn load_all(settings: &Settings, log: bool) {
             Program::SchedClassifier(program) => (program.load(), program.info()),
             Program::SocketFilter(program) => (program.load(), program.info()),
             Program::SkLookup(program) if features.sk_lookup() => (program.load(), program.info()),
-            Program::SkLookup(_) => continue,
+            Program::CgroupSock(program) if features.socket_notes() => (program.load(), program.info()),
+            Program::SkLookup(_) | Program::CgroupSock(_) => continue,
             other => panic!("{name}: an unexpected kind of program: {other:?}"),
         };
         loaded.unwrap_or_else(|error| panic!("{name}: {error}"));

@@ -20,6 +20,7 @@ mod faults;
 mod firewall;
 mod flood;
 mod foreign;
+mod group;
 mod handshake;
 mod host;
 mod icmp;
@@ -67,7 +68,7 @@ use common::{Scenario, Scenarios, Skip};
 
 /// What rests on what kernels came to have at different times, see the README's
 /// table of them: each kernel of the matrix runs these.
-const CORE: [&str; 9] = [
+const CORE: [&str; 10] = [
     "T1_tcp_source_client",
     "T2_udp_source_client",
     "T7_client_port_reused_at_once",
@@ -77,6 +78,7 @@ const CORE: [&str; 9] = [
     "attach_clsact_is_told_and_chosen",
     "attach_tcx_is_told_and_chosen",
     "nothing_left_after_sigterm",
+    "policy_by_group",
 ];
 
 fn main() -> ExitCode {
@@ -131,11 +133,12 @@ fn main() -> ExitCode {
         report::SCENARIOS,
         company::SCENARIOS,
         policy::SCENARIOS,
+        group::SCENARIOS,
         domains::SCENARIOS,
     ];
     // What the family makes no difference to: both in one run.
     let once: &[Scenarios] =
-        if selection.is_some() { &[] } else { &[policy::ONCE, reload::ONCE, upstream::ONCE] };
+        if selection.is_some() { &[] } else { &[policy::ONCE, group::ONCE, reload::ONCE, upstream::ONCE] };
     let all = if selection.is_some() { anywhere.to_vec() } else { [anywhere, here].concat() };
     let wanted = |name: &str| {
         let matches = |filter: &String| if arguments.exact { name == filter } else { name.contains(filter) };

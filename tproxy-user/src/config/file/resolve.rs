@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use nix::unistd::User;
+use nix::unistd::{Group, User};
 use tproxy_common::abi::{TCP, UDP};
 
 use super::error::Mistake;
@@ -11,7 +11,7 @@ use super::list::List;
 use super::names;
 use super::prefixes::Files;
 use super::upstream::Upstreams;
-use super::value::{Network, Protocol, Uid, Uids};
+use super::value::{Gid, Ids, Network, Protocol, Uid};
 use super::{cgroup, rule};
 use crate::config::rule::{Action, Addresses, Conditions, Domains, NameFile, PrefixFile, Rule};
 use crate::policy::domains;
@@ -71,6 +71,7 @@ impl Resolve<'_> {
             dscps: values(rule.dscp, Into::into),
             marks: values(rule.mark, Into::into),
             uids: self.uids(rule.uid)?,
+            gids: self.gids(rule.gid)?,
             domains: Domains {
                 listed: values(rule.domain, Into::into),
                 files: self.name_files(rule.domain_file)?,
@@ -111,6 +112,7 @@ impl Resolve<'_> {
             ("dscp", rule.dscp.is_some()),
             ("mark", rule.mark.is_some()),
             ("uid", rule.uid.is_some()),
+            ("gid", rule.gid.is_some()),
             ("cgroup", rule.cgroup.is_some()),
         ];
         let Some((other, _)) = others.iter().find(|(_, asked)| *asked) else { return Ok(()) };
@@ -153,19 +155,31 @@ impl Resolve<'_> {
     }
 
     fn uids(&self, uids: Option<List<Uid>>) -> Result<Vec<(u32, u32)>, Mistake> {
-        let resolve = |uid: Uid| match uid.0 {
-            Uids::Range(first, last) => Ok((first, last)),
-            Uids::Name(name) => match User::from_name(&name) {
-                Ok(Some(user)) => Ok((user.uid.as_raw(), user.uid.as_raw())),
-                Ok(None) => {
-                    Err(self.mistake(".uid", format!("'{name}': this host has no user of this name")))
-                }
-                Err(error) => {
-                    Err(self.mistake(".uid", format!("'{name}': cannot look up the user: {error}")))
-                }
-            },
+        let number = |name: &str| Ok(User::from_name(name)?.map(|user| user.uid.as_raw()));
+        values(uids, Into::into).into_iter().map(|ids| self.ids(ids, ("uid", "user"), number)).collect()
+    }
+
+    fn gids(&self, gids: Option<List<Gid>>) -> Result<Vec<(u32, u32)>, Mistake> {
+        let number = |name: &str| Ok(Group::from_name(name)?.map(|group| group.gid.as_raw()));
+        values(gids, Into::into).into_iter().map(|ids| self.ids(ids, ("gid", "group"), number)).collect()
+    }
+
+    fn ids(
+        &self,
+        ids: Ids,
+        (key, of): (&str, &str),
+        number: impl Fn(&str) -> nix::Result<Option<u32>>,
+    ) -> Result<(u32, u32), Mistake> {
+        let name = match ids {
+            Ids::Range(first, last) => return Ok((first, last)),
+            Ids::Name(name) => name,
         };
-        uids.into_iter().flatten().map(resolve).collect()
+        let why = match number(&name) {
+            Ok(Some(id)) => return Ok((id, id)),
+            Ok(None) => format!("this host has no {of} of this name"),
+            Err(error) => format!("cannot look up the {of}: {error}"),
+        };
+        Err(self.mistake(&format!(".{key}"), format!("'{name}': {why}")))
     }
 }
 

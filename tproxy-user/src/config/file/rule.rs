@@ -3,11 +3,12 @@
 use std::path::PathBuf;
 
 use schemars::JsonSchema;
-use serde::de::Error;
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Serialize};
 
 use super::List;
-use super::value::{AnyMark, Cgroup, Domain, Dscp, Interface, Mac, Network, Ports, Protocol, Target, Uid};
+use super::value::{
+    AnyMark, Cgroup, Domain, Dscp, Gid, Interface, Mac, Network, Ports, Protocol, Target, Uid,
+};
 
 /// What becomes of flows that meet all conditions; each may be one value or a list, of which one is met.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -41,15 +42,14 @@ pub struct Rule {
     pub mark: Option<List<AnyMark>>,
     /// Users whose sockets send; of the host's own traffic alone.
     pub uid: Option<List<Uid>>,
+    /// Groups of processes whose sockets send; of the host's own traffic alone. Needs Linux 5.9.
+    pub gid: Option<List<Gid>>,
     /// Control groups whose sockets send; of the host's own traffic alone.
     pub cgroup: Option<List<Cgroup>>,
     /// Names that flows are for: by TLS and QUIC server name, HTTP host, or DNS answers seen.
     pub domain: Option<List<Domain>>,
     /// Files of names, one a line; relative to the config file.
     pub domain_file: Option<List<PathBuf>>,
-    /// Not supported yet.
-    #[schemars(skip)]
-    pub gid: Option<NotYet>,
     /// What becomes of them.
     pub action: Action,
     /// Where they are diverted to; with the action `divert` alone.
@@ -73,14 +73,4 @@ pub enum Action {
     Reject,
     /// They are thrown away.
     Drop,
-}
-
-/// The value of a key that is known, but has no meaning yet. There is none.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub enum NotYet {}
-
-impl<'de> Deserialize<'de> for NotYet {
-    fn deserialize<D: Deserializer<'de>>(_: D) -> Result<Self, D::Error> {
-        Err(D::Error::custom("not supported yet; leave the key out"))
-    }
 }

@@ -147,7 +147,6 @@ fn mistakes_in_rules() {
             "action = 'proxy'\nupstream = 'exits'",
             "5:12: rule[1].upstream: 'exits': no [[upstream]] or [[group]] has this name; expected direct",
         ),
-        ("gid = 5\naction = 'pass'", "4:7: rule[1].gid: not supported yet; leave the key out"),
         (
             "domain = ['a.example', '*']\naction = 'pass'",
             "4:24: rule[1].domain[1]: '*': expected a name such as example.org, or *.example.org for all names below it",
@@ -163,6 +162,18 @@ fn mistakes_in_rules() {
         (
             "uid = ['root', 'no such user']\naction = 'pass'",
             "4:7: rule[1].uid: 'no such user': this host has no user of this name",
+        ),
+        (
+            "gid = ['root', 'no such group']\naction = 'pass'",
+            "4:7: rule[1].gid: 'no such group': this host has no group of this name",
+        ),
+        (
+            "gid = 'a:b'\naction = 'pass'",
+            "4:7: rule[1].gid: 'a:b': expected a group id such as 1000, a range such as 1000-1999, or the name of a group",
+        ),
+        (
+            "domain = 'a.example'\ngid = 5\naction = 'pass'",
+            "4:10: rule[1].domain: a rule with names cannot have `gid`, which is not known any more once the name is: leave one of them out",
         ),
         ("uid = '5-3'\naction = 'pass'", "4:7: rule[1].uid: '5-3': the range is backwards; expected 3-5"),
         (
@@ -200,6 +211,7 @@ fn rules_are_resolved() {
         dscp = ['ef', 0]
         mark = ['0/0xff', 1]
         uid = ['root', 5, '1000-1999']
+        gid = ['root', 6, '2000-2999']
         cgroup = 'no-such-unit.service'
         action = 'divert'
         target = '[::1]:53'
@@ -218,6 +230,7 @@ fn rules_are_resolved() {
     assert_eq!((&*conditions.macs, &*conditions.dscps), (&[[2, 0, 0x5e, 0, 0x53, 1]][..], &[46, 0][..]));
     assert_eq!(conditions.marks, [Mark { value: 0, mask: 0xff }, Mark { value: 1, mask: u32::MAX }]);
     assert_eq!(conditions.uids, [(0, 0), (5, 5), (1000, 1999)]);
+    assert_eq!(conditions.gids, [(0, 0), (6, 6), (2000, 2999)]);
     assert_eq!(conditions.cgroups, ["system.slice/no-such-unit.service"]);
     assert_eq!(first.action, Action::Divert("[::1]:53".parse().expect("an address")));
     assert_eq!(
@@ -263,7 +276,8 @@ fn what_is_written_is_read_again() {
         rules: vec![
             Rule { to: List::of([network("10.0.0.0/8"), network("::1/128")]), ..Rule::default() },
             Rule {
-                uid: List::of([value::Uids::Range(1, 5), value::Uids::Name("root".to_owned())]),
+                uid: List::of([value::Ids::Range(1, 5), value::Ids::Name("root".to_owned())]),
+                gid: List::of([value::Ids::Range(7, 7)]),
                 mark: List::of([Mark { value: 0, mask: 3 }]),
                 mac: List::of([[2, 0, 0, 0, 0, 1]]),
                 action: rule::Action::Divert,
@@ -279,7 +293,7 @@ fn what_is_written_is_read_again() {
         "[capture]\ninterfaces = [\"eth0\", \"wg*\"]\nprotocols = \"udp\"\nports = [53, \"1000-2000\"]\nown_traffic = true\n\n\
          [timeouts]\ntcp_idle = \"2h4m\"\n\n\
          [[rule]]\nto = [\"10.0.0.0/8\", \"::1/128\"]\naction = \"proxy\"\n\n\
-         [[rule]]\nmac = \"02:00:00:00:00:01\"\nmark = \"0x0/0x3\"\nuid = [\"1-5\", \"root\"]\naction = \"divert\"\ntarget = \"127.0.0.1:53\"\n"
+         [[rule]]\nmac = \"02:00:00:00:00:01\"\nmark = \"0x0/0x3\"\nuid = [\"1-5\", \"root\"]\ngid = 7\naction = \"divert\"\ntarget = \"127.0.0.1:53\"\n"
     );
     assert_eq!(accepted(&text).0, file);
 }

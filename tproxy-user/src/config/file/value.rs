@@ -61,33 +61,33 @@ pub enum LogForm {
     Json,
 }
 
-/// Users of the host.
+/// Users or groups of the host.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Uids {
-    /// An inclusive range of user ids.
+pub enum Ids {
+    /// An inclusive range of ids.
     Range(u32, u32),
     /// A name, to be looked up.
     Name(String),
 }
 
-impl Uids {
-    fn parse(text: &str) -> Result<Self, String> {
+impl Ids {
+    /// `of` is `user` or `group`.
+    fn parse(text: &str, of: &str) -> Result<Self, String> {
         let number = |text: &str| text.parse().ok();
         let range = text.split_once('-').and_then(|(first, last)| Some((number(first)?, number(last)?)));
         match (number(text), range) {
-            (Some(uid), _) => Ok(Self::Range(uid, uid)),
+            (Some(id), _) => Ok(Self::Range(id, id)),
             (_, Some((first, last))) if first <= last => Ok(Self::Range(first, last)),
             (_, Some((first, last))) => Err(format!("the range is backwards; expected {last}-{first}")),
-            (None, None) if text.is_empty() || text.contains([':', '/', '\0']) => {
-                Err("expected a user id such as 1000, a range such as 1000-1999, or the name of a user"
-                    .to_owned())
-            }
+            (None, None) if text.is_empty() || text.contains([':', '/', '\0']) => Err(format!(
+                "expected a {of} id such as 1000, a range such as 1000-1999, or the name of a {of}"
+            )),
             (None, None) => Ok(Self::Name(text.to_owned())),
         }
     }
 }
 
-impl fmt::Display for Uids {
+impl fmt::Display for Ids {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Range(first, last) => f.write_str(&range(first, last)),
@@ -200,7 +200,9 @@ values! {
     /// A number from 0 to 63, or a name: cs0 to cs7, af11 to af43, ef, va, le or be.
     Dscp(u8) = parse::dscp, u8::to_string;
     /// A user id, a range such as "1000-1999", or the name of a user.
-    Uid(Uids) = Uids::parse, Uids::to_string;
+    Uid(Ids) = |text| Ids::parse(text, "user"), Ids::to_string;
+    /// A group id, a range such as "1000-1999", or the name of a group.
+    Gid(Ids) = |text| Ids::parse(text, "group"), Ids::to_string;
     /// A systemd unit such as "sshd.service", or a path below /sys/fs/cgroup.
     Cgroup(String) = cgroup, String::clone;
     /// A name such as "example.org", or "*.example.org" for all names below it.

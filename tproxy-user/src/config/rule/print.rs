@@ -29,7 +29,7 @@ impl fmt::Display for Conditions {
     /// Each condition with its key; `everything` where there is none.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let ports = |ports: &[(u16, u16)]| ports.iter().map(|range| span(*range)).collect();
-        let conditions: [(&str, Vec<String>); 14] = [
+        let conditions: [(&str, Vec<String>); 15] = [
             ("protocol", self.protocols.iter().map(|protocol| name(*protocol)).collect()),
             ("from", included(&self.from)),
             ("not_from", self.from.not.iter().map(ToString::to_string).collect()),
@@ -42,6 +42,7 @@ impl fmt::Display for Conditions {
             ("dscp", self.dscps.iter().map(ToString::to_string).collect()),
             ("mark", self.marks.iter().map(ToString::to_string).collect()),
             ("uid", self.uids.iter().map(|range| span(*range)).collect()),
+            ("gid", self.gids.iter().map(|range| span(*range)).collect()),
             ("cgroup", self.cgroups.clone()),
             ("domain", names(&self.domains)),
         ];
@@ -93,13 +94,15 @@ mod tests {
             },
             to_ports: vec![(80, 80), (1000, 2000)],
             macs: vec![[2, 0, 0, 0, 0, 255]],
+            uids: vec![(0, 0)],
+            gids: vec![(5, 5), (1000, 1999)],
             ..Conditions::default()
         };
         let target = "[::1]:53".parse().expect("an address");
         assert_eq!(
             Rule { conditions, action: Action::Divert(target) }.to_string(),
             "protocol tcp,132, to 10.0.0.0/8, not_to 10.1.0.0/16, to_port 80,1000-2000, \
-             mac 02:00:00:00:00:ff: divert to [::1]:53"
+             mac 02:00:00:00:00:ff, uid 0, gid 5,1000-1999: divert to [::1]:53"
         );
         assert_eq!(
             Rule { conditions: Conditions::default(), action: Action::Pass }.to_string(),

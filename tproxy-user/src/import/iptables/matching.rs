@@ -92,7 +92,7 @@ impl Matching {
                 None => matches.constant(not),
             },
             "--uid-owner" => value::require_users(matches, argument()?, not),
-            "--gid-owner" => value::group(matches, argument()?, not),
+            "--gid-owner" => value::require_groups(matches, argument()?, not),
             "--ctstate" | "--state" => value::state(matches, &list(argument()?), not),
             "--ctdir" => matches.constant((argument()? == "ORIGINAL") != not),
             "--dst-type" => value::destination_type(matches, &list(argument()?), not),

@@ -44,9 +44,14 @@ pub(super) fn equal(scope: &Scope<'_>, matches: &mut Matches, left: &Value, elem
         return concatenation(scope, matches, parts, &elements, not);
     }
     let names: Vec<_> = elements.iter().filter_map(Value::as_str).collect();
-    if left["meta"]["key"] == "skuid" && !names.is_empty() {
-        let users = names.iter().map(|name| (*name).to_owned()).collect();
-        return matches.require_or_not(Conditions::sent_by(users), not);
+    let of_names = match left["meta"]["key"].as_str() {
+        Some("skuid") => Some(Conditions::sent_by as fn(Vec<String>) -> Conditions),
+        Some("skgid") => Some(Conditions::sent_by_groups as fn(Vec<String>) -> Conditions),
+        _ => None,
+    };
+    if let Some(conditions) = of_names.filter(|_| !names.is_empty()) {
+        let names = names.iter().map(|name| (*name).to_owned()).collect();
+        return matches.require_or_not(conditions(names), not);
     }
     if let Some((dimension, families)) = dimension(left) {
         matches.require(&families);
@@ -75,10 +80,6 @@ pub(super) fn equal(scope: &Scope<'_>, matches: &mut Matches, left: &Value, elem
             };
             let families = [false, true].into_iter().filter(|v6| has(*v6) != not);
             matches.require(&families.map(Conditions::family).collect::<Vec<_>>());
-        }
-        (Some("skgid"), _) => {
-            let groups: Vec<_> = elements.iter().map(Value::to_string).collect();
-            value::group(matches, &groups.join(","), not);
         }
         (Some("pkttype"), _) => matches.constant((names == ["unicast"] || names == ["host"]) != not),
         (_, Some("state")) => value::state(matches, &names, not),
@@ -160,6 +161,7 @@ fn dimension(left: &Value) -> Option<(Dimension, Vec<Conditions>)> {
         (Some("ether"), Some("saddr"), _) => (Dimension::Mac, vec![Conditions::default()]),
         (_, _, Some("l4proto")) => (Dimension::Protocol, vec![Conditions::default()]),
         (_, _, Some("skuid")) => (Dimension::Uid, vec![Conditions::default()]),
+        (_, _, Some("skgid")) => (Dimension::Gid, vec![Conditions::default()]),
         _ => return None,
     })
 }
@@ -184,7 +186,7 @@ fn numbers(dimension: Dimension, element: &Value) -> Option<Vec<(u128, u128)>> {
         Dimension::Protocol => Some(of_set(value::protocol(&word))),
         Dimension::Dscp => value::dscp(&word).ok().map(of_set),
         Dimension::Mac => value::mac(&word).ok().map(of_set),
-        Dimension::FromPort | Dimension::ToPort | Dimension::Uid => {
+        Dimension::FromPort | Dimension::ToPort | Dimension::Uid | Dimension::Gid => {
             let number = u128::from(number(element)?);
             (number <= dimension.most()).then(|| vec![(number, number)])
         }

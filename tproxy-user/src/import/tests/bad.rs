@@ -95,6 +95,7 @@ const WORDS: &[&str] = &[
     "multiport",
     "--ports",
     "--uid-owner",
+    "--gid-owner",
     "5-1",
     "root",
     "-i",

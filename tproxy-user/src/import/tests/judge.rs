@@ -10,12 +10,14 @@ use super::super::value;
 use crate::config::file;
 
 /// A packet, such as `eth0 tcp 192.0.2.1:1000 > 192.0.2.2:80`, or, of the host's own,
-/// `own uid=5 udp …`; with `mac=…`, `dscp=…` and `mark=…` where they matter.
+/// `own uid=5 udp …`; with `gid=…` (a name, too), `mac=…`, `dscp=…` and `mark=…` where they matter.
 #[derive(Clone, Debug)]
 pub(super) struct Packet {
     /// The interface; `None`: the host sends it.
     pub(super) interface: Option<String>,
     pub(super) uid: u32,
+    /// The group of the sending socket, where it is known.
+    pub(super) gid: Option<String>,
     pub(super) mac: String,
     pub(super) dscp: u32,
     pub(super) mark: u32,
@@ -34,6 +36,7 @@ impl Packet {
         Self {
             interface: Some(interface.to_owned()).filter(|name| name != "own"),
             uid: number("uid"),
+            gid: value("gid").map(str::to_owned),
             mac: value("mac").unwrap_or_default().to_owned(),
             dscp: number("dscp"),
             mark: number("mark"),
@@ -114,7 +117,9 @@ fn matches(rule: &Table, packet: &Packet) -> bool {
         let number = |number: u32| {
             any(&|range| {
                 let (first, last) = range.split_once('-').unwrap_or((range, range));
-                (first.parse().expect("a number")..=last.parse().expect("a number")).contains(&number)
+                // The name of a group is no number.
+                let ends = first.parse::<u32>().ok().zip(last.parse().ok());
+                ends.is_some_and(|(first, last)| (first..=last).contains(&number))
             })
         };
         match &**key {
@@ -128,6 +133,11 @@ fn matches(rule: &Table, packet: &Packet) -> bool {
             "to_port" => number(packet.to.port().into()),
             "iface" => packet.interface.as_ref().is_some_and(|name| any(&|pattern| is_name(pattern, name))),
             "uid" => packet.interface.is_none() && number(packet.uid),
+            "gid" => packet
+                .gid
+                .as_ref()
+                .filter(|_| packet.interface.is_none())
+                .is_some_and(|gid| gid.parse().map_or_else(|_| any(&|name| name == gid), number)),
             "mark" => any(&|mark| value::mark(mark).expect("a mark").expect("possible").matches(packet.mark)),
             "mac" => any(&|mac| mac == packet.mac),
             "dscp" => number(packet.dscp),

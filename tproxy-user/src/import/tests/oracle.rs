@@ -22,6 +22,7 @@ enum Match {
     Interface(&'static str, bool),
     Mark(u32, bool),
     User(u32, bool),
+    Group(u32, bool),
 }
 
 #[derive(Clone, Debug)]
@@ -42,7 +43,8 @@ fn net() -> impl Strategy<Value = IpNet> {
 
 fn a_match(own: bool) -> impl Strategy<Value = Match> {
     let side = if own {
-        (0_u32..3, any::<bool>()).prop_map(|(user, not)| Match::User(user, not)).boxed()
+        let owner = select(vec![Match::User as fn(u32, bool) -> Match, Match::Group]);
+        (owner, 0_u32..3, any::<bool>()).prop_map(|(owner, id, not)| owner(id, not)).boxed()
     } else {
         (select(vec!["eth0", "eth+", "lo", "wg0"]), any::<bool>())
             .prop_map(|(name, not)| Match::Interface(name, not))
@@ -86,10 +88,12 @@ fn packet() -> impl Strategy<Value = Packet> {
     let address = || select(vec!["10.0.0.1", "10.1.0.1", "11.0.0.1", "129.0.0.1"]);
     let (from, to) = (address(), (address(), 1_u16..4));
     let interface = select(vec![Some("eth0"), Some("eth1"), Some("wg0"), None]);
-    (interface, 0_u32..3, select(vec!["tcp", "udp"]), from, to).prop_map(
-        |(interface, uid, protocol, from, (to, port))| Packet {
+    let gid = prop::option::of(0_u32..3);
+    (interface, (0_u32..3, gid), select(vec!["tcp", "udp"]), from, to).prop_map(
+        |(interface, (uid, gid), protocol, from, (to, port))| Packet {
             interface: interface.map(str::to_owned),
             uid,
+            gid: gid.map(|gid| gid.to_string()),
             mac: String::new(),
             dscp: 0,
             mark: 0,
@@ -112,6 +116,7 @@ impl Match {
             Self::Interface(name, negated) => format!("{}-i {name}", not(*negated)),
             Self::Mark(mark, negated) => format!("-m mark {}--mark {mark:#x}/{mark:#x}", not(*negated)),
             Self::User(user, negated) => format!("-m owner {}--uid-owner {user}", not(*negated)),
+            Self::Group(group, negated) => format!("-m owner {}--gid-owner {group}", not(*negated)),
         }
     }
 
@@ -133,6 +138,7 @@ impl Match {
                 (json!({"&": [{"meta": {"key": "mark"}}, mark]}), json!(mark), negated)
             }
             Self::User(user, negated) => (json!({"meta": {"key": "skuid"}}), json!(user), negated),
+            Self::Group(group, negated) => (json!({"meta": {"key": "skgid"}}), json!(group), negated),
         };
         json!({"match": {"op": if *negated { "!=" } else { "==" }, "left": left, "right": right}})
     }
@@ -149,6 +155,7 @@ impl Match {
             Self::Interface(name, negated) => (interface == *name) != *negated,
             Self::Mark(value, negated) => (mark & value == *value) != *negated,
             Self::User(user, negated) => (packet.uid == *user) != *negated,
+            Self::Group(group, negated) => (packet.gid == Some(group.to_string())) != *negated,
         }
     }
 }
