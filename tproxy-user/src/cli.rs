@@ -22,6 +22,7 @@ use ipnet::IpNet;
 
 use crate::config::file::upstream::Upstreams;
 use crate::config::rule::Rule;
+use crate::config::upstream::SendProxy;
 use crate::config::{AccessLog, Attach, Fail, Handshake, Kernel, Mark, SourceMode, Steer};
 use crate::policy::question::Question;
 
@@ -349,6 +350,14 @@ pub struct SourceArgs {
     /// for a moment; a config file can name a file that has the password.
     #[arg(long, value_name = "URL", default_value = "direct")]
     pub upstream: String,
+    /// Tell servers and diverted flows' targets the client and its destination, by the PROXY protocol
+    ///
+    /// v1 and v2 begin each TCP connection with it, v2 each UDP datagram as well. Who does not expect
+    /// it takes it for what the client says. Not said through proxy servers.
+    #[arg(long, value_name = "VERSION", default_value = "off",
+          value_parser = PossibleValuesParser::new(["off", "v1", "v2"])
+              .map(|version| match version.as_str() { "v1" => SendProxy::V1, "v2" => SendProxy::V2, _ => SendProxy::Off }))]
+    pub send_proxy: SendProxy,
     /// Upstreams of the config file.
     #[arg(skip)]
     pub upstreams: Upstreams,

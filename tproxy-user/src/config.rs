@@ -232,6 +232,8 @@ pub struct Config {
     pub source: SourceMode,
     /// How flows reach their destinations, where no rule says otherwise.
     pub upstream: upstream::Upstream,
+    /// What servers and targets are told of the client.
+    pub send_proxy: upstream::SendProxy,
     /// Time-outs.
     pub timeouts: Timeouts,
     /// Bounds.

@@ -11,7 +11,7 @@ use tproxy_common::abi::LpmKey;
 
 use crate::cli::is_glob;
 use crate::config::rule::Conditions;
-use crate::config::upstream::Upstream;
+use crate::config::upstream::{SendProxy, Upstream};
 use crate::config::{Config, Fail, Handshake, Limits, Mark, Scope, SourceMode, Steer, Timeouts, rule};
 use crate::failure::Failure;
 use crate::interfaces::{Host, Interface};
@@ -117,6 +117,8 @@ pub struct Plan {
     pub source: SourceMode,
     /// How flows reach their destinations, where no rule says otherwise.
     pub upstream: Upstream,
+    /// What servers and targets are told of the client.
+    pub send_proxy: SendProxy,
     /// What happens without a proxy.
     pub fail: Fail,
     /// Time-outs.
@@ -170,6 +172,7 @@ impl Plan {
             workers: config.workers,
             source: config.source,
             upstream: config.upstream.clone(),
+            send_proxy: config.send_proxy,
             fail: config.capture.fail,
             timeouts: config.timeouts,
             limits: config.limits,

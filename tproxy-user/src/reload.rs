@@ -58,6 +58,7 @@ fn restart(running: &Config, read: &Config) -> Vec<&'static str> {
         ("steer.pin", running.pin != read.pin),
         ("steer.bpf_log", was.bpf_log != is.bpf_log),
         ("source.mode", running.source != read.source),
+        ("source.send_proxy", running.send_proxy != read.send_proxy),
         ("timeouts", running.timeouts != read.timeouts),
         ("limits", (running.limits, running.workers) != (read.limits, read.workers)),
         ("log.access", running.access_log != read.access_log),

@@ -106,6 +106,7 @@ impl Unsaid<'_> {
     fn source(&self, file: &file::Source, args: &mut SourceArgs) {
         self.one("source", &mut args.source, file.mode);
         self.one("upstream", &mut args.upstream, file.upstream.clone());
+        self.one("send_proxy", &mut args.send_proxy, file.send_proxy);
     }
 
     fn log(&self, file: &file::Log, source: &mut SourceArgs, logging: &mut LoggingArgs) {
@@ -189,6 +190,7 @@ mod tests {
             "source.upstream = 'socks5://10.0.0.2'",
             "source.upstream = 'direct'",
         ),
+        ("send_proxy", "--send-proxy v2", "source.send_proxy = 'v2'", "source.send_proxy = 'v1'"),
         ("access_log", "--access-log json", "log.access = 'json'", "log.access = 'text'"),
         ("log_format", "--log-format json", "log.format = 'json'", "log.format = 'text'"),
         ("verbose", "-v", "log.level = 'debug'", "log.level = 'error'"),

@@ -86,6 +86,7 @@ pub fn config(args: &RunArgs) -> Result<Config, Failure> {
         },
         source: args.source.source,
         upstream,
+        send_proxy: args.source.send_proxy,
         timeouts: Timeouts {
             connect: timeouts.connect_timeout,
             tcp_idle: timeouts.tcp_idle_timeout,

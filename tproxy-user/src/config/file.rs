@@ -23,6 +23,7 @@ use std::path::{Path, PathBuf};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::config::upstream::SendProxy;
 use crate::config::{AccessLog, Attach, Fail, Handshake, SourceMode, Steer as By, rule as resolved};
 use crate::failure::Failure;
 pub use list::List;
@@ -131,6 +132,8 @@ pub struct Source {
     /// How captured flows reach their destinations, where no rule says otherwise: direct, the URL of a
     /// proxy server, or the name of an upstream (--upstream).
     pub upstream: Option<String>,
+    /// What servers and targets are told of the client, by the PROXY protocol (--send-proxy).
+    pub send_proxy: Option<SendProxy>,
 }
 
 /// What is logged, and how.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 use super::Mark;
-use super::upstream::Upstream;
+use super::upstream::{SendProxy, Upstream};
 use crate::policy;
 use crate::policy::domains::Pattern;
 use crate::policy::ranges::Ranges;
@@ -115,13 +115,28 @@ pub struct PrefixFile {
     pub v6: Arc<Ranges>,
 }
 
+/// Where a flow is diverted to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Diversion {
+    /// The address.
+    pub target: SocketAddr,
+    /// What it is told of the client; `None`: what all are.
+    pub send_proxy: Option<SendProxy>,
+}
+
+impl From<SocketAddr> for Diversion {
+    fn from(target: SocketAddr) -> Self {
+        Self { target, send_proxy: None }
+    }
+}
+
 /// What becomes of a flow.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
     /// It is relayed to its destination, by this upstream; `None`: by the default one.
     Proxy(Option<Upstream>),
     /// It is relayed to this target instead; replies come from its destination nonetheless.
-    Divert(SocketAddr),
+    Divert(Diversion),
     /// The kernel forwards it.
     Pass,
     /// It is refused: TCP by a reset, UDP by an ICMP error (Linux 5.9).

@@ -5,6 +5,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 use url::Url;
 
 /// A way to reach destinations.
@@ -133,6 +135,19 @@ pub enum Udp {
     Pass,
     /// They are relayed to their destinations.
     Direct,
+}
+
+/// What a server is told of the client by the PROXY protocol.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum SendProxy {
+    /// Nothing.
+    #[default]
+    Off,
+    /// In a line of text, at the beginning of TCP connections.
+    V1,
+    /// In binary form, at the beginning of TCP connections and before each datagram.
+    V2,
 }
 
 /// A text that is never shown.
@@ -330,6 +345,16 @@ impl fmt::Display for Policy {
             Self::RoundRobin => "round-robin",
             Self::LeastLatency => "least-latency",
             Self::SourceHash => "source-hash",
+        })
+    }
+}
+
+impl fmt::Display for SendProxy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Off => "off",
+            Self::V1 => "v1",
+            Self::V2 => "v2",
         })
     }
 }

@@ -72,7 +72,7 @@ impl Ports {
         };
         let divert = |ip: IpAddr, port: u16| {
             let conditions = flat.conditions.and(&Conditions::family(ip.is_ipv6()))?;
-            Some(decided(conditions, Action::Divert(SocketAddr::new(ip, port))))
+            Some(decided(conditions, Action::Divert(SocketAddr::new(ip, port).into())))
         };
         let port_of =
             |port: Option<u16>| port.or_else(|| single_port(&flat.conditions)).filter(|port| *port != 0);

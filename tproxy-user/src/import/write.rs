@@ -139,8 +139,8 @@ fn rule(text: &mut String, rule: &Decided, families: [bool; 2], sources: &[Sourc
         Action::Drop => "drop",
     };
     line(text, format_args!("action = \"{action}\""));
-    if let Action::Divert(target) = &rule.action {
-        line(text, format_args!("target = \"{target}\""));
+    if let Action::Divert(to) = &rule.action {
+        line(text, format_args!("target = \"{}\"", to.target));
     }
 }
 

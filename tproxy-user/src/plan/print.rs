@@ -84,7 +84,7 @@ fn selection(scope: &Scope) -> [(&'static str, Vec<String>); 7] {
 }
 
 /// How flows are relayed, by the keys of the config file.
-fn relayed(plan: &Plan) -> [(&'static str, String); 13] {
+fn relayed(plan: &Plan) -> [(&'static str, String); 14] {
     let Timeouts { connect, tcp_idle, half_close, udp, udp_unreplied, drain } = plan.timeouts;
     let Limits { connections, per_client, udp_flows, flow_table } = plan.limits;
     let time = |time| humantime::format_duration(time).to_string();
@@ -93,6 +93,7 @@ fn relayed(plan: &Plan) -> [(&'static str, String); 13] {
     [
         ("source.mode", word(json!(plan.source))),
         ("source.upstream", plan.upstream.to_string()),
+        ("source.send_proxy", plan.send_proxy.to_string()),
         ("capture.fail", word(json!(plan.fail))),
         ("timeouts.connect", time(connect)),
         ("timeouts.tcp_idle", time(tcp_idle)),

@@ -3,12 +3,12 @@
 //! The kernel decides over a flow and notes the number; the relay, which asks for it
 //! once there are rules, finds what it means.
 
-use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use tproxy_common::abi::Decision;
 
+use crate::config::rule::Diversion;
 use crate::config::upstream::{Proxy, Upstream};
 use crate::upstream::outbound::Outbound;
 use crate::upstream::pool::Pool;
@@ -28,8 +28,8 @@ pub enum Target {
     Proxy(Arc<Outbound>),
     /// To their destinations, by a member of a group.
     Group(Arc<Pool>),
-    /// To this address instead.
-    Address(SocketAddr),
+    /// To an address instead.
+    Address(Diversion),
 }
 
 #[derive(Debug)]
@@ -58,7 +58,7 @@ impl Targets {
     /// # Errors
     ///
     /// [`TooManyTargets`].
-    pub fn of_address(&self, address: SocketAddr) -> Result<u16, TooManyTargets> {
+    pub fn of_address(&self, address: Diversion) -> Result<u16, TooManyTargets> {
         self.number(
             |known| matches!(known, Target::Address(known) if *known == address),
             |_| Target::Address(address),
@@ -191,6 +191,8 @@ fn outbound(proxy: &Arc<Proxy>, known: &[Target]) -> Arc<Outbound> {
 
 #[cfg(test)]
 mod tests {
+    use std::net::SocketAddr;
+
     use super::*;
 
     fn through(url: &str) -> Upstream {
@@ -201,14 +203,17 @@ mod tests {
     fn numbers_stay() {
         let targets = Targets::default();
         let target = |port| SocketAddr::from(([127, 0, 0, 1], port));
-        let numbers: Vec<_> = [53, 80, 53].into_iter().map(|port| targets.of_address(target(port))).collect();
+        let numbers: Vec<_> =
+            [53, 80, 53].into_iter().map(|port| targets.of_address(target(port).into())).collect();
         assert_eq!(numbers, [Ok(1), Ok(2), Ok(1)]);
-        assert!(matches!(targets.clone().get(2), Some(Target::Address(address)) if address == target(80)));
+        assert!(
+            matches!(targets.clone().get(2), Some(Target::Address(address)) if address == target(80).into())
+        );
         assert!(targets.get(3).is_none());
         for port in 0..Decision::NUMBERS - 3 {
-            assert!(targets.of_address(target(1000 + port)).is_ok());
+            assert!(targets.of_address(target(1000 + port).into()).is_ok());
         }
-        assert_eq!(targets.of_address(target(9)), Err(TooManyTargets));
+        assert_eq!(targets.of_address(target(9).into()), Err(TooManyTargets));
     }
 
     #[test]

@@ -4,14 +4,18 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout};
 
 use super::Worker;
 use super::route::Way;
 use crate::addr::{ClientAddr, OrigDst, UpstreamAddr};
+use crate::config::rule::Diversion;
+use crate::config::upstream::SendProxy;
 use crate::policy::targets::Target;
-use crate::sockopt::UpstreamSocket;
+use crate::sockopt::{SocketError, UpstreamSocket};
+use crate::upstream::announce;
 use crate::upstream::direct::Direct;
 use crate::upstream::outbound::Outbound;
 use crate::upstream::{ConnectError, Reason};
@@ -30,6 +34,8 @@ pub(super) enum Hop {
 pub(super) struct Leg {
     pub(super) direct: Direct,
     pub(super) hop: Hop,
+    /// What is said there of the client first.
+    pub(super) send_proxy: SendProxy,
 }
 
 /// How a flow leaves: the first of these that does its part.
@@ -42,20 +48,26 @@ pub(super) struct Legs {
 impl Leg {
     /// Straight to its destination; `None`: that is where it would come back.
     pub(super) fn straight(worker: &Worker, client: ClientAddr, destination: OrigDst) -> Option<Self> {
-        Self::to(worker, worker.shared.direct, client, destination.into())
+        Self::to(worker, worker.shared.direct, client, destination.into(), worker.shared.send_proxy)
     }
 
-    fn to(worker: &Worker, direct: Direct, client: ClientAddr, to: UpstreamAddr) -> Option<Self> {
+    fn to(
+        worker: &Worker,
+        direct: Direct,
+        client: ClientAddr,
+        to: UpstreamAddr,
+        send_proxy: SendProxy,
+    ) -> Option<Self> {
         if worker.shared.own.takes(to) {
             worker.stats().loops_prevented.inc();
             tracing::debug!("{client} asked for the proxy's own listener {to}: refused");
             return None;
         }
-        Some(Self { direct, hop: Hop::Straight(to) })
+        Some(Self { direct, hop: Hop::Straight(to), send_proxy })
     }
 
     fn through(worker: &Worker, outbound: Arc<Outbound>) -> Self {
-        Self { direct: worker.shared.as_proxy, hop: Hop::Through(outbound) }
+        Self { direct: worker.shared.as_proxy, hop: Hop::Through(outbound), send_proxy: SendProxy::Off }
     }
 }
 
@@ -75,7 +87,10 @@ impl Legs {
                 }
                 Target::Direct | Target::Address(_) => Leg::straight(worker, client, destination),
             },
-            Way::Divert(target) => Leg::to(worker, shared.as_proxy, client, target.into()),
+            Way::Divert(Diversion { target, send_proxy }) => {
+                let send_proxy = send_proxy.unwrap_or(shared.send_proxy);
+                Leg::to(worker, shared.as_proxy, client, target.into(), send_proxy)
+            }
             Way::Reject | Way::Drop | Way::Ask => None,
         };
         only.map(|first| Self { first, others: Vec::new() })
@@ -167,7 +182,15 @@ impl Leg {
         match &self.hop {
             Hop::Straight(to) => {
                 let socket = socket.map_or_else(|| self.direct.socket(*to), Ok)?;
-                let attempt = self.direct.connect(socket, client, *to, stats);
+                let attempt = async {
+                    let mut stream = self.direct.connect(socket, client, *to, stats).await?;
+                    let header = announce::of_stream(self.send_proxy, client, destination);
+                    if !header.is_empty() {
+                        let sent = stream.write_all(&header).await;
+                        sent.map_err(|source| SocketError { call: "write", source })?;
+                    }
+                    Ok(stream)
+                };
                 timeout(patience, attempt).await.unwrap_or_else(|_| Err(Direct::too_slow()))
             }
             Hop::Through(outbound) => {

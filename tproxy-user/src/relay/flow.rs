@@ -173,7 +173,7 @@ impl Flows {
     ) -> Option<Rc<Flow>> {
         let legs = self.legs((client, destination), route.way, payload)?;
         let route = self.rule_of(route, client, destination);
-        let Leg { direct, hop } = legs.first()?;
+        let Leg { direct, hop, send_proxy } = legs.first()?;
         let Hop::Straight(to) = hop else {
             self.associate((client, lane), legs, route, datagram, payload);
             return None;
@@ -181,8 +181,8 @@ impl Flows {
         let slot = self.admit(client)?;
         let socket = self.available(direct.udp(client, *to, self.worker.stats()), client)?;
         let exit = match lane {
-            Lane::Upstream(_) => Exit::Straight,
-            Lane::Diverted(_) => Exit::Target(*to, destination),
+            Lane::Upstream(_) => Exit::Straight(*send_proxy),
+            Lane::Diverted(_) => Exit::Target(*to, destination, *send_proxy),
         };
         Some(self.open((client, lane), exit, socket, slot, self.record(client, destination, route)))
     }
@@ -240,9 +240,9 @@ impl Flows {
             return stats.loops_prevented.inc();
         }
         flow.last.set(Instant::now());
-        // With a header in front it may not fit any more, which only the server's host could mend.
-        flow.set_fragments(dont_fragment && !flow.exit.is_relayed());
-        let (to, header) = (to.get(), flow.exit.header(destination));
+        let (to, header) = (to.get(), flow.exit.header(flow.client, destination));
+        // With a header in front it may not fit any more, which its client cannot mend.
+        flow.set_fragments(dont_fragment && header.is_empty());
         // Not by way of the runtime: it believes a new socket unready until its first event, and
         // the first datagram would be lost.
         let control = || datagram.class.control(to.is_ipv6());
@@ -265,7 +265,7 @@ impl Flows {
             Err(error) => {
                 stats.udp_send_errors.inc();
                 tracing::debug!("{} to {destination}: cannot send: {error}", flow.client);
-                if !flow.exit.is_relayed() {
+                if header.is_empty() {
                     self.report_unsent(flow, destination, &error, payload);
                 }
             }

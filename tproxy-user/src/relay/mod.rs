@@ -37,6 +37,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
 use crate::addr::UpstreamAddr;
+use crate::config::upstream::SendProxy;
 use crate::config::{Config, Limits, SourceMode, Timeouts};
 use crate::limits::{self, Alarm, ClientLimits, Reserve};
 use crate::listener::WorkerListeners;
@@ -54,6 +55,8 @@ pub struct Shared {
     /// As this host: to targets, of which one on this host could not answer a client's address, and
     /// to proxy servers.
     as_proxy: Direct,
+    /// What servers and targets are told of the client.
+    send_proxy: SendProxy,
     timeouts: Timeouts,
     limits: Limits,
     flows_per_worker: usize,
@@ -88,6 +91,7 @@ impl Shared {
             routes,
             direct,
             as_proxy: Direct { source: SourceMode::Proxy, ..direct },
+            send_proxy: config.send_proxy,
             timeouts: config.timeouts,
             limits: config.limits,
             flows_per_worker: (config.limits.udp_flows as usize).div_ceil(workers),

@@ -1,7 +1,7 @@
 //! The way that a flow takes, as the kernel has decided: the flow table tells. Where the kernel
 //! asks for a name, it is decided here.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::path::Path;
 
 use aya::maps::MapError;
@@ -9,6 +9,7 @@ use tproxy_common::abi::{Addr, Decision, Family, Flow, FlowKey, Origin, UDP, Ver
 use tproxy_common::policy::Known;
 
 use crate::addr::{ClientAddr, OrigDst};
+use crate::config::rule::Diversion;
 use crate::datapath::flows::FlowTable;
 use crate::policy::facts::Packet;
 use crate::policy::targets::Target;
@@ -22,7 +23,7 @@ pub(crate) enum Way {
     /// To its destination, by the upstream with this number.
     Proxy(u16),
     /// To a target instead.
-    Divert(SocketAddr),
+    Divert(Diversion),
     /// Nowhere, and its client is told.
     Reject,
     /// Nowhere.

@@ -1,5 +1,6 @@
 //! Ways to reach the destination: [`direct`]ly, or through a proxy server.
 
+pub mod announce;
 pub mod checks;
 pub mod direct;
 pub mod health;

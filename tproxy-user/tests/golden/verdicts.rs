@@ -177,8 +177,8 @@ fn a_diverted_flow_knows_its_target() {
     let mut kernel = Kernel::new(&usual());
     let targets = Targets::default();
     let [first, second] = [53, 54].map(|port| SocketAddr::from(([127, 0, 0, 53], port)));
-    assert_eq!(targets.of_address(first), Ok(1));
-    let rule = Rule { conditions: Conditions::default(), action: Action::Divert(second) };
+    assert_eq!(targets.of_address(first.into()), Ok(1));
+    let rule = Rule { conditions: Conditions::default(), action: Action::Divert(second.into()) };
     kernel.set_rules(
         &rule_set(
             Written { scope: &Scope::default(), upstream: &Upstream::Direct, rules: &[rule] },
@@ -192,7 +192,7 @@ fn a_diverted_flow_knows_its_target() {
     }
     let (_, flow) = kernel.only_flow();
     assert_eq!((flow.verdict, flow.rule, flow.target), (Verdict::Divert as u8, 1, 2));
-    assert!(matches!(targets.get(flow.target), Some(Target::Address(address)) if address == second));
+    assert!(matches!(targets.get(flow.target), Some(Target::Address(address)) if address.target == second));
 }
 
 fn the_verdict_of_a_flow_outlives_its_rule() {

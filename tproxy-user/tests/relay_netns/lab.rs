@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::sched::{CloneFlags, setns};
-use tproxy_user::config::upstream::Upstream;
+use tproxy_user::config::upstream::{SendProxy, Upstream};
 use tproxy_user::config::{
     Attach, Capture, Config, Fail, Handshake, Limits, Mark, Scope, SourceMode, Steer, Steering, Timeouts,
 };
@@ -265,6 +265,7 @@ pub(crate) fn config(source: SourceMode) -> Config {
         },
         source,
         upstream: Upstream::Direct,
+        send_proxy: SendProxy::Off,
         timeouts: Timeouts {
             connect: seconds(5),
             tcp_idle: seconds(60),

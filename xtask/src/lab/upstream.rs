@@ -1,4 +1,5 @@
-//! Real proxy servers in a namespace: dante, microsocks, tinyproxy, squid.
+//! Real proxy servers in a namespace: dante, microsocks, tinyproxy, squid; and servers that are
+//! told of the client by the PROXY protocol: nginx, `HAProxy`.
 
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
@@ -93,4 +94,43 @@ pub fn squid(lab: &Lab, namespace: &Namespace, at: SocketAddr) -> Result<Daemon>
 fn bound(mut daemon: Daemon, namespace: &Namespace, at: SocketAddr) -> Result<Daemon> {
     daemon.wait_bound(namespace, Protocol::Tcp, at.port())?;
     Ok(daemon)
+}
+
+/// An nginx that expects the PROXY protocol at this address, and answers what that tells: the
+/// client's address and port, the address and port that it asked for.
+///
+/// # Errors
+/// Where it does not start.
+pub fn nginx_that_is_told(lab: &Lab, namespace: &Namespace, at: SocketAddr) -> Result<Daemon> {
+    let dir = lab.dir().join("nginx-told");
+    fs::create_dir_all(&dir)?;
+    let here = dir.display();
+    let temporary = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
+        .map(|kind| format!("{kind}_temp_path {here}/{kind}; "))
+        .concat();
+    let config = format!(
+        "user root; worker_processes 1; error_log stderr; pid {here}/pid; events {{ worker_connections 64; }}\n\
+         http {{ {temporary} access_log off; default_type text/plain; server {{ listen {at} proxy_protocol; location / {{\n\
+         return 200 \"$proxy_protocol_addr $proxy_protocol_port $proxy_protocol_server_addr $proxy_protocol_server_port\"; }} }} }}\n"
+    );
+    let path = dir.join("nginx.conf");
+    fs::write(&path, config)?;
+    let command = namespace.cmd("nginx").arg("-c").arg(&path).args(["-e", "stderr", "-g", "daemon off;"]);
+    bound(Daemon::start(lab, "nginx-told", &command)?, namespace, at)
+}
+
+/// A `HAProxy` that expects the PROXY protocol at this address, and answers the same.
+///
+/// # Errors
+/// Where it does not start.
+pub fn haproxy_that_is_told(lab: &Lab, namespace: &Namespace, at: SocketAddr) -> Result<Daemon> {
+    let config = format!(
+        "defaults\n mode http\n timeout client 10s\n timeout connect 10s\n timeout server 10s\n\
+         frontend told\n bind {at} accept-proxy\n\
+         http-request return status 200 content-type text/plain lf-string \"%[src] %[src_port] %[dst] %[dst_port]\"\n"
+    );
+    let path = lab.dir().join("haproxy.cfg");
+    fs::write(&path, config)?;
+    let command = namespace.cmd("haproxy").arg("-db").arg("-f").arg(&path);
+    bound(Daemon::start(lab, "haproxy", &command)?, namespace, at)
 }

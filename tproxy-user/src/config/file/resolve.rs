@@ -13,7 +13,7 @@ use super::prefixes::Files;
 use super::upstream::Upstreams;
 use super::value::{Gid, Ids, Network, Protocol, Uid};
 use super::{cgroup, rule};
-use crate::config::rule::{Action, Addresses, Conditions, Domains, NameFile, PrefixFile, Rule};
+use crate::config::rule::{Action, Addresses, Conditions, Diversion, Domains, NameFile, PrefixFile, Rule};
 use crate::policy::domains;
 
 /// Resolves rules; `directory` is what paths are relative to.
@@ -86,6 +86,9 @@ impl Resolve<'_> {
         if rule.target.is_some() && rule.action != rule::Action::Divert {
             return Err(self.mistake(".target", "only a rule with action = \"divert\" has a target"));
         }
+        if rule.send_proxy.is_some() && rule.action != rule::Action::Divert {
+            return Err(self.mistake(".send_proxy", "only a rule with action = \"divert\" has a send_proxy"));
+        }
         if rule.upstream.is_some() && rule.action != rule::Action::Proxy {
             return Err(self.mistake(".upstream", "only a rule with action = \"proxy\" has an upstream"));
         }
@@ -94,7 +97,9 @@ impl Resolve<'_> {
                 None => None,
                 Some(text) => Some(self.upstreams.find(text).map_err(|why| self.mistake(".upstream", why))?),
             }),
-            (rule::Action::Divert, Some(target)) => Action::Divert(target.0),
+            (rule::Action::Divert, Some(target)) => {
+                Action::Divert(Diversion { target: target.0, send_proxy: rule.send_proxy })
+            }
             (rule::Action::Divert, None) => {
                 let message = "action = \"divert\" needs a target, such as target = \"127.0.0.53:53\"";
                 return Err(self.mistake("", message));

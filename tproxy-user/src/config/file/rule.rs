@@ -9,6 +9,7 @@ use super::List;
 use super::value::{
     AnyMark, Cgroup, Domain, Dscp, Gid, Interface, Mac, Network, Ports, Protocol, Target, Uid,
 };
+use crate::config::upstream::SendProxy;
 
 /// What becomes of flows that meet all conditions; each may be one value or a list, of which one is met.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -54,6 +55,8 @@ pub struct Rule {
     pub action: Action,
     /// Where they are diverted to; with the action `divert` alone.
     pub target: Option<Target>,
+    /// What the target is told of the client, by the PROXY protocol: off, v1, v2; with the action `divert` alone.
+    pub send_proxy: Option<SendProxy>,
     /// The upstream that they are sent through, by its name; with the action `proxy` alone.
     pub upstream: Option<String>,
 }

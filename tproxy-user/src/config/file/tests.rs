@@ -232,7 +232,10 @@ fn rules_are_resolved() {
     assert_eq!(conditions.uids, [(0, 0), (5, 5), (1000, 1999)]);
     assert_eq!(conditions.gids, [(0, 0), (6, 6), (2000, 2999)]);
     assert_eq!(conditions.cgroups, ["system.slice/no-such-unit.service"]);
-    assert_eq!(first.action, Action::Divert("[::1]:53".parse().expect("an address")));
+    assert_eq!(
+        first.action,
+        Action::Divert("[::1]:53".parse::<std::net::SocketAddr>().expect("an address").into())
+    );
     assert_eq!(
         second,
         &resolved::Rule { conditions: resolved::Conditions::default(), action: Action::Reject }

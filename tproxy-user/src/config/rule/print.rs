@@ -4,7 +4,7 @@ use std::fmt;
 
 use tproxy_common::abi::{TCP, UDP};
 
-use super::{Action, Addresses, Conditions, Domains, Rule};
+use super::{Action, Addresses, Conditions, Diversion, Domains, Rule};
 
 impl fmt::Display for Rule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -17,7 +17,10 @@ impl fmt::Display for Action {
         match self {
             Self::Proxy(None) => f.write_str("proxy"),
             Self::Proxy(Some(upstream)) => write!(f, "proxy by {upstream}"),
-            Self::Divert(target) => write!(f, "divert to {target}"),
+            Self::Divert(Diversion { target, send_proxy: None }) => write!(f, "divert to {target}"),
+            Self::Divert(Diversion { target, send_proxy: Some(version) }) => {
+                write!(f, "divert to {target}, send_proxy {version}")
+            }
             Self::Pass => f.write_str("pass"),
             Self::Reject => f.write_str("reject"),
             Self::Drop => f.write_str("drop"),
@@ -98,9 +101,9 @@ mod tests {
             gids: vec![(5, 5), (1000, 1999)],
             ..Conditions::default()
         };
-        let target = "[::1]:53".parse().expect("an address");
+        let target: std::net::SocketAddr = "[::1]:53".parse().expect("an address");
         assert_eq!(
-            Rule { conditions, action: Action::Divert(target) }.to_string(),
+            Rule { conditions, action: Action::Divert(target.into()) }.to_string(),
             "protocol tcp,132, to 10.0.0.0/8, not_to 10.1.0.0/16, to_port 80,1000-2000, \
              mac 02:00:00:00:00:ff, uid 0, gid 5,1000-1999: divert to [::1]:53"
         );

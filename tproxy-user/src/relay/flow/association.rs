@@ -132,10 +132,12 @@ impl Flows {
     ) -> Result<(Exit, UdpSocket, Hop), ConnectError> {
         let stats = self.worker.stats();
         let mut failed = Err(Outbound::too_slow());
-        for Leg { direct, hop } in legs {
+        for Leg { direct, hop, send_proxy } in legs {
             let outbound = match &hop {
                 Hop::Through(outbound) => outbound,
-                Hop::Straight(to) => return Ok((Exit::Straight, direct.udp(client, *to, stats)?, hop)),
+                Hop::Straight(to) => {
+                    return Ok((Exit::Straight(send_proxy), direct.udp(client, *to, stats)?, hop));
+                }
             };
             let asked = timeout(direct.timeout, outbound.associate(&direct, client, stats)).await;
             let asked = asked.unwrap_or_else(|_| outbound.judge(Err(Outbound::too_slow())));
@@ -150,10 +152,14 @@ impl Flows {
                     // It says that it never will, and where such flows go is configured.
                     if !outbound.carries_udp()
                         && outbound.proxy().udp != Udp::Reject
-                        && let Some(Leg { direct, hop: Hop::Straight(to) }) =
+                        && let Some(Leg { direct, hop: Hop::Straight(to), send_proxy }) =
                             Leg::straight(&self.worker, client, destination)
                     {
-                        return Ok((Exit::Straight, direct.udp(client, to, stats)?, Hop::Straight(to)));
+                        return Ok((
+                            Exit::Straight(send_proxy),
+                            direct.udp(client, to, stats)?,
+                            Hop::Straight(to),
+                        ));
                     }
                     failed = Err(error);
                 }

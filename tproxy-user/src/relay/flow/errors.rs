@@ -27,8 +27,8 @@ impl Flows {
             match errors::receive(flow.socket.as_fd(), &mut quote) {
                 Ok(Queued::Icmp { destination, error, len }) => {
                     let told = match &flow.exit {
-                        Exit::Straight => Some((destination, error)),
-                        Exit::Target(_, asked) => error.of_target(asked.ip()).map(|error| (*asked, error)),
+                        Exit::Straight(_) => Some((destination, error)),
+                        Exit::Target(_, asked, _) => error.of_target(asked.ip()).map(|error| (*asked, error)),
                         // It is about the server, which its client does not know.
                         Exit::Relay(_) => None,
                     };
