@@ -37,6 +37,9 @@ pub(crate) const NETNS: &[Need] = &[
     Need::new("microsocks", "microsocks", "a SOCKS5 server with a password").service("microsocks.service"),
     Need::new("tinyproxy", "tinyproxy-bin", "an HTTP proxy server with a password"),
     Need::new("squid", "squid", "an HTTP proxy server").service("squid.service"),
+    Need::new("ss-local", "shadowsocks-libev", "a SOCKS5 server, over TCP and UDP")
+        .service("shadowsocks-libev.service"),
+    Need::new("v2ray", "v2ray", "a SOCKS5 server, over TCP and UDP").service("v2ray.service"),
     Need::new("haproxy", "haproxy", "a server that is told of the client").service("haproxy.service"),
     Need::new("setpriv", "util-linux", "running without root"),
 ];

@@ -1,4 +1,4 @@
-//! Real proxy servers in a namespace: dante, microsocks, tinyproxy, squid; and servers that are
+//! Real proxy servers in a namespace: dante, microsocks, shadowsocks, v2ray, tinyproxy, squid; and servers that are
 //! told of the client by the PROXY protocol: nginx, `HAProxy`.
 
 use std::fs;
@@ -133,4 +133,38 @@ pub fn haproxy_that_is_told(lab: &Lab, namespace: &Namespace, at: SocketAddr) ->
     fs::write(&path, config)?;
     let command = namespace.cmd("haproxy").arg("-db").arg("-f").arg(&path);
     bound(Daemon::start(lab, "haproxy", &command)?, namespace, at)
+}
+
+/// A shadowsocks client, which speaks SOCKS5 at this address over TCP and UDP, and its server.
+///
+/// # Errors
+/// Where one of them does not start.
+pub fn shadowsocks(lab: &Lab, namespace: &Namespace, at: SocketAddr) -> Result<[Daemon; 2]> {
+    const SERVER_PORT: u16 = 8388;
+    let common = ["-k", "secret", "-m", "aes-256-gcm", "-u", "-p", "8388", "-s"];
+    let server = namespace.cmd("ss-server").args(common).arg(at.ip().to_string());
+    let server =
+        bound(Daemon::start(lab, "ss-server", &server)?, namespace, SocketAddr::new(at.ip(), SERVER_PORT))?;
+    let (ip, port) = (at.ip().to_string(), at.port().to_string());
+    let local = namespace.cmd("ss-local").args(common).args([&ip, "-b", &ip, "-l", &port]);
+    Ok([server, bound(Daemon::start(lab, "ss-local", &local)?, namespace, at)?])
+}
+
+/// A v2ray, which speaks SOCKS5 at this address over TCP and UDP.
+///
+/// # Errors
+/// Where it does not start.
+pub fn v2ray(lab: &Lab, namespace: &Namespace, at: SocketAddr) -> Result<Daemon> {
+    let config = serde_json::json!({
+        "log": {"loglevel": "warning"},
+        "inbounds": [{
+            "protocol": "socks", "listen": at.ip(), "port": at.port(),
+            "settings": {"auth": "noauth", "udp": true, "ip": at.ip()}
+        }],
+        "outbounds": [{"protocol": "freedom"}]
+    });
+    let path = lab.dir().join("v2ray.json");
+    fs::write(&path, config.to_string())?;
+    let command = namespace.cmd("v2ray").arg("-config").arg(&path);
+    bound(Daemon::start(lab, "v2ray", &command)?, namespace, at)
 }

@@ -18,8 +18,22 @@ use crate::common::{Scenarios, at, needs_proxy};
 use crate::policy::ConfigFile;
 
 pub(crate) const SCENARIOS: Scenarios = &[
-    ("socks5_tcp_by_dante", |lab, family| carries_tcp(lab, family, &dante(lab, family)?, "socks5")),
-    ("socks5_udp_by_dante", udp),
+    ("socks5_tcp_by_dante", |lab, family| carries_tcp(lab, family, &dante(lab, family)?, SOCKS5)),
+    // Over IPv6 dante 1.4.2 brings the answers of one address alone.
+    ("socks5_udp_by_dante", |lab, family| {
+        udp(lab, family, &dante(lab, family)?, Kind { hosts: family.pick(5, 1), ..SOCKS5 })
+    }),
+    ("socks5_udp_server_comes_back", udp_comes_back),
+    ("socks5_by_shadowsocks", |lab, family| {
+        let [_server, local] = upstream::shadowsocks(lab, &lab.server, exit(family))?;
+        carries_tcp(lab, family, &local, Kind { half_closes: false, ..SOCKS5 })?;
+        udp(lab, family, &local, Kind { sizes: &[0, 1, 512, 1300], ..SOCKS5 })
+    }),
+    ("socks5_by_v2ray", |lab, family| {
+        let v2ray = upstream::v2ray(lab, &lab.server, exit(family))?;
+        carries_tcp(lab, family, &v2ray, SOCKS5)?;
+        udp(lab, family, &v2ray, Kind { sizes: &[1, 512, 1400, 1472], ..SOCKS5 })
+    }),
     ("socks5_tcp_by_microsocks_with_password", microsocks),
     ("socks5_by_rule_and_reload", by_rule),
     ("socks5_with_faithful_handshakes", faithful),
@@ -33,12 +47,29 @@ pub(crate) const SCENARIOS: Scenarios = &[
     ("udp_that_the_upstream_does_not_carry", without_udp),
     ("http_tcp_by_tinyproxy", tinyproxy),
     ("http_tcp_by_squid", |lab, family| {
-        carries_tcp(lab, family, &upstream::squid(lab, &lab.server, exit(family))?, "http")
+        carries_tcp(lab, family, &upstream::squid(lab, &lab.server, exit(family))?, HTTP)
     }),
 ];
 
 /// For both families at once.
 pub(crate) const ONCE: Scenarios = &[("socks5_server_by_name_on_this_host", by_name)];
+
+/// What a server does, and what it leaves out whoever its client is.
+#[derive(Clone, Copy)]
+struct Kind {
+    scheme: &'static str,
+    /// It brings on what comes back after one side has ended. An HTTP server ends a tunnel as soon as one side
+    /// does (RFC 9110, section 9.3.6).
+    half_closes: bool,
+    /// Lengths of datagrams that it carries.
+    sizes: &'static [usize],
+    /// Whether it brings answers of so many addresses to one client's port.
+    hosts: u16,
+}
+
+const SIZES: &[usize] = &[0, 1, 512, 1400, 1472, 4000, 30_000, 60_000];
+const SOCKS5: Kind = Kind { scheme: "socks5", half_closes: true, sizes: SIZES, hosts: 5 };
+const HTTP: Kind = Kind { scheme: "http", half_closes: false, ..SOCKS5 };
 
 /// Where proxy servers listen.
 const PORT: u16 = 1080;
@@ -59,7 +90,8 @@ fn through(lab: &Lab, family: Family, scheme: &str, flags: &str) -> Result<Proxy
 
 /// A web page, a server that speaks first, and a large file each way get through, and servers
 /// see the proxy server.
-fn carries_tcp(lab: &Lab, family: Family, exit: &Daemon, scheme: &str) -> Result<()> {
+fn carries_tcp(lab: &Lab, family: Family, exit: &Daemon, kind: Kind) -> Result<()> {
+    let Kind { scheme, half_closes, .. } = kind;
     let web = server::web(lab, &lab.server, &[80])?;
     let proxy = through(lab, family, scheme, "--access-log json")?;
     for to in [family.anywhere(80), family.anywhere(81)] {
@@ -89,8 +121,6 @@ fn carries_tcp(lab: &Lab, family: Family, exit: &Daemon, scheme: &str) -> Result
 
     let _echo = TcpServer::echo(&lab.server, at(family.anywhere(7), 7))?;
     let sent = peer::pattern(4 << 20);
-    // An HTTP server ends a tunnel as soon as one side does (RFC 9110, section 9.3.6).
-    let half_closes = scheme == "socks5";
     let received = lab.client.enter(|| -> Result<Vec<u8>> {
         let mut reader = peer::try_connect(None, at(family.anywhere(7), 7), peer::PATIENCE)?;
         let mut writer = reader.try_clone()?;
@@ -124,7 +154,7 @@ fn microsocks(lab: &Lab, family: Family) -> Result<()> {
 fn tinyproxy(lab: &Lab, family: Family) -> Result<()> {
     {
         let exit = upstream::tinyproxy(lab, &lab.server, exit(family), false)?;
-        carries_tcp(lab, family, &exit, "http")?;
+        carries_tcp(lab, family, &exit, HTTP)?;
     }
     with_password(lab, family, "http", &upstream::tinyproxy(lab, &lab.server, exit(family), true)?)
 }
@@ -239,8 +269,7 @@ fn with_password(lab: &Lab, family: Family, scheme: &str, exit: &Daemon) -> Resu
 }
 
 /// DNS, sizes, and many servers from one port, each of which answers as itself.
-fn udp(lab: &Lab, family: Family) -> Result<()> {
-    let exit = dante(lab, family)?;
+fn udp(lab: &Lab, family: Family, exit: &Daemon, kind: Kind) -> Result<()> {
     let answer = family.anywhere(80);
     let _dns = server::dns(lab, &lab.server, [Family::V4.anywhere(80), Family::V6.anywhere(80)])?;
     let proxy = through(lab, family, "socks5", "")?;
@@ -251,9 +280,7 @@ fn udp(lab: &Lab, family: Family) -> Result<()> {
     let servers: Vec<_> =
         (1..=5).map(|n| UdpServer::echo(&lab.server, at(family.anywhere(n), 7))).collect::<Result<_>>()?;
     let socket = peer::udp(&lab.client, at(family.client(), 4000))?;
-    // Over IPv6 dante 1.4.2 brings the answers of one address alone, whoever its client is.
-    let hosts = family.pick(5, 1);
-    for (number, length) in (1_u16..=hosts).cycle().zip([0, 1, 512, 1400, 1472, 4000, 30_000, 60_000]) {
+    for (number, &length) in (1..=kind.hosts).cycle().zip(kind.sizes) {
         let to = at(family.anywhere(number), 7);
         let sent = peer::pattern(length);
         let (received, from) = peer::exchange(&socket, to, &sent).with_context(|| {
@@ -266,7 +293,16 @@ fn udp(lab: &Lab, family: Family) -> Result<()> {
     let flows = proxy.status()?["connections"]["udp"].as_u64();
     ensure!(flows.is_some_and(|flows| flows <= 2), "one association a client port, not {flows:?}");
 
-    // The server goes: its flows end, and come again with it.
+    Ok(())
+}
+
+/// The server goes: its flows end, and come again with it.
+fn udp_comes_back(lab: &Lab, family: Family) -> Result<()> {
+    let exit = dante(lab, family)?;
+    let answer = family.anywhere(80);
+    let _dns = server::dns(lab, &lab.server, [Family::V4.anywhere(80), Family::V6.anywhere(80)])?;
+    let proxy = through(lab, family, "socks5", "")?;
+    server::dig(&lab.client, family.anywhere(53), family, Protocol::Udp)?;
     drop(exit);
     wait_for("the flows end", patience(Duration::from_secs(5)), || {
         Ok(proxy.status()?["connections"]["udp"].as_u64() == Some(0))
