@@ -5,6 +5,7 @@ pub mod compile;
 pub mod domains;
 pub mod explain;
 pub mod facts;
+pub mod hostname;
 pub mod learned;
 #[cfg(test)]
 mod model;

@@ -1,4 +1,4 @@
-//! `cargo xtask fuzz`: the fuzz targets of `tproxy-common/fuzz`.
+//! `cargo xtask fuzz`: the fuzz targets of `tproxy-common/fuzz` and `tproxy-user/fuzz`.
 //!
 //! cargo-fuzz instruments them with the coverage passes that every LLVM has, so
 //! that the compiler of the workspace will do, and no nightly is needed. There
@@ -54,6 +54,43 @@ pub(crate) enum Target {
     Classify,
     /// Lengths and counts of a merged (GRO) packet, and what it is on the wire
     Segments,
+    /// The first bytes of a TCP connection, and the name that they tell
+    Stream,
+    /// The first message of TLS, which tells the same in records and in QUIC datagrams
+    Hello,
+    /// A client's QUIC datagrams, and what protected ones carry
+    Initials,
+    /// A DNS answer
+    Answer,
+}
+
+/// A crate of targets, which is built by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Home {
+    Common,
+    /// Not part of the tests: what it depends on takes a minute to build. The properties that it
+    /// looks after are among the unit tests too.
+    User,
+}
+
+impl Home {
+    const ALL: [Self; 2] = [Self::Common, Self::User];
+
+    const fn directory(self) -> &'static str {
+        match self {
+            Self::Common => "tproxy-common/fuzz",
+            Self::User => "tproxy-user/fuzz",
+        }
+    }
+
+    /// The longest input. A name is found behind most of a message, but a header is short: longer
+    /// than all that are read, but for absurd ones.
+    const fn most_bytes(self) -> u32 {
+        match self {
+            Self::Common => 512,
+            Self::User => 2048,
+        }
+    }
 }
 
 /// An input, told from a list of arguments.
@@ -65,10 +102,19 @@ const CARGO_FUZZ: &str = "0.13.2";
 
 const COMPILER: packages::Need = packages::Need::new("c++", "g++", "compiling libFuzzer");
 
-/// Longer than all headers that are read, but for absurd ones.
-const MOST_BYTES: u32 = 512;
-
 impl Target {
+    /// Those that are tests too.
+    pub(crate) fn tests() -> impl Iterator<Item = Self> {
+        Self::value_variants().iter().copied().filter(|target| target.home() == Home::Common)
+    }
+
+    const fn home(self) -> Home {
+        match self {
+            Self::Parse | Self::Generate | Self::Classify | Self::Segments => Home::Common,
+            Self::Stream | Self::Hello | Self::Initials | Self::Answer => Home::User,
+        }
+    }
+
     /// Its name on the command line, and of its program.
     pub(crate) const fn name(self) -> &'static str {
         match self {
@@ -76,14 +122,18 @@ impl Target {
             Self::Generate => "generate",
             Self::Classify => "classify",
             Self::Segments => "segments",
+            Self::Stream => "stream",
+            Self::Hello => "hello",
+            Self::Initials => "initials",
+            Self::Answer => "answer",
         }
     }
 }
 
 /// Runs the task: every target, also after one that fails.
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let fuzzers = Fuzzers::build()?;
     let targets = if args.targets.is_empty() { Target::value_variants() } else { &args.targets };
+    let fuzzers = Fuzzers::build(targets)?;
     if let Some(input) = &args.input {
         let [target] = targets else { bail!("--input is for one target") };
         fuzzers.reproduce(*target, &input.0)?;
@@ -112,29 +162,20 @@ pub(crate) struct Fuzzers {
 }
 
 impl Fuzzers {
-    /// Builds the targets, and before that cargo-fuzz where it is not there.
+    /// Builds the targets, with those beside them, and before that cargo-fuzz where it is not there.
     ///
     /// # Errors
     /// No C++ compiler and none can be installed, no network to the crate
     /// registry, or a target does not compile.
-    pub(crate) fn build() -> Result<Self> {
+    pub(crate) fn build(targets: &[Target]) -> Result<Self> {
         let _lock = build::lock()?;
         packages::ensure(&[COMPILER])?;
         let tools = cargo_fuzz()?;
-        let mut cargo = workspace::cargo("fuzz");
-        let toolchain = Path::new(cargo.get_program()).parent().unwrap_or(Path::new("")).to_owned();
-        let path = env::var_os("PATH").unwrap_or_default();
-        // cargo-fuzz calls `cargo`: it is to be the one of this task.
-        let path = env::join_paths([tools, toolchain].into_iter().chain(env::split_paths(&path)))?;
-        Step::new("building the fuzz targets", "fuzz-build").run(
-            cargo
-                .args(["build", "--fuzz-dir", "tproxy-common/fuzz", "--sanitizer", "none"])
-                .arg("--target-dir")
-                .arg(directory())
-                .env("PATH", path)
-                // They would take the place of cargo-fuzz's own.
-                .env_remove("CARGO_ENCODED_RUSTFLAGS"),
-        )?;
+        for home in Home::ALL {
+            if targets.iter().any(|target| target.home() == home) {
+                build_targets(home, &tools)?;
+            }
+        }
         let rustc = compiler::output(Command::new("rustc").arg("-vV").current_dir(workspace::root()))
             .map_err(anyhow::Error::msg)?;
         let host = rustc.lines().find_map(|line| line.strip_prefix("host: ")).context("no host triple")?;
@@ -153,12 +194,16 @@ impl Fuzzers {
         let mut exact = std::ffi::OsString::from("-exact_artifact_path=");
         exact.push(&culprit);
         let label = format!("fuzzing {}", target.name());
+        let home = target.home();
+        let seeds = workspace::root().join(home.directory()).join("seeds").join(target.name());
         let done = Step::new(&label, &log_name(target)).run(
             self.program(target)
+                // What it finds goes into the first.
                 .arg(&corpus)
+                .args(seeds.is_dir().then_some(seeds))
                 .arg(exact)
                 .arg(format!("-max_total_time={}", time.as_secs()))
-                .arg(format!("-max_len={MOST_BYTES}"))
+                .arg(format!("-max_len={}", home.most_bytes()))
                 .args(["-timeout=10", "-print_final_stats=1"]),
         );
         match done {
@@ -188,6 +233,27 @@ impl Fuzzers {
         command.env("RUST_BACKTRACE", "0");
         command
     }
+}
+
+fn build_targets(home: Home, tools: &Path) -> Result<()> {
+    let mut cargo = workspace::cargo("fuzz");
+    let toolchain = Path::new(cargo.get_program()).parent().unwrap_or(Path::new("")).to_owned();
+    let path = env::var_os("PATH").unwrap_or_default();
+    // cargo-fuzz calls `cargo`: it is to be the one of this task.
+    let path = env::join_paths([tools.to_owned(), toolchain].into_iter().chain(env::split_paths(&path)))?;
+    let label = format!("building the targets of {}", home.directory());
+    let arguments = ["build", "--fuzz-dir", home.directory(), "--sanitizer", "none"];
+    Step::new(&label, "fuzz-build")
+        .run(
+            cargo
+                .args(arguments)
+                .arg("--target-dir")
+                .arg(directory())
+                .env("PATH", path)
+                // They would take the place of cargo-fuzz's own.
+                .env_remove("CARGO_ENCODED_RUSTFLAGS"),
+        )
+        .map(drop)
 }
 
 /// Where everything of the fuzzers lies.

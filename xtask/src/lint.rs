@@ -14,8 +14,8 @@ use crate::{build, compiler::Toolchain, linker, packages, term, workspace};
 #[derive(clap::Args)]
 pub(crate) struct Args {}
 
-/// The fuzz targets are a workspace of their own. What they share with the tests is linted there.
-const FUZZ: [&str; 3] = ["--manifest-path", "tproxy-common/fuzz/Cargo.toml", "--check"];
+/// The fuzz targets are workspaces of their own. What they share with the tests is linted there.
+const FUZZ: [&str; 2] = ["tproxy-common/fuzz/Cargo.toml", "tproxy-user/fuzz/Cargo.toml"];
 
 /// What came of one check.
 enum Outcome {
@@ -33,7 +33,8 @@ pub(crate) fn run(_args: &Args) -> Result<()> {
     let checks = [
         ("members opt into the lints", members()?),
         ("format", cargo(workspace::cargo("fmt").args(["--all", "--check"]))?),
-        ("format of the fuzz targets", cargo(workspace::cargo("fmt").args(FUZZ))?),
+        ("format of the fuzz targets", format(FUZZ[0])?),
+        ("format of those of tproxy-user", format(FUZZ[1])?),
         (
             "clippy",
             cargo(workspace::cargo("clippy").args(["--locked", "--all-targets", "--", "-D", "warnings"]))?,
@@ -56,6 +57,10 @@ pub(crate) fn run(_args: &Args) -> Result<()> {
         return Ok(());
     }
     bail!("lint: {} failed: {}", failed.len(), failed.join(", "))
+}
+
+fn format(manifest: &str) -> Result<Outcome> {
+    cargo(workspace::cargo("fmt").args(["--check", "--manifest-path", manifest]))
 }
 
 fn cargo(command: &mut Command) -> Result<Outcome> {

@@ -59,7 +59,7 @@ enum Task {
     Install(install::Args),
     /// Measure, side by side with what others do
     Bench(bench::Args),
-    /// Try the parser and the classification on inputs that a fuzzer makes
+    /// Try what reads packets and names on inputs that a fuzzer makes
     Fuzz(fuzz::Args),
     /// Check format, lints, manifests and, where cargo-deny is installed, licences and advisories
     Lint(lint::Args),

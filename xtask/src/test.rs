@@ -221,18 +221,20 @@ fn run_part(
 /// Runs the fuzz targets, each as one test.
 fn fuzz(filters: &[String], recap: &mut Recap) -> Totals {
     let part = Part::Fuzz;
-    let fuzzers = match Fuzzers::build() {
+    let chosen =
+        |target: &Target| filters.is_empty() || filters.iter().any(|filter| target.name().contains(filter));
+    let targets: Vec<_> = Target::tests().filter(chosen).collect();
+    let fuzzers = match Fuzzers::build(&targets) {
         Ok(fuzzers) => fuzzers,
         Err(error) => {
             recap.tell(format!("{}: FAILED: {error:#}", part.name()));
             return Totals { failed: 1, ..Totals::default() };
         }
     };
-    let chosen = |name: &str| filters.is_empty() || filters.iter().any(|filter| name.contains(filter));
     let mut totals = Totals::default();
     println!("\n{}: tproxy-common/fuzz", part.name());
-    for target in Target::value_variants().iter().filter(|target| chosen(target.name())) {
-        match fuzzers.fuzz(*target, part.limit()) {
+    for target in targets {
+        match fuzzers.fuzz(target, part.limit()) {
             Ok(inputs) => {
                 println!("test {} ... ok ({inputs} inputs)", target.name());
                 totals.passed += 1;

@@ -8,7 +8,7 @@ use tproxy_common::policy::Known;
 use crate::config::rule::Rule as Configured;
 
 use super::compile::{RuleSet, Selector, Unfit, compile};
-use super::domains::{Domains, normal};
+use super::domains::Domains;
 use super::facts::{Memory, Packet};
 
 /// Them, by the same engine as the kernel's.
@@ -39,11 +39,11 @@ impl NamedRules {
         &self.domains
     }
 
-    /// What they say of a flow that is for this name, where a rule of the number `before`, or
+    /// What they say of a flow that is for this name, as names are compared, where a rule of the number `before`, or
     /// with 0 none, decides otherwise. `None`: nothing, so that it does.
     #[must_use]
     pub fn decide(&self, name: &str, packet: Packet, before: u16) -> Option<Decision> {
-        let domain = Known::Is(self.domains.set_of(&normal(name)?));
+        let domain = Known::Is(self.domains.set_of(name));
         let (word, _) = self.image.decide(&Packet { domain, ..packet });
         let decision = Decision::from_word(word).settled();
         let stands_before = before == 0 || decision.rule() < before;
@@ -86,13 +86,12 @@ mod tests {
         let decide = |name: &str, protocol, before| {
             named.decide(name, Packet { protocol, ..Packet::EMPTY }, before).map(Decision::rule)
         };
-        assert_eq!(decide("A.example.", TCP, 0), Some(2));
+        assert_eq!(decide("a.example", TCP, 0), Some(2));
         assert_eq!(decide("a.example", UDP, 0), Some(4));
         assert_eq!(decide("a.example", UDP, 3), None);
         assert_eq!(decide("a.example", TCP, 3), Some(2));
         assert_eq!(decide("b.test", TCP, 0), Some(4));
         assert_eq!(decide("example", TCP, 0), None);
-        assert_eq!(decide("no name at all", TCP, 0), None);
         assert_eq!(NamedRules::of(&set, &rules[..1]).map(|rules| rules.is_none()), Ok(true));
         let asked = Decision::of(Verdict::Pass as u8, 3, 0).behind_names().asked();
         assert_eq!((asked.raw_verdict(), asked.fallback(), asked.rule()), (6, 1, 3));

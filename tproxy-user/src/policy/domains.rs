@@ -11,10 +11,8 @@ use std::sync::Arc;
 
 use crate::config::rule::Rule;
 
+use super::hostname::normal;
 use super::ranges::Ranges;
-
-/// The longest name, in bytes (RFC 1035, section 2.3.4).
-const LONGEST: usize = 253;
 
 /// A name, or all names below one.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -51,18 +49,6 @@ impl fmt::Display for Pattern {
         f.write_str(if self.below { "*." } else { "" })?;
         f.write_str(&self.name)
     }
-}
-
-/// A name as it is compared: in lower case, without a dot at its end. `None`: it is no
-/// name, whoever says so.
-#[must_use]
-pub fn normal(name: &str) -> Option<String> {
-    let name = name.strip_suffix('.').unwrap_or(name);
-    let label = |label: &str| {
-        (1..=63).contains(&label.len())
-            && label.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_')
-    };
-    (name.len() <= LONGEST && name.split('.').all(label)).then(|| name.to_ascii_lowercase())
 }
 
 /// All names that rules list, and the sets that they make.

@@ -10,8 +10,9 @@ use crate::config::upstream::Upstream;
 use crate::plan::{Plan, Role, prefixes};
 
 use super::compile::{Condition, Rule, RuleSet, Selector, compile};
-use super::domains::{Domains, normal};
+use super::domains::Domains;
 use super::facts::{Memory, Packet};
+use super::hostname::normal;
 use super::names::Names;
 use super::question::{Origin, Question};
 use super::rules::{Written, number, rule_set};

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use simple_dns::rdata::RData;
 use simple_dns::{Name, Packet, PacketFlag, RCODE};
 
-use crate::policy::domains::normal;
+use crate::policy::hostname::normal;
 
 /// Aliases that are followed from the name that was asked for: as many as resolvers do.
 const ALIASES: usize = 16;
@@ -67,6 +67,7 @@ mod tests {
     use simple_dns::{CLASS, QCLASS, QTYPE, Question, ResourceRecord, TYPE};
 
     use super::*;
+    use crate::relay::sniff::check;
 
     fn name(text: &str) -> Name<'_> {
         Name::new(text).expect(text)
@@ -131,15 +132,14 @@ mod tests {
 
     proptest! {
         #[test]
-        fn nothing_makes_it_panic(bytes: Vec<u8>, at in 0_usize..100, value: u8) {
-            let _: Option<Answer> = answer(&bytes);
+        fn what_holds_for_all_holds(bytes: Vec<u8>, at in 0_usize..100, value: u8) {
+            check::answer(&bytes);
             let mut altered = reply("a.example", vec![
                 record("a.example", 9, RData::CNAME(CNAME(name("b.example")))), record("b.example", 9, v4(1)),
             ]);
             let at = at % altered.len();
             altered[at] = value;
-            let _: Option<Answer> = answer(&altered);
-            let _: Option<Answer> = answer(&altered[..at]);
+            check::answer(&altered);
         }
     }
 }

@@ -21,7 +21,7 @@ pub(super) fn request(bytes: &[u8]) -> Sniffed {
 }
 
 /// The host in the request's target goes before the field, which a request must have once.
-fn host(request: &Request<'_, '_>) -> Option<String> {
+fn host<'a>(request: &Request<'_, 'a>) -> Option<&'a str> {
     let of_target = request.path.and_then(authority);
     let mut fields = request.headers.iter().filter(|field| field.name.eq_ignore_ascii_case("host"));
     let authority = match (of_target, fields.next(), fields.next()) {
@@ -31,7 +31,7 @@ fn host(request: &Request<'_, '_>) -> Option<String> {
     };
     let host = authority.rsplit_once(':').map_or(authority, |(host, _port)| host);
     let is_address = authority.starts_with('[') || host.parse::<IpAddr>().is_ok();
-    (!host.is_empty() && !is_address).then(|| host.to_owned())
+    (!is_address).then_some(host)
 }
 
 /// Of a target in absolute form, such as `http://example.org/`.

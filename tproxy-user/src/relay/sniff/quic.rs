@@ -2,6 +2,8 @@
 //! protects them anybody on the way can take off; that is by design.
 
 mod initial;
+#[cfg(any(test, fuzzing))]
+pub(super) mod sent;
 
 use initial::{Keys, Packet};
 

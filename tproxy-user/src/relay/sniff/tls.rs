@@ -64,12 +64,12 @@ fn is_whole(bytes: &[u8]) -> bool {
     }
 }
 
-fn server_name(extensions: &[u8]) -> Option<String> {
+fn server_name(extensions: &[u8]) -> Option<&str> {
     let (_, extensions) = parse_tls_client_hello_extensions(extensions).ok()?;
     let names = extensions.iter().find_map(|extension| match extension {
         TlsExtension::SNI(names) => Some(names),
         _ => None,
     })?;
     let (_, name) = names.iter().find(|(kind, _)| *kind == SNIType::HostName)?;
-    str::from_utf8(name).ok().map(str::to_owned)
+    str::from_utf8(name).ok()
 }

@@ -173,7 +173,7 @@ impl Keys {
     }
 
     /// Protects a packet whose header ends with a number of four bytes.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(super) fn seal(&self, header: &[u8], number: u32, frames: &[u8]) -> Vec<u8> {
         let mut content = frames.to_vec();
         let sealed = self.packets.encrypt_in_place(&self.nonce(number.into()), header, &mut content);

@@ -4,10 +4,14 @@
 //! What is visible is taken: with Encrypted Client Hello (RFC 9849) that is the name of the server
 //! which faces the client, and nobody can tell that from an extension that is sent as a grease.
 
+#[cfg(any(test, fuzzing))]
+pub mod check;
 pub mod dns;
 mod http;
 pub mod quic;
 mod tls;
+
+use crate::policy::hostname::normal;
 
 /// Bytes that are looked at; a name that comes later is none.
 pub const MOST: usize = 16 << 10;
@@ -15,7 +19,7 @@ pub const MOST: usize = 16 << 10;
 /// What the first bytes tell.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Sniffed {
-    /// The name, as it is written there.
+    /// The name, as names are compared.
     Name(String),
     /// There is none to be seen, and there will be none.
     Nothing,
@@ -24,8 +28,9 @@ pub enum Sniffed {
 }
 
 impl Sniffed {
-    fn of(name: Option<String>) -> Self {
-        name.map_or(Self::Nothing, Self::Name)
+    /// What is no name, whoever says so, is none.
+    fn of(name: Option<&str>) -> Self {
+        name.and_then(normal).map_or(Self::Nothing, Self::Name)
     }
 }
 
