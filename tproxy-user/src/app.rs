@@ -1,7 +1,7 @@
 //! The composition root: configuration → running proxy → nothing left behind.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use futures_util::stream::{FuturesUnordered, StreamExt as _};
@@ -20,7 +20,7 @@ use crate::listener::{self, BindError, WorkerListeners};
 use crate::owner;
 use crate::plan::Plan;
 use crate::relay::{Routes, Shared};
-use crate::reload::{Reloaded, Watched};
+use crate::reload::{Reloaded, Retry, Watched};
 use crate::rulebook::Rulebook;
 use crate::shutdown::{self, Asked, Controller, Signals};
 use crate::sockopt::OwnMark;
@@ -109,7 +109,14 @@ async fn serve(
         reporter.note(steering);
     }
     let mut workers: FuturesUnordered<_> = workers.into_iter().map(WorkerHandle::finished).collect();
-    let mut upkeep = Upkeep { config: config.clone(), reread, steering: &mut steering, instance, reporter };
+    let mut upkeep = Upkeep {
+        config: config.clone(),
+        reread,
+        steering: &mut steering,
+        instance,
+        reporter,
+        retry: Retry::default(),
+    };
     let told = Box::pin(upkeep.until_a_signal(signals, &mut watch, control, watched));
     // A worker ends before that only by a fault of this program. Its share of
     // the clients would find nobody: rather start afresh.
@@ -219,6 +226,7 @@ struct Upkeep<'a> {
     steering: &'a mut Option<Steering>,
     instance: &'a mut Instance,
     reporter: status::Reporter,
+    retry: Retry,
 }
 
 impl Upkeep<'_> {
@@ -257,12 +265,12 @@ impl Upkeep<'_> {
             tokio::select! {
                 signal = signals.next(self.reread.is_some()) => match signal {
                     Asked::End(name) => return tracing::info!("{name}: draining"),
-                    Asked::Reload => drop(self.reload(&mut files).await),
+                    Asked::Reload => drop(self.reload(&mut files, false).await),
                 },
                 Some(reply) = asked.recv() => {
                     let reply: oneshot::Sender<Value> = reply;
                     // Who asked may be gone.
-                    drop(reply.send(self.reload(&mut files).await));
+                    drop(reply.send(self.reload(&mut files, false).await));
                 }
                 () = watch.changed() => behind = self.follow(behind).await,
                 () = tokio::time::sleep(AGAIN), if behind => behind = self.follow(behind).await,
@@ -273,8 +281,11 @@ impl Upkeep<'_> {
                         // What fails here fails in `follow` as well, which tells.
                         behind = steering.check(self.instance).await.is_err();
                     }
-                    if self.config.watch && files.changed() {
-                        self.reload(&mut files).await;
+                    if self.config.watch {
+                        let changed = files.changed();
+                        if changed || self.retry.is_due(Instant::now()) {
+                            self.reload(&mut files, !changed).await;
+                        }
                     }
                 }
             }
@@ -294,10 +305,12 @@ impl Upkeep<'_> {
         followed.is_err()
     }
 
-    /// Reads the configuration again and takes what can change. What came of it.
-    async fn reload(&mut self, files: &mut Watched) -> Value {
+    /// Reads the configuration again and takes what can change. What came of it. `again`: nobody
+    /// asks for it, it has failed before.
+    async fn reload(&mut self, files: &mut Watched, again: bool) -> Value {
         match self.try_reload(files).await {
             Ok(restart) => {
+                self.retry.done();
                 tracing::info!("reloaded: {} rules", self.config.capture.rules.len());
                 for key in &restart {
                     tracing::warn!("{key} has changed, which a restart alone can follow");
@@ -305,7 +318,9 @@ impl Upkeep<'_> {
                 json!({"rules": self.config.capture.rules.len(), "restart": restart})
             }
             Err(error) => {
-                tracing::error!("cannot reload, all stays as it is: {error:#}");
+                if self.retry.failed(&format!("{error:#}"), again, Instant::now()) {
+                    tracing::error!("cannot reload, all stays as it is: {error:#}");
+                }
                 json!({"error": format!("{error:#}"), "exit_code": cmd::exit_code(&error)})
             }
         }

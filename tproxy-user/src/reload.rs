@@ -1,8 +1,9 @@
-//! What a reload can change, what it cannot, and when files have changed. Nothing here
-//! touches the kernel.
+//! What a reload can change, what it cannot, when files have changed, and when one that failed is
+//! tried again. Nothing here touches the kernel.
 
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use crate::config::{Capture, Config, Scope};
 
@@ -120,6 +121,47 @@ fn stamp(file: &Path) -> Stamp {
     Some((meta.ino(), meta.size(), meta.mtime(), meta.mtime_nsec()))
 }
 
+/// When a reload that failed is tried again where files are watched: what was wrong may be mended
+/// without a change of them. An interface comes, or a file is written that only the new configuration
+/// names.
+#[derive(Debug, Default)]
+pub struct Retry(Option<Failed>);
+
+#[derive(Debug)]
+struct Failed {
+    error: String,
+    again: Instant,
+    pause: Duration,
+}
+
+impl Retry {
+    /// From a failure to the next attempt; doubled after each.
+    const FIRST_PAUSE: Duration = Duration::from_secs(2);
+    /// The longest pause. An attempt may read a million networks, which takes about a second.
+    const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+
+    /// Whether it is time.
+    #[must_use]
+    pub fn is_due(&self, now: Instant) -> bool {
+        self.0.as_ref().is_some_and(|failed| failed.again <= now)
+    }
+
+    /// Notes that it failed, by an attempt `again` or for another reason. Whether that is to be
+    /// told: of attempts that fail as the one before nobody wants to hear.
+    pub fn failed(&mut self, error: &str, again: bool, now: Instant) -> bool {
+        let before = self.0.take().filter(|_| again);
+        let known = before.as_ref().is_some_and(|before| before.error == error);
+        let pause = before.map_or(Self::FIRST_PAUSE, |before| (before.pause * 2).min(Self::LONGEST_PAUSE));
+        self.0 = Some(Failed { error: error.to_owned(), again: now + pause, pause });
+        !known
+    }
+
+    /// Notes that it went well.
+    pub fn done(&mut self) {
+        self.0 = None;
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use clap::Parser as _;
@@ -158,6 +200,26 @@ mod tests {
         std::fs::remove_file(&file).expect("removed");
         assert!(!watched.changed());
         assert!(watched.changed());
+    }
+
+    #[test]
+    fn what_failed_is_tried_again_at_growing_intervals() {
+        let mut retry = Retry::default();
+        let mut now = Instant::now();
+        assert!(!retry.is_due(now));
+        assert!(retry.failed("no such file", false, now));
+        for pause in [2, 4, 8, 16, 30, 30] {
+            let due = now + Duration::from_secs(pause);
+            assert!(!retry.is_due(due.checked_sub(Duration::from_millis(1)).expect("later")));
+            assert!(retry.is_due(due), "{pause}");
+            now = due;
+            assert!(!retry.failed("no such file", true, now), "it was told");
+        }
+        assert!(retry.failed("line 3", true, now));
+        assert!(retry.failed("line 3", false, now), "somebody has asked for it");
+        assert!(retry.is_due(now + Duration::from_secs(2)));
+        retry.done();
+        assert!(!retry.is_due(now + Duration::from_hours(1)));
     }
 
     #[test]

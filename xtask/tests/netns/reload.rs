@@ -37,6 +37,7 @@ pub(crate) const ONCE: Scenarios = &[
     ("reload_names_what_needs_a_restart", restart),
     ("reload_by_signal", by_signal),
     ("reload_by_watched_file", by_watched_file),
+    ("reload_that_failed_is_tried_again", tried_again),
     ("reload_adds_and_removes_interfaces", interfaces),
     ("reload_without_a_config_file_or_a_proxy", without),
     ("bad_config_exit_2", bad_config),
@@ -559,6 +560,21 @@ fn by_watched_file(lab: &Lab, _: Family) -> Result<()> {
     // The config file itself.
     config.write(&("watch = true\n".to_owned() + &rule(1, "reject")))?;
     wait_rejected(lab, 1, Duration::from_secs(4))
+}
+
+/// What was wrong is mended where nobody watches: in a file that only the new configuration names.
+fn tried_again(lab: &Lab, _: Family) -> Result<()> {
+    let _servers = all_reflectors(lab, &[1])?;
+    let (proxy, config) = start_with_rules(lab, "--watch", "")?;
+    let refused = || Ok::<_, anyhow::Error>(proxy.daemon.log().matches("cannot reload").count());
+    config.write("[[rule]]\nto_file = 'later.txt'\naction = 'reject'\n")?;
+    wait_for("the reload to fail", Duration::from_secs(4), || Ok(refused()? == 1))?;
+    // It fails a second time, without a word.
+    thread::sleep(Duration::from_millis(2500));
+    ensure!(refused()? == 1, "it is told again and again:\n{}", proxy.daemon.log());
+    let networks = Family::ALL.map(|family| family.anywhere_net(1)).join("\n");
+    replace(&lab.dir().join("later.txt"), &networks)?;
+    wait_rejected(lab, 1, Duration::from_secs(8))
 }
 
 fn interfaces(lab: &Lab, _: Family) -> Result<()> {
