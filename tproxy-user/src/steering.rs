@@ -3,6 +3,7 @@
 //! by the journal.
 
 mod keep;
+mod policy;
 mod upkeep;
 
 use std::collections::BTreeMap;
@@ -15,7 +16,6 @@ use tokio::io::unix::AsyncFd;
 use tproxy_common::abi::{ABI_VERSION, ListenerKind, MAX_WORKERS, Settings, listener_index};
 
 use crate::clsact;
-use crate::config::rule::{Action, Rule};
 use crate::config::{Attach, Config, Fail, Handshake, SourceMode};
 use crate::datapath::attach::Hook;
 use crate::datapath::bpffs;
@@ -28,11 +28,6 @@ use crate::instance::{self, Instance};
 use crate::interfaces;
 use crate::listener::WorkerListeners;
 use crate::plan::{Plan, PlannedInterface, Role};
-use crate::policy::asked::NamedRules;
-use crate::policy::compile::{RuleSet, compile};
-use crate::policy::domains::Domains;
-use crate::policy::names::Names;
-use crate::policy::rules::{Written, rule_set};
 use crate::privilege;
 use crate::routing;
 use crate::rulebook::Rulebook;
@@ -48,10 +43,8 @@ pub struct Steering {
     config: Config,
     plan: Plan,
     datapath: Datapath,
-    /// The rules by which the kernel decides, and the bytes of their image.
-    policy: Option<(RuleSet, usize)>,
-    /// What they were made with.
-    names: Names,
+    /// The rules by which the kernel decides.
+    policy: Option<policy::Held>,
     rulebook: Rulebook,
     handle: Handle,
     /// By index: what is attached now.
@@ -120,7 +113,6 @@ impl Steering {
             plan: plan.clone(),
             datapath,
             policy: None,
-            names: Names::default(),
             rulebook: rulebook.clone(),
             handle: handle.clone(),
             attached: BTreeMap::new(),
@@ -129,7 +121,7 @@ impl Steering {
         };
         let names = NameTable::open(&config.pin).context("cannot open the map of names")?;
         rulebook.tell(names);
-        steering.set_policy(plan, Names::new(&plan.names, &plan.policy))?;
+        steering.keep_policy().await?;
         if let Some(tun) = tun {
             let hook = steering.hook();
             steering.datapath.attach_handshakes(tun, hook)?;
@@ -184,7 +176,7 @@ impl Steering {
         if self.upkeep.is_behind() {
             return self.follow(instance).await;
         }
-        self.keep_policy()?;
+        self.keep_policy().await?;
         self.keep(instance).await
     }
 
@@ -208,7 +200,9 @@ impl Steering {
         for warning in &plan.warnings {
             tracing::warn!("{warning}");
         }
-        self.set_policy(&plan, Names::new(&plan.names, &plan.policy))?;
+        if let Some(rules) = self.compile(&plan).await? {
+            self.switch(rules)?;
+        }
         let before = (mem::replace(&mut self.config, config), mem::replace(&mut self.plan, plan));
         let applied = self.apply(instance).await;
         if applied.is_err() {
@@ -221,49 +215,9 @@ impl Steering {
         applied
     }
 
-    /// Has the kernel decide by the rules of a plan, by one write.
-    fn set_policy(&mut self, plan: &Plan, names: Names) -> anyhow::Result<()> {
-        if plan.notes_groups {
-            // First: no socket that is made once the rules hold is to be without its note.
-            self.keep_groups(true)?;
-        }
-        if !plan.policy.is_empty() {
-            let binds = |rule: &Rule| {
-                matches!(rule.action, Action::Divert(_) | Action::Reject | Action::Proxy(Some(_)))
-                    || !rule.conditions.domains.is_empty()
-            };
-            self.rulebook.targets.ask_for(plan.policy.iter().any(binds));
-        }
-        let written = Written { scope: &plan.scope, upstream: &plan.upstream, rules: &plan.policy };
-        let set = rule_set(written, &names, &self.rulebook.targets)?;
-        let held = self.rulebook.named();
-        // Other names may make sets of the same numbers.
-        let same_names = held.as_ref().map(|rules| rules.domains()) == Domains::of(&plan.policy);
-        if self.policy.as_ref().map(|(set, _)| set) != Some(&set) || !same_names {
-            let image = compile(&set).map_err(Failure::usage)?;
-            let asking = NamedRules::of(&set, &plan.policy).map_err(Failure::usage)?;
-            self.rulebook.replace(asking, || self.datapath.set_policy(&image))?;
-            self.policy = Some((set, size_of_val(&*image)));
-        }
-        self.rulebook.targets.set_default(&plan.upstream);
-        self.names = names;
-        Ok(())
-    }
-
-    /// Follows names that mean another number now: no one tells of control groups.
-    fn keep_policy(&mut self) -> anyhow::Result<()> {
-        let names = Names::new(&self.plan.names, &self.plan.policy);
-        if names == self.names {
-            return Ok(());
-        }
-        let plan = self.plan.clone();
-        self.set_policy(&plan, names)
-    }
-
     /// Makes the kernel be as the plan says.
     async fn apply(&mut self, instance: &mut Instance) -> anyhow::Result<()> {
-        let plan = self.plan.clone();
-        self.set_policy(&plan, Names::new(&plan.names, &plan.policy))?;
+        self.keep_policy().await?;
         self.datapath.set_local(&self.plan.local)?;
         self.keep_routing().await?;
         self.detach_stale(instance).await;
@@ -355,7 +309,7 @@ impl Steering {
     /// Rules of the configuration, and bytes that their image takes in the kernel.
     #[must_use]
     pub fn policy(&self) -> (usize, usize) {
-        (self.plan.policy.len(), self.policy.as_ref().map_or(0, |(_, bytes)| *bytes))
+        (self.plan.policy.len(), self.policy.as_ref().map_or(0, |held| held.bytes))
     }
 
     /// The plan that is carried out.

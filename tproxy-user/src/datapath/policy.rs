@@ -120,17 +120,28 @@ fn try_create_map(attributes: &MapCreate) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(i32::try_from(fd).map_err(io::Error::other)?) })
 }
 
-impl Datapath {
-    /// Makes rules the ones that decide, all at once: a packet is decided by those of before
-    /// or by these. Lasts until no program reads those of before any more.
+/// Rules in the kernel, by which nothing is decided yet.
+pub struct Image {
+    map: Array<MapData, Line>,
+    header: Line,
+    bytes: usize,
+}
+
+impl std::fmt::Debug for Image {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Image").field("bytes", &self.bytes).finish_non_exhaustive()
+    }
+}
+
+impl Image {
+    /// Puts them there.
     ///
     /// # Errors
     ///
     /// [`LoadError::Map`]: memory; [`LoadError::RulesTooLarge`] before Linux 5.10.
-    pub fn set_policy(&mut self, lines: &[Line]) -> Result<(), LoadError> {
-        let name = map::POLICY;
-        let error = |source| LoadError::Map { name, source };
-        let (flags, fixed) = kind_of_image(self.features());
+    pub fn new(features: Features, lines: &[Line]) -> Result<Self, LoadError> {
+        let error = |source| LoadError::Map { name: map::POLICY, source };
+        let (flags, fixed) = kind_of_image(features);
         let count = u32::try_from(lines.len()).unwrap_or(u32::MAX);
         let size = fixed.unwrap_or(count);
         if count > size {
@@ -141,18 +152,38 @@ impl Datapath {
                 mib(size)
             ))));
         }
-        let mut image: Array<MapData, Line> = Array::create(size, flags).map_err(error)?;
+        let mut map: Array<MapData, Line> = Array::create(size, flags).map_err(error)?;
         for (index, line) in (0..).zip(lines) {
-            image.set(index, line, 0).map_err(error)?;
+            map.set(index, line, 0).map_err(error)?;
         }
-        if let Some(mut header) = lines.first().copied() {
-            self.policies = self.policies.wrapping_add(1);
-            header[layout::NUMBER] = self.policies;
-            image.set(0, header, 0).map_err(error)?;
-        }
+        let header = lines.first().copied().unwrap_or_default();
+        Ok(Self { map, header, bytes: size_of_val(lines) })
+    }
+
+    /// Bytes of its lines.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+impl Datapath {
+    /// Makes rules the ones that decide, all at once: a packet is decided by those of before
+    /// or by these. Lasts until no program reads those of before any more.
+    ///
+    /// # Errors
+    ///
+    /// [`LoadError::Map`].
+    pub fn set_policy(&mut self, image: Image) -> Result<(), LoadError> {
+        let name = map::POLICY;
+        let error = |source| LoadError::Map { name, source };
+        let Image { map: mut lines, mut header, .. } = image;
+        self.policies = self.policies.wrapping_add(1);
+        header[layout::NUMBER] = self.policies;
+        lines.set(0, header, 0).map_err(error)?;
         let map = self.ebpf.map_mut(name).ok_or(LoadError::Missing(name))?;
         let mut policy: ArrayOfMaps<&mut MapData, Array<MapData, Line>> =
             ArrayOfMaps::try_from(map).map_err(error)?;
-        policy.set(0, &image, 0).map_err(error)
+        policy.set(0, &lines, 0).map_err(error)
     }
 }

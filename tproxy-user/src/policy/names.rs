@@ -17,21 +17,24 @@ pub struct Names {
 }
 
 impl Names {
-    /// Of these interfaces (index and name), and of the control groups that rules name.
+    /// Of the interfaces among these (index and name) and the control groups that rules name.
     #[must_use]
     pub fn new(interfaces: &[(u32, String)], rules: &[Rule]) -> Self {
+        let globs: Vec<_> = rules.iter().flat_map(|rule| &rule.conditions.interfaces).collect();
+        let is_named = |(_, name): &&(u32, String)| globs.iter().any(|glob| means(glob, name));
         let named = rules.iter().flat_map(|rule| &rule.conditions.cgroups);
         // The number of a group is that of its directory (`cgroup_id`, Linux 5.5).
         let number =
             |name: &String| Some((name.clone(), Path::new(CGROUPS).join(name).metadata().ok()?.ino()));
-        Self { interfaces: interfaces.to_owned(), cgroups: named.filter_map(number).collect() }
+        Self {
+            interfaces: interfaces.iter().filter(is_named).cloned().collect(),
+            cgroups: named.filter_map(number).collect(),
+        }
     }
 
     /// The interfaces that a name or glob means.
     pub fn interfaces(&self, glob: &str) -> impl Iterator<Item = u32> {
-        let pattern = glob::Pattern::new(glob).ok();
-        let means = move |name: &str| name == glob || pattern.as_ref().is_some_and(|glob| glob.matches(name));
-        self.interfaces.iter().filter(move |(_, name)| means(name)).map(|(index, _)| *index)
+        self.interfaces.iter().filter(move |(_, name)| means(glob, name)).map(|(index, _)| *index)
     }
 
     /// The number of a control group.
@@ -47,4 +50,9 @@ impl Names {
         let from_root: Vec<_> = path.ancestors().take_while(|path| path.starts_with(CGROUPS)).collect();
         from_root.into_iter().rev().map_while(|path| Some(path.metadata().ok()?.ino())).collect()
     }
+}
+
+/// Whether a name or glob means an interface.
+fn means(glob: &str, name: &str) -> bool {
+    name == glob || glob::Pattern::new(glob).is_ok_and(|glob| glob.matches(name))
 }

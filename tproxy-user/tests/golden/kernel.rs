@@ -24,6 +24,7 @@ use tproxy_user::datapath::attach::add_clsact;
 use tproxy_user::datapath::features::Features;
 use tproxy_user::datapath::group::BESIDE_OTHERS;
 use tproxy_user::datapath::load::Datapath;
+use tproxy_user::datapath::policy::Image;
 use tproxy_user::policy::compile::{RuleSet, compile};
 use tproxy_user::privilege::running_kernel;
 
@@ -128,7 +129,8 @@ pub(crate) fn load(settings: &Settings, log: bool) -> (Datapath, Features) {
     let features =
         Features::of(running_kernel().expect("a kernel version")).expect("a kernel that can steer");
     let mut datapath = Datapath::maps_only(settings, features, log).unwrap_or_else(|error| panic!("{error}"));
-    datapath.set_policy(&compile(&Scope::default().rules()).expect("few rules")).expect("rules");
+    let rules = compile(&Scope::default().rules()).expect("few rules");
+    datapath.set_policy(Image::new(features, &rules).expect("memory")).expect("rules");
     (datapath, features)
 }
 
@@ -408,6 +410,7 @@ impl Kernel {
 
     /// Rules that are compiled.
     pub(crate) fn set_image(&mut self, image: &[Line]) {
+        let image = Image::new(self.datapath.features(), image).expect("memory");
         self.datapath.set_policy(image).expect("rules");
     }
 
