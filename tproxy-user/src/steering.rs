@@ -35,6 +35,7 @@ use crate::stats::Stats;
 use crate::sysctl;
 use crate::tun::{self, Tun};
 use crate::undo;
+use policy::Compiled;
 use upkeep::Upkeep;
 
 /// The running kernel side.
@@ -197,31 +198,52 @@ impl Steering {
         {
             plan.require_interfaces(&host)?;
         }
-        for warning in &plan.warnings {
-            tracing::warn!("{warning}");
-        }
-        if let Some(rules) = self.compile(&plan).await? {
-            self.switch(rules)?;
-        }
+        self.require_hooks(&plan).await?;
+        let rules = self.compile(&plan).await?;
         let before = (mem::replace(&mut self.config, config), mem::replace(&mut self.plan, plan));
-        let applied = self.apply(instance).await;
+        let applied = self.carry_out(rules, instance).await;
         if applied.is_err() {
             (self.config, self.plan) = before;
             if let Err(error) = self.apply(instance).await {
                 // The next change of the network tries again.
                 tracing::warn!("cannot go back to what was before the reload: {error:#}");
             }
+            return applied;
         }
-        applied
+        for warning in &self.plan.warnings {
+            tracing::warn!("{warning}");
+        }
+        Ok(())
     }
 
     /// Makes the kernel be as the plan says.
     async fn apply(&mut self, instance: &mut Instance) -> anyhow::Result<()> {
-        self.keep_policy().await?;
+        let rules = self.compile(&self.plan).await?;
+        self.carry_out(rules, instance).await
+    }
+
+    /// The same, with rules that are compiled. They come to hold after what may fail and that no
+    /// packet notices, and before other interfaces are captured by them.
+    async fn carry_out(&mut self, rules: Option<Compiled>, instance: &mut Instance) -> anyhow::Result<()> {
         self.datapath.set_local(&self.plan.local)?;
         self.keep_routing().await?;
+        if let Some(rules) = rules {
+            self.switch(rules)?;
+        }
         self.detach_stale(instance).await;
         self.keep(instance).await
+    }
+
+    /// Whether the interfaces of a plan can be captured, as far as it can be seen.
+    async fn require_hooks(&self, plan: &Plan) -> anyhow::Result<()> {
+        if self.hook() == Hook::Clsact {
+            for interface in plan.interfaces.iter().filter(|new| !self.attached.contains_key(&new.index)) {
+                if clsact::qdisc(&self.handle, interface.index).await? == clsact::Qdisc::Ingress {
+                    return Err(keeps_clsact_out(&interface.name).into());
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Detaches from interfaces that are gone or changed their part. Links are
@@ -256,11 +278,7 @@ impl Steering {
     ) -> anyhow::Result<()> {
         match clsact::qdisc(&self.handle, interface.index).await? {
             clsact::Qdisc::Clsact => Ok(()),
-            clsact::Qdisc::Ingress => Err(Failure::conflict(format_args!(
-                "{0} has an ingress qdisc, which keeps clsact out; remove it (tc qdisc del dev {0} ingress) or use a kernel with tcx (6.6)",
-                interface.name
-            ))
-            .into()),
+            clsact::Qdisc::Ingress => Err(keeps_clsact_out(&interface.name).into()),
             clsact::Qdisc::Absent => {
                 let made = QdiscMade { ifindex: interface.index, ifname: interface.name.clone() };
                 instance.record(|journal| journal.adding(made))?;
@@ -335,6 +353,12 @@ impl Steering {
             (true, false) => "no interface yet".to_owned(),
         }
     }
+}
+
+fn keeps_clsact_out(interface: &str) -> Failure {
+    Failure::conflict(format_args!(
+        "{interface} has an ingress qdisc, which keeps clsact out; remove it (tc qdisc del dev {interface} ingress) or use a kernel with tcx (6.6)"
+    ))
 }
 
 /// Refuses what was asked for and the kernel lacks.

@@ -299,7 +299,7 @@ fn invalid(lab: &Lab, _: Family) -> Result<()> {
     Client::of(lab, Family::V4).expect(target(Family::V4, 3), Rejected)
 }
 
-/// That an interface cannot be captured shows only when the rules hold already.
+/// That an interface cannot be captured shows late.
 fn fails_halfway(lab: &Lab, _: Family) -> Result<()> {
     needs_proxy()?;
     let _servers = all_reflectors(lab, &[1])?;
@@ -311,8 +311,26 @@ fn fails_halfway(lab: &Lab, _: Family) -> Result<()> {
     let proxy = config.launch(lab, "--attach clsact").start()?;
     let before = Snapshot::take(lab)?;
     config.write(&(capture("['lan2', 'spare0']") + &rule(1, "reject")))?;
-    let output = proxy.cmd("reload")?.run()?.expect_code(5)?;
-    ensure!(output.stderr.contains("spare0"), "{}", output.describe());
+    // Who comes meanwhile is not rejected for a moment.
+    let stop = AtomicBool::new(false);
+    let stop = &stop;
+    thread::scope(|scope| -> Result<()> {
+        let ends = Stop(stop);
+        let probe = scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                let (from, to) = (unused(Family::V4.client()), target(Family::V4, 1));
+                let (fate, _) = tcp_fate(&lab.client, from, to, Duration::from_secs(5))?;
+                ensure!(fate == Proxied, "{from} to {to} was {fate:?}");
+            }
+            Ok(())
+        });
+        for _ in 0..pace::share(20) {
+            let output = proxy.cmd("reload")?.run()?.expect_code(5)?;
+            ensure!(output.stderr.contains("spare0"), "{}", output.describe());
+        }
+        drop(ends);
+        probe.join().map_err(|_| anyhow::anyhow!("the client panicked"))?
+    })?;
     let expect_as_before = || -> Result<()> {
         for family in Family::ALL {
             Client::of(lab, family).expect(target(family, 1), Proxied)?;
