@@ -32,8 +32,8 @@ use crate::upstream::direct::Direct;
 use crate::worker::{self, WorkerError, WorkerHandle};
 use crate::{cmd, interfaces, limits, netlink, status, undo};
 
-/// Reads the configuration again.
-pub type Reread<'a> = &'a dyn Fn() -> anyhow::Result<Config>;
+/// Reads the configuration again; called on a thread of its own.
+pub type Reread = fn() -> anyhow::Result<Config>;
 
 /// Sets up, relays until a signal, drains, and undoes everything. `reread` is for
 /// reloads; without, there are none.
@@ -41,7 +41,7 @@ pub type Reread<'a> = &'a dyn Fn() -> anyhow::Result<Config>;
 /// # Errors
 ///
 /// Where something cannot be set up, or undone; what can be undone is.
-pub fn run(config: &Config, reread: Option<Reread<'_>>) -> anyhow::Result<()> {
+pub fn run(config: &Config, reread: Option<Reread>) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         // From here on a signal ends the run in an orderly way.
@@ -61,7 +61,7 @@ pub fn run(config: &Config, reread: Option<Reread<'_>>) -> anyhow::Result<()> {
 
 async fn serve(
     config: &Config,
-    reread: Option<Reread<'_>>,
+    reread: Option<Reread>,
     handle: &Handle,
     instance: &mut Instance,
     signals: &mut Signals,
@@ -222,7 +222,7 @@ const CHECK: Duration = Duration::from_secs(1);
 /// What goes on while the workers relay.
 struct Upkeep<'a> {
     config: Config,
-    reread: Option<Reread<'a>>,
+    reread: Option<Reread>,
     steering: &'a mut Option<Steering>,
     instance: &'a mut Instance,
     reporter: status::Reporter,
@@ -251,13 +251,29 @@ impl Upkeep<'_> {
                 }
             }
         };
-        let mut answers = std::pin::pin!(control::serve(control, answer));
         let direct = Direct {
             source: SourceMode::Proxy,
             mark: OwnMark(self.config.steering.own_mark),
             timeout: self.config.timeouts.connect,
         };
-        let mut checks = std::pin::pin!(checks::run(self.reporter.targets(), direct));
+        let checks = checks::run(self.reporter.targets(), direct);
+        let answers = control::serve(control, answer);
+        // Beside each other: a reload does not keep waiting who asks what is going on.
+        tokio::select! {
+            () = self.follow_all(signals, watch, &mut asked, &mut files) => {}
+            () = answers => {}
+            never = checks => match never {},
+        }
+    }
+
+    /// One thing after the other, until a signal comes that ends it.
+    async fn follow_all(
+        &mut self,
+        signals: &mut Signals,
+        watch: &mut netlink::Watch,
+        asked: &mut mpsc::Receiver<oneshot::Sender<Value>>,
+        files: &mut Watched,
+    ) {
         let mut behind = false;
         let mut ticks = tokio::time::interval(CHECK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -265,17 +281,14 @@ impl Upkeep<'_> {
             tokio::select! {
                 signal = signals.next(self.reread.is_some()) => match signal {
                     Asked::End(name) => return tracing::info!("{name}: draining"),
-                    Asked::Reload => drop(self.reload(&mut files, false).await),
+                    Asked::Reload => drop(self.reload(files, false).await),
                 },
                 Some(reply) = asked.recv() => {
-                    let reply: oneshot::Sender<Value> = reply;
                     // Who asked may be gone.
-                    drop(reply.send(self.reload(&mut files, false).await));
+                    drop(reply.send(self.reload(files, false).await));
                 }
                 () = watch.changed() => behind = self.follow(behind).await,
                 () = tokio::time::sleep(AGAIN), if behind => behind = self.follow(behind).await,
-                () = &mut answers => {}
-                never = &mut checks => match never {},
                 _ = ticks.tick() => {
                     if let Some(steering) = self.steering.as_mut().filter(|_| !behind) {
                         // What fails here fails in `follow` as well, which tells.
@@ -284,7 +297,7 @@ impl Upkeep<'_> {
                     if self.config.watch {
                         let changed = files.changed();
                         if changed || self.retry.is_due(Instant::now()) {
-                            self.reload(&mut files, !changed).await;
+                            self.reload(files, !changed).await;
                         }
                     }
                 }
@@ -333,7 +346,9 @@ impl Upkeep<'_> {
             );
         };
         let before = Watched::new(&self.config.files);
-        let reloaded = Reloaded::new(&self.config, &reread()?);
+        // It may be a million networks.
+        let read = tokio::task::spawn_blocking(reread).await??;
+        let reloaded = Reloaded::new(&self.config, &read);
         let watched = before.joined(&reloaded.config.files);
         if let Some(steering) = self.steering.as_mut() {
             steering.reload(reloaded.config.clone(), self.instance).await?;

@@ -78,7 +78,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
 fn start(args: &RunArgs) -> anyhow::Result<()> {
     let config = resolve::config(args)?;
     privilege::require(&config)?;
-    let reread: app::Reread<'_> = &reread;
+    let reread: app::Reread = reread;
     app::run(&config, args.config.is_some().then_some(reread))
 }
 

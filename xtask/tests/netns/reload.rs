@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use std::{fs, thread};
 
 use anyhow::{Context, Result, ensure};
@@ -38,6 +38,7 @@ pub(crate) const ONCE: Scenarios = &[
     ("reload_by_signal", by_signal),
     ("reload_by_watched_file", by_watched_file),
     ("reload_that_failed_is_tried_again", tried_again),
+    ("reload_keeps_nobody_waiting", keeps_nobody_waiting),
     ("reload_adds_and_removes_interfaces", interfaces),
     ("reload_without_a_config_file_or_a_proxy", without),
     ("bad_config_exit_2", bad_config),
@@ -593,6 +594,32 @@ fn tried_again(lab: &Lab, _: Family) -> Result<()> {
     let networks = Family::ALL.map(|family| family.anywhere_net(1)).join("\n");
     replace(&lab.dir().join("later.txt"), &networks)?;
     wait_rejected(lab, 1, Duration::from_secs(8))
+}
+
+/// A million networks take a while; who asks for `status` meanwhile is answered at once.
+fn keeps_nobody_waiting(lab: &Lab, _: Family) -> Result<()> {
+    let networks: Vec<_> = (0..1_000_000_u32)
+        .map(|number| format!("{}/32\n", std::net::Ipv4Addr::from_bits(0x0b00_0000 + 2 * number)))
+        .collect();
+    fs::write(lab.dir().join("million.txt"), networks.concat())?;
+    let (proxy, config) = start_with_rules(lab, "", "")?;
+    config.write("[[rule]]\nto_file = 'million.txt'\naction = 'drop'\n")?;
+    let (took, answers) = thread::scope(|scope| -> Result<_> {
+        let started = Instant::now();
+        let reload = scope.spawn(|| reload(&proxy));
+        let mut answers = Vec::new();
+        while !reload.is_finished() {
+            let asked = Instant::now();
+            proxy.status()?;
+            answers.push(asked.elapsed());
+        }
+        reload.join().map_err(|_| anyhow::anyhow!("the client panicked"))??;
+        Ok((started.elapsed(), answers))
+    })?;
+    ensure!(proxy.status()?["policy"]["bytes"].as_u64() > Some(8_000_000), "the networks are not there");
+    let slowest = answers.iter().max().copied().unwrap_or(took);
+    ensure!(slowest < took / 3, "the reload took {took:?}, and one of {} answers {slowest:?}", answers.len());
+    Ok(())
 }
 
 fn interfaces(lab: &Lab, _: Family) -> Result<()> {
