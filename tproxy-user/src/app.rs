@@ -30,7 +30,7 @@ use crate::tun::Tun;
 use crate::upstream::checks;
 use crate::upstream::direct::Direct;
 use crate::worker::{self, WorkerError, WorkerHandle};
-use crate::{cmd, interfaces, limits, netlink, status, undo};
+use crate::{cmd, interfaces, limits, netlink, status, telemetry, undo};
 
 /// Reads the configuration again; called on a thread of its own.
 pub type Reread = fn() -> anyhow::Result<Config>;
@@ -354,6 +354,7 @@ impl Upkeep<'_> {
             steering.reload(reloaded.config.clone(), self.instance).await?;
             self.reporter.note(steering);
         }
+        telemetry::set_level(reloaded.config.log.level);
         self.config = reloaded.config;
         *files = watched;
         Ok(reloaded.restart)

@@ -138,7 +138,7 @@ pub enum Command {
         #[arg(value_name = "FILE")]
         file: Option<PathBuf>,
     },
-    /// Have the running proxy read its config file again: interfaces, ports, networks and rules
+    /// Have the running proxy read its config file again: interfaces, ports, networks, upstreams, rules, log level
     ///
     /// All of it is checked first; with a mistake nothing changes (exit code 2). Flows that
     /// run go on as they are. What only a restart can change is named.

@@ -5,6 +5,7 @@
 //! it checks again.
 
 pub mod file;
+mod keys;
 pub mod rule;
 pub mod upstream;
 
@@ -16,6 +17,9 @@ use std::time::Duration;
 use ipnet::IpNet;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+use file::value::{Level, LogForm};
+pub use keys::Key;
 
 /// A packet mark and the bits of it that count, as `ip rule fwmark` has them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -206,6 +210,21 @@ pub enum AccessLog {
     Text,
 }
 
+/// What is logged to standard error, and how.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Log {
+    /// Least severity.
+    pub level: Level,
+    /// Form of a line.
+    pub form: LogForm,
+}
+
+impl Default for Log {
+    fn default() -> Self {
+        Self { level: Level::Info, form: LogForm::Text }
+    }
+}
+
 /// A kernel version, `major.minor`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Kernel {
@@ -242,6 +261,8 @@ pub struct Config {
     pub workers: u32,
     /// Directory of the pinned maps and links.
     pub pin: PathBuf,
+    /// The log.
+    pub log: Log,
     /// The line about each ended connection.
     pub access_log: AccessLog,
     /// Where it was written: the config file, and what its rules name.

@@ -5,12 +5,12 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use crate::config::{Capture, Config, Scope};
+use crate::config::{Capture, Config, Log, Scope};
 
 /// A configuration that was read again, as far as it can be had without a restart.
 #[derive(Clone, Debug)]
 pub struct Reloaded {
-    /// The old one with what can change: interfaces, ports, networks, upstreams and rules.
+    /// The old one with what can change: interfaces, ports, networks, upstreams, rules and the log's level.
     pub config: Config,
     /// Keys whose change needs a restart.
     pub restart: Vec<&'static str>,
@@ -30,42 +30,16 @@ impl Reloaded {
                 ..running.capture.clone()
             },
             upstream: read.upstream.clone(),
+            log: Log { level: read.log.level, ..running.log },
             files: read.files.clone(),
             ..running.clone()
         };
-        Self { config, restart: restart(running, read) }
+        // In sockets, in loaded programs, or in what the network was told.
+        let wanted = read.keys();
+        let restart = config.keys().into_iter().zip(wanted).filter(|(is, wanted)| is != wanted);
+        let restart = restart.map(|((key, _), _)| key).collect();
+        Self { config, restart }
     }
-}
-
-/// The keys that differ and that only a restart can change: they are in sockets, in loaded
-/// programs, or in what the network was told.
-fn restart(running: &Config, read: &Config) -> Vec<&'static str> {
-    let (old, new) = (&running.capture, &read.capture);
-    let (was, is) = (&running.steering, &read.steering);
-    let differ = [
-        ("capture.protocols", (old.scope.tcp, old.scope.udp) != (new.scope.tcp, new.scope.udp)),
-        ("capture.families", (old.scope.v4, old.scope.v6) != (new.scope.v4, new.scope.v6)),
-        ("capture.own_traffic", old.own_traffic != new.own_traffic),
-        ("capture.fail", old.fail != new.fail),
-        ("steer.by", was.by != is.by),
-        ("steer.attach", was.attach != is.attach),
-        ("steer.handshake", was.handshake != is.handshake),
-        ("steer.on_port", was.on_port != is.on_port),
-        ("steer.on_ip", (was.on_ip4, was.on_ip6) != (is.on_ip4, is.on_ip6)),
-        ("steer.tproxy_mark", was.mark != is.mark),
-        ("steer.own_mark", was.own_mark != is.own_mark),
-        ("steer.table", was.table != is.table),
-        ("steer.rule_priority", was.rule_priority != is.rule_priority),
-        ("steer.pin", running.pin != read.pin),
-        ("steer.bpf_log", was.bpf_log != is.bpf_log),
-        ("source.mode", running.source != read.source),
-        ("source.send_proxy", running.send_proxy != read.send_proxy),
-        ("timeouts", running.timeouts != read.timeouts),
-        ("limits", (running.limits, running.workers) != (read.limits, read.workers)),
-        ("log.access", running.access_log != read.access_log),
-        ("watch", running.watch != read.watch),
-    ];
-    differ.into_iter().filter(|(_, differ)| *differ).map(|(key, _)| key).collect()
 }
 
 /// Files that are looked at for changes.
@@ -168,6 +142,7 @@ mod tests {
 
     use super::*;
     use crate::cli::{Cli, resolve};
+    use crate::config::file::value::{Level, LogForm};
 
     fn config(flags: &str) -> Config {
         let argv = std::iter::once("tproxy-user").chain(flags.split_whitespace());
@@ -177,10 +152,15 @@ mod tests {
     #[test]
     fn what_cannot_change_is_named_and_stays() {
         let running = config("-i eth0 --on-port 1000 --proto tcp");
-        let read = config("-i eth1 --on-port 2000 --to 10.0.0.0/8 --table 7 --udp-timeout 9s");
+        let mut read = config("-i eth1 --on-port 2000 --to 10.0.0.0/8 --table 7 --udp-timeout 9s");
+        read.log = Log { level: Level::Debug, form: LogForm::Json };
         let reloaded = Reloaded::new(&running, &read);
-        assert_eq!(reloaded.restart, ["capture.protocols", "steer.on_port", "steer.table", "timeouts"]);
-        let expected = config("-i eth1 --on-port 1000 --proto tcp --to 10.0.0.0/8");
+        assert_eq!(
+            reloaded.restart,
+            ["capture.protocols", "steer.on_port", "steer.table", "log.format", "timeouts.udp"]
+        );
+        let mut expected = config("-i eth1 --on-port 1000 --proto tcp --to 10.0.0.0/8");
+        expected.log.level = Level::Debug;
         assert_eq!(reloaded.config, expected);
         assert!(Reloaded::new(&running, &running).restart.is_empty());
     }

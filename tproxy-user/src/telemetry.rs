@@ -1,30 +1,42 @@
 //! Logging, to standard error, and the access log, to standard output.
 
 use std::io::IsTerminal as _;
+use std::sync::OnceLock;
 
 use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt as _;
-use tracing_subscriber::{EnvFilter, Layer, fmt};
+use tracing_subscriber::{EnvFilter, Layer, Registry, fmt, reload};
 
-use crate::cli::LoggingArgs;
-use crate::config::AccessLog;
+use crate::config::file::value::{Level, LogForm};
+use crate::config::{AccessLog, Log};
 
 /// Environment variable with a filter that goes before `-v` and `-q`, such as
 /// `tproxy_user::relay=trace` (syntax of `tracing_subscriber::EnvFilter`).
 pub const VARIABLE: &str = "TPROXY_LOG";
 
-/// The filter of the flags. Libraries are heard one step later than the program;
+/// The filter of a level. Libraries are heard one step later than the program;
 /// `tproxy` is the eBPF object, which only speaks where `--bpf-log` asked for it.
-fn filter(verbose: u8, quiet: u8) -> &'static str {
-    match (verbose, quiet) {
-        (0, 0) => "warn,tproxy_user=info,tproxy=debug",
-        (0, 1) => "warn",
-        (0, _) => "error",
-        (1, _) => "info,tproxy_user=debug,tproxy=debug",
-        (_, _) => "debug,tproxy_user=trace",
+fn filter(level: Level) -> EnvFilter {
+    EnvFilter::new(match level {
+        Level::Error => "error",
+        Level::Warn => "warn",
+        Level::Info => "warn,tproxy_user=info,tproxy=debug",
+        Level::Debug => "info,tproxy_user=debug,tproxy=debug",
+        Level::Trace => "debug,tproxy_user=trace",
+    })
+}
+
+/// The filter in force, where [`VARIABLE`] does not say it.
+static FILTER: OnceLock<reload::Handle<EnvFilter, Registry>> = OnceLock::new();
+
+/// Logs from now on what is of this level, unless [`VARIABLE`] says otherwise.
+pub fn set_level(level: Level) {
+    if let Some(handle) = FILTER.get() {
+        // Fails only where logging is gone.
+        drop(handle.reload(filter(level)));
     }
 }
 
@@ -40,14 +52,13 @@ const ACCESS_LINES: usize = 65_536;
 ///
 /// The access log is written as long as the guard is kept; what waits is
 /// flushed when it is dropped.
-pub fn init(args: &LoggingArgs, access_log: AccessLog) -> Option<WorkerGuard> {
-    let filter = match EnvFilter::try_from_env(VARIABLE) {
-        Ok(filter) => filter,
-        Err(_) => EnvFilter::new(filter(args.verbose, args.quiet)),
-    };
+pub fn init(log: Log, access_log: AccessLog) -> Option<WorkerGuard> {
+    let from_variable = EnvFilter::try_from_env(VARIABLE).ok();
+    let is_fixed = from_variable.is_some();
+    let (filter, handle) = reload::Layer::new(from_variable.unwrap_or_else(|| filter(log.level)));
     let not_access = filter_fn(|event| event.target() != ACCESS);
     let stderr = fmt::layer().with_writer(std::io::stderr);
-    let messages = if args.log_format {
+    let messages = if log.form == LogForm::Json {
         stderr.json().flatten_event(true).with_filter(filter).with_filter(not_access).boxed()
     } else {
         let colours = std::io::stderr().is_terminal();
@@ -55,7 +66,10 @@ pub fn init(args: &LoggingArgs, access_log: AccessLog) -> Option<WorkerGuard> {
     };
     let (access, guard) = access_layer(access_log);
     // Fails only where a logger is there already, as in tests.
-    drop(tracing_subscriber::registry().with(messages).with(access).try_init());
+    let is_first = tracing_subscriber::registry().with(messages).with(access).try_init().is_ok();
+    if is_first && !is_fixed {
+        drop(FILTER.set(handle));
+    }
     guard
 }
 

@@ -6,6 +6,7 @@ use clap::parser::ValueSource;
 use super::{
     CaptureArgs, Cli, Command, LimitArgs, LoggingArgs, RunArgs, SourceArgs, SteeringArgs, TimeoutArgs,
 };
+use crate::config::Log;
 use crate::config::file::value::{Family, Level, LogForm, Protocol};
 use crate::config::file::{self, List};
 use crate::failure::Failure;
@@ -141,6 +142,19 @@ impl Unsaid<'_> {
     }
 }
 
+impl From<&LoggingArgs> for Log {
+    fn from(args: &LoggingArgs) -> Self {
+        let level = match (args.verbose, args.quiet) {
+            (0, 0) => Level::Info,
+            (0, 1) => Level::Warn,
+            (0, _) => Level::Error,
+            (1, _) => Level::Debug,
+            (_, _) => Level::Trace,
+        };
+        Self { level, form: if args.log_format { LogForm::Json } else { LogForm::Text } }
+    }
+}
+
 impl From<Protocol> for String {
     fn from(protocol: Protocol) -> Self {
         match protocol {
@@ -268,6 +282,26 @@ mod tests {
     }
 
     #[test]
+    fn every_key_is_told() {
+        let told = |content: &str| {
+            let flags = match content {
+                _ if content.starts_with("capture.interfaces") => "",
+                "steer.by = 'none'" => "",
+                _ => "-i eth0",
+            };
+            let mut cli = with_file(flags, content).expect(content);
+            cli.run.config = Some("t.toml".into());
+            resolve::logged(&cli.run, &cli.logging).expect(content).keys()
+        };
+        for (_, _, key, other) in SAME {
+            let (one, two) = (told(key), told(other));
+            let mut differ = one.iter().zip(&two).filter(|(one, two)| one != two);
+            let name = key.split(" = ").next();
+            assert!(key == other || differ.any(|((key, _), _)| Some(*key) == name), "{key} and {other}");
+        }
+    }
+
+    #[test]
     fn every_flag_has_a_key() {
         let command = Cli::command();
         let visible = command.get_arguments().filter(|arg| !arg.is_hide_set());
@@ -309,7 +343,7 @@ mod tests {
         assert!(lines.iter().filter(|line| line.contains('=')).count() > 25, "{lines:?}");
         let resolved = |content: &str| {
             let cli = with_file("-i eth0", content).unwrap_or_else(|error| panic!("{error}"));
-            (resolve::config(&cli.run).expect("valid"), format!("{:?}", cli.logging))
+            resolve::logged(&cli.run, &cli.logging).expect("valid")
         };
         assert_eq!(resolved(&lines.join("\n")), resolved(""));
     }

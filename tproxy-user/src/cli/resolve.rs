@@ -5,13 +5,13 @@ use std::path::PathBuf;
 
 use tproxy_common::abi::{DEFAULT_MAX_FLOWS, MAX_WORKERS};
 
-use super::RunArgs;
+use super::{LoggingArgs, RunArgs};
 use crate::config::rule::Action;
 use crate::config::upstream::Upstream;
-use crate::config::{Capture, Config, Handshake, Limits, Scope, Steer, Steering, Timeouts};
+use crate::config::{Capture, Config, Handshake, Limits, Log, Scope, Steer, Steering, Timeouts};
 use crate::failure::Failure;
 
-/// Builds the configuration of `run` and `check`.
+/// Builds the configuration of `run` and `check`, with the default log: see [`logged`].
 ///
 /// # Errors
 /// [`Failure::Usage`] where flags contradict each other.
@@ -103,6 +103,7 @@ pub fn config(args: &RunArgs) -> Result<Config, Failure> {
         },
         workers: limits.workers.unwrap_or_else(cores),
         pin: steering.pin.clone(),
+        log: Log::default(),
         access_log: args.source.access_log,
         files: files(args),
         watch: args.watch,
@@ -123,6 +124,14 @@ fn require_addresses(args: &RunArgs, default: &Upstream) -> Result<(), Failure> 
         ))),
         None => Ok(()),
     }
+}
+
+/// [`config`], with the log that flags of all commands tell of.
+///
+/// # Errors
+/// As there.
+pub fn logged(args: &RunArgs, logging: &LoggingArgs) -> Result<Config, Failure> {
+    Ok(Config { log: logging.into(), ..config(args)? })
 }
 
 fn files(args: &RunArgs) -> Vec<PathBuf> {

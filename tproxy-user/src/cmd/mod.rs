@@ -38,7 +38,7 @@ pub fn main() -> ExitCode {
         Some(Command::Run(run)) => run.source.access_log,
         Some(_) => AccessLog::Off,
     };
-    let _guard = telemetry::init(&cli.logging, access_log);
+    let _guard = telemetry::init((&cli.logging).into(), access_log);
     match dispatch(cli) {
         Ok(code) => code,
         Err(error) => {
@@ -54,15 +54,16 @@ fn parse() -> Result<(Cli, ArgMatches), clap::Error> {
 }
 
 fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
+    let config = |run: &RunArgs| resolve::logged(run, &cli.logging);
     let done = match cli.command {
-        None => start(&cli.run),
-        Some(Command::Run(run)) => start(&run),
+        None => start(&cli.run, &config(&cli.run)?),
+        Some(Command::Run(run)) => start(&run, &config(&run)?),
         Some(Command::Check { run, packet: Some(packet), json, .. }) => {
-            check::packet(&resolve::config(&run)?, &packet, json)
+            check::packet(&config(&run)?, &packet, json)
         }
-        Some(Command::Check { run, diff: true, json, .. }) => check::diff(&resolve::config(&run)?, json),
-        Some(Command::Check { run, json, .. }) => check::run(&resolve::config(&run)?, json),
-        Some(Command::Doctor { run, json }) => return doctor::run(&resolve::config(&run)?, json),
+        Some(Command::Check { run, diff: true, json, .. }) => check::diff(&config(&run)?, json),
+        Some(Command::Check { run, json, .. }) => check::run(&config(&run)?, json),
+        Some(Command::Doctor { run, json }) => return doctor::run(&config(&run)?, json),
         Some(Command::Flows(args)) => flows::run(&args),
         Some(Command::Status(args)) => status::run(&args),
         Some(Command::Reload(args)) => return reload::run(&args),
@@ -75,11 +76,10 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
     done.map(|()| ExitCode::SUCCESS)
 }
 
-fn start(args: &RunArgs) -> anyhow::Result<()> {
-    let config = resolve::config(args)?;
-    privilege::require(&config)?;
+fn start(args: &RunArgs, config: &Config) -> anyhow::Result<()> {
+    privilege::require(config)?;
     let reread: app::Reread = reread;
-    app::run(&config, args.config.is_some().then_some(reread))
+    app::run(config, args.config.is_some().then_some(reread))
 }
 
 /// The configuration by the same command line, and the file as it is now.
@@ -90,7 +90,7 @@ fn reread() -> anyhow::Result<Config> {
         Some(Command::Run(run)) => *run,
         _ => cli.run,
     };
-    Ok(resolve::config(&run)?)
+    Ok(resolve::logged(&run, &cli.logging)?)
 }
 
 /// One line to standard error. That may be closed; there is nobody to tell then.

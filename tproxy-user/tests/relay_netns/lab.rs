@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use nix::sched::{CloneFlags, setns};
 use tproxy_user::config::upstream::{SendProxy, Upstream};
 use tproxy_user::config::{
-    Attach, Capture, Config, Fail, Handshake, Limits, Mark, Scope, SourceMode, Steer, Steering, Timeouts,
+    Attach, Capture, Config, Fail, Handshake, Limits, Log, Mark, Scope, SourceMode, Steer, Steering, Timeouts,
 };
 use tproxy_user::listener;
 use tproxy_user::relay::{Routes, Shared};
@@ -277,6 +277,7 @@ pub(crate) fn config(source: SourceMode) -> Config {
         limits: Limits { connections: 10_000, per_client: 10_000, udp_flows: 1000, flow_table: 1000 },
         workers: 2,
         pin: "/nonexistent".into(),
+        log: Log::default(),
         access_log: tproxy_user::config::AccessLog::Off,
         files: Vec::new(),
         watch: false,

@@ -497,19 +497,23 @@ fn port_used_again(lab: &Lab, _: Family) -> Result<()> {
 fn restart(lab: &Lab, _: Family) -> Result<()> {
     let _servers = all_reflectors(lab, &[1])?;
     let (proxy, config) = start_with_rules(lab, "--table 100", "")?;
-    let changed =
-        "[capture]\nown_traffic = true\n[steer]\non_port = 15002\ntable = 200\n[timeouts]\nudp = '9s'\n";
+    let changed = "[capture]\nown_traffic = true\n[steer]\non_port = 15002\ntable = 200\n[timeouts]\nudp = '9s'\n\
+         [log]\nlevel = 'debug'\nformat = 'json'\n";
     config.write(&(changed.to_owned() + &rule(1, "reject")))?;
     let output = reload(&proxy)?;
     ensure!(
         output.stdout
-            == "reloaded: 1 rules\nonly a restart changes: capture.own_traffic, steer.on_port, timeouts\n",
+            == "reloaded: 1 rules\nonly a restart changes: capture.own_traffic, steer.on_port, log.format, timeouts.udp\n",
         "the table is set by a flag, {}",
         output.describe()
     );
-    for key in ["capture.own_traffic", "steer.on_port", "timeouts"] {
+    for key in ["capture.own_traffic", "steer.on_port", "log.format", "timeouts.udp"] {
         ensure!(proxy.daemon.log().contains(key), "the log does not name {key}:\n{}", proxy.daemon.log());
     }
+    // The level holds from now on.
+    ensure!(!proxy.daemon.log().contains("DEBUG"), "{}", proxy.daemon.log());
+    reload(&proxy)?;
+    wait_for("the log to tell more", Duration::from_secs(5), || Ok(proxy.daemon.log().contains("DEBUG")))?;
     let json: serde_json::Value = serde_json::from_str(&proxy.cmd("reload --json")?.check()?.stdout)?;
     ensure!(json["rules"] == 1 && json["restart"][1] == "steer.on_port", "{json}");
     let status = proxy.status()?;
