@@ -11,8 +11,8 @@ use tproxy_common::abi::LpmKey;
 
 use crate::cli::is_glob;
 use crate::config::rule::Conditions;
-use crate::config::upstream::{SendProxy, Upstream};
-use crate::config::{Config, Fail, Handshake, Limits, Mark, Scope, SourceMode, Steer, Timeouts, rule};
+use crate::config::upstream::Upstream;
+use crate::config::{Config, Handshake, Key, Mark, Scope, SourceMode, Steer, rule};
 use crate::failure::Failure;
 use crate::interfaces::{Host, Interface};
 use crate::sysctl;
@@ -113,18 +113,10 @@ pub struct Plan {
     pub sockets: Vec<PlannedSocket>,
     /// Workers.
     pub workers: u32,
-    /// Whose address servers see.
-    pub source: SourceMode,
     /// How flows reach their destinations, where no rule says otherwise.
     pub upstream: Upstream,
-    /// What servers and targets are told of the client.
-    pub send_proxy: SendProxy,
-    /// What happens without a proxy.
-    pub fail: Fail,
-    /// Time-outs.
-    pub timeouts: Timeouts,
-    /// Bounds.
-    pub limits: Limits,
+    /// What all of it was made of.
+    pub keys: Vec<Key>,
     /// `--iface` names (not globs) of which there is no interface now.
     pub missing: Vec<String>,
     /// `--iface` names that cannot be captured as the host is now, and why.
@@ -170,12 +162,8 @@ impl Plan {
                 .collect(),
             sockets: sockets(config, ipv4, ipv6),
             workers: config.workers,
-            source: config.source,
             upstream: config.upstream.clone(),
-            send_proxy: config.send_proxy,
-            fail: config.capture.fail,
-            timeouts: config.timeouts,
-            limits: config.limits,
+            keys: config.keys(),
             missing: Vec::new(),
             refused: Vec::new(),
             warnings: Vec::new(),

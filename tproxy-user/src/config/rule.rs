@@ -87,6 +87,8 @@ impl Domains {
 pub struct NameFile {
     /// Where it is.
     pub path: PathBuf,
+    /// By which its content is told from another: the first digits of `sha256sum`.
+    pub digest: String,
     /// Its names.
     pub patterns: Arc<[Pattern]>,
 }
@@ -107,6 +109,8 @@ pub struct Addresses {
 pub struct PrefixFile {
     /// Where it is.
     pub path: PathBuf,
+    /// By which its content is told from another: the first digits of `sha256sum`.
+    pub digest: String,
     /// How many networks it has.
     pub count: usize,
     /// Its IPv4 addresses, as numbers.

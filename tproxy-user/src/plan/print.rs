@@ -7,7 +7,7 @@ use ipnet::IpNet;
 use serde_json::{Value, json};
 use tproxy_common::abi::LpmKey;
 
-use crate::config::{Handshake, Limits, Scope, Timeouts};
+use crate::config::{Handshake, Scope};
 use crate::tun;
 
 use super::{LocalRoute, Plan, PlannedSocket, Role, Rule, Sysctl, prefixes};
@@ -83,31 +83,6 @@ fn selection(scope: &Scope) -> [(&'static str, Vec<String>); 7] {
     ]
 }
 
-/// How flows are relayed, by the keys of the config file.
-fn relayed(plan: &Plan) -> [(&'static str, String); 14] {
-    let Timeouts { connect, tcp_idle, half_close, udp, udp_unreplied, drain } = plan.timeouts;
-    let Limits { connections, per_client, udp_flows, flow_table } = plan.limits;
-    let time = |time| humantime::format_duration(time).to_string();
-    let word = |value: Value| value.as_str().unwrap_or_default().to_owned();
-    let per_client = if per_client == u32::MAX { "no bound".to_owned() } else { per_client.to_string() };
-    [
-        ("source.mode", word(json!(plan.source))),
-        ("source.upstream", plan.upstream.to_string()),
-        ("source.send_proxy", plan.send_proxy.to_string()),
-        ("capture.fail", word(json!(plan.fail))),
-        ("timeouts.connect", time(connect)),
-        ("timeouts.tcp_idle", time(tcp_idle)),
-        ("timeouts.half_close", time(half_close)),
-        ("timeouts.udp", time(udp)),
-        ("timeouts.udp_unreplied", time(udp_unreplied)),
-        ("timeouts.drain", time(drain)),
-        ("limits.max_connections", connections.to_string()),
-        ("limits.max_per_client", per_client),
-        ("limits.max_udp_flows", udp_flows.to_string()),
-        ("limits.max_flows", flow_table.to_string()),
-    ]
-}
-
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let interfaces = self.interfaces.iter();
@@ -136,11 +111,8 @@ impl fmt::Display for Plan {
             "Captured flows (all that meet each of these)",
             selected.map(|(respect, values)| format!("{}: {}", respect.replace('_', " "), values.join(", "))),
         )?;
-        section(
-            f,
-            "Source, time-outs and bounds",
-            relayed(self).into_iter().map(|(key, value)| format!("{key}: {value}")),
-        )?;
+        let keys = self.keys.iter().filter(|(_, value)| !value.is_empty());
+        section(f, "Keys of the configuration", keys.map(|(key, value)| format!("{key}: {value}")))?;
         let rules = (1..).zip(&*self.policy).map(|(number, rule)| format!("{number}. {rule}"));
         let otherwise = (!self.policy.is_empty()).then(|| "otherwise: proxy".to_owned());
         section(f, "What becomes of them (by the first rule that matches)", rules.chain(otherwise))?;
@@ -176,7 +148,7 @@ impl Plan {
                 "protocol": socket.protocol,
                 "address": socket.address.to_string(),
             })).collect::<Vec<_>>(),
-            "relay": relayed(self).into_iter().collect::<BTreeMap<_, _>>(),
+            "config": self.keys.iter().cloned().collect::<BTreeMap<_, _>>(),
             "captured": selection(&self.scope).into_iter().collect::<BTreeMap<_, _>>(),
             "policy": self.policy.iter().map(|rule| json!({
                 "conditions": rule.conditions.to_string(),

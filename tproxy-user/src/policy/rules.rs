@@ -296,7 +296,7 @@ mod tests {
     fn file(nets: &[IpNet]) -> PrefixFile {
         let of = |v4: bool| nets.iter().filter(move |net| net.addr().is_ipv4() == v4).map(range);
         let (v4, v6) = (collect(of(true)), collect(of(false)));
-        PrefixFile { path: PathBuf::new(), count: nets.len(), v4, v6 }
+        PrefixFile { path: PathBuf::new(), digest: String::new(), count: nets.len(), v4, v6 }
     }
 
     fn list<S: Strategy>(of: S) -> impl Strategy<Value = Vec<S::Value>> {

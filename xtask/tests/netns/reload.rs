@@ -39,6 +39,7 @@ pub(crate) const ONCE: Scenarios = &[
     ("reload_by_watched_file", by_watched_file),
     ("reload_that_failed_is_tried_again", tried_again),
     ("reload_keeps_nobody_waiting", keeps_nobody_waiting),
+    ("check_tells_what_differs_from_what_runs", differs),
     ("reload_adds_and_removes_interfaces", interfaces),
     ("reload_without_a_config_file_or_a_proxy", without),
     ("bad_config_exit_2", bad_config),
@@ -623,6 +624,42 @@ fn keeps_nobody_waiting(lab: &Lab, _: Family) -> Result<()> {
     ensure!(proxy.status()?["policy"]["bytes"].as_u64() > Some(8_000_000), "the networks are not there");
     let slowest = answers.iter().max().copied().unwrap_or(took);
     ensure!(slowest < took / 3, "the reload took {took:?}, and one of {} answers {slowest:?}", answers.len());
+    Ok(())
+}
+
+fn differs(lab: &Lab, _: Family) -> Result<()> {
+    let networks = lab.dir().join("networks.txt");
+    fs::write(&networks, "198.51.100.0/24\n")?;
+    let rules = "[[rule]]\nto_file = 'networks.txt'\naction = 'pass'\n";
+    let (proxy, config) = start_with_rules(lab, "", rules)?;
+    let diff = || -> Result<Vec<String>> {
+        let command = format!("check --config {} --iface lan --diff", config.0.display());
+        let changed = |line: &&str| {
+            line.starts_with(['+', '-']) && !line.starts_with("+++") && !line.starts_with("---")
+        };
+        let output = proxy.cmd(&command)?.check()?.stdout;
+        Ok(output.lines().filter(changed).map(str::to_owned).collect())
+    };
+    ensure!(diff()?.is_empty(), "nothing has changed: {:#?}", diff()?);
+    // As long as before.
+    fs::write(&networks, "198.51.101.0/24\n")?;
+    let lines = diff()?;
+    ensure!(lines.len() == 2 && lines.iter().all(|line| line.contains("networks.txt")), "{lines:#?}");
+    let keys = "[steer]\nown_mark = 16\nattach = 'clsact'\n[log]\nlevel = 'warn'\naccess = 'json'\n";
+    config.write(&(keys.to_owned() + rules))?;
+    let lines = diff()?;
+    for expected in
+        ["+  steer.own_mark: 0x10", "+  steer.attach: clsact", "+  log.level: warn", "+  log.access: json"]
+    {
+        ensure!(lines.iter().any(|line| line == expected), "no {expected}: {lines:#?}");
+    }
+    // A reload takes the networks and the level.
+    reload(&proxy)?;
+    let lines = diff()?;
+    ensure!(
+        lines.len() == 6 && !lines.iter().any(|line| line.contains("networks.txt") || line.contains("level")),
+        "{lines:#?}"
+    );
     Ok(())
 }
 

@@ -5,6 +5,8 @@ use std::fs::File;
 use std::io::{self, Read as _};
 use std::path::Path;
 
+use sha2::{Digest as _, Sha256};
+
 use super::error::one_line;
 use crate::failure::Failure;
 
@@ -44,6 +46,12 @@ pub(super) fn content(path: &Path) -> Result<Vec<u8>, Error> {
         Ok(content)
     };
     content().map_err(Error::Io)
+}
+
+/// The first 12 digits of the SHA-256 of a file's content.
+pub(super) fn digest(content: &[u8]) -> String {
+    let digest = Sha256::digest(content);
+    digest[..6].iter().map(|byte| format!("{byte:02x}")).collect::<Vec<_>>().concat()
 }
 
 /// Hands each line to `take`, whose error says what was expected. How many there are.

@@ -23,7 +23,7 @@ fn parse(content: &[u8], path: &Path) -> Result<NameFile, Failure> {
         patterns.push(Pattern::parse(text)?);
         Ok(())
     })?;
-    Ok(NameFile { path: path.to_owned(), patterns: Arc::from(patterns) })
+    Ok(NameFile { path: path.to_owned(), digest: lines::digest(content), patterns: Arc::from(patterns) })
 }
 
 #[cfg(test)]

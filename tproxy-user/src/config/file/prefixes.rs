@@ -46,7 +46,8 @@ pub(super) fn parse(content: &[u8], path: &Path) -> Result<PrefixFile, Failure> 
         Ok(())
     })?;
     let ranges = |nets| Arc::new(Ranges::new(nets));
-    Ok(PrefixFile { path: path.to_owned(), count, v4: ranges(v4), v6: ranges(v6) })
+    let digest = lines::digest(content);
+    Ok(PrefixFile { path: path.to_owned(), digest, count, v4: ranges(v4), v6: ranges(v6) })
 }
 
 #[cfg(test)]
@@ -67,6 +68,7 @@ mod tests {
         let file = read(b"# private\n10.0.0.0/8\r\n\n 10.1.0.0/16 # within\n11.0.0.0/8\n2001:db8::/32\n::1")
             .expect("valid");
         assert_eq!(file.count, 5);
+        assert_eq!(read(b"::1\n").expect("valid").digest, "24e1a860f226");
         assert_eq!(file.v4.as_slice(), [(0x0a00_0000, 0x0bff_ffff)]);
         assert_eq!(file.v6.as_slice().len(), 2);
         assert!(file.v6.contains(1) && !file.v6.contains(2));

@@ -4,7 +4,7 @@ use std::fmt;
 
 use tproxy_common::abi::{TCP, UDP};
 
-use super::{Action, Addresses, Conditions, Diversion, Domains, Rule};
+use super::{Action, Addresses, Conditions, Diversion, Domains, NameFile, PrefixFile, Rule};
 
 impl fmt::Display for Rule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -71,14 +71,18 @@ fn span<T: PartialEq + fmt::Display>((first, last): (T, T)) -> String {
 }
 
 fn included(addresses: &Addresses) -> Vec<String> {
-    let files =
-        addresses.files.iter().map(|file| format!("{} ({} networks)", file.path.display(), file.count));
+    let file = |file: &PrefixFile| {
+        format!("{} ({} networks, SHA-256 {}…)", file.path.display(), file.count, file.digest)
+    };
+    let files = addresses.files.iter().map(file);
     addresses.nets.iter().map(ToString::to_string).chain(files).collect()
 }
 
 fn names(domains: &Domains) -> Vec<String> {
-    let files =
-        domains.files.iter().map(|file| format!("{} ({} names)", file.path.display(), file.patterns.len()));
+    let file = |file: &NameFile| {
+        format!("{} ({} names, SHA-256 {}…)", file.path.display(), file.patterns.len(), file.digest)
+    };
+    let files = domains.files.iter().map(file);
     domains.listed.iter().map(ToString::to_string).chain(files).collect()
 }
 
