@@ -141,8 +141,17 @@ pub enum Command {
     /// Have the running proxy read its config file again: interfaces, ports, networks, upstreams, rules, log level
     ///
     /// All of it is checked first; with a mistake nothing changes (exit code 2). Flows that
-    /// run go on as they are. What only a restart can change is named.
-    Reload(DataArgs),
+    /// run go on as they are. What only a restart can change is named. Takes the flags of `run`, so
+    /// that it finds the proxy that was started with them: by --pin, or what the file of --config
+    /// says of it.
+    Reload {
+        /// Flags of `run`.
+        #[command(flatten)]
+        run: Box<RunArgs>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Print shell completions
     ///
     /// For example: tproxy-user completions bash > /etc/bash_completion.d/tproxy-user
@@ -189,7 +198,7 @@ pub struct LoggingArgs {
     pub log_format: bool,
 }
 
-/// Flags of `run`, `check` and `doctor`.
+/// Flags of `run`, `check`, `doctor` and `reload`.
 #[derive(Clone, Debug, Args)]
 pub struct RunArgs {
     /// Config file (TOML): a key for each of these flags, and rules; flags given here go before it

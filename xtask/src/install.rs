@@ -232,4 +232,11 @@ mod tests {
         assert!(!filled.contains('@'), "{filled}");
         assert!(filled.contains("ExecStart=p run"));
     }
+
+    #[test]
+    fn the_unit_reloads_what_it_started() {
+        let options = |command: &str| UNIT.lines().find_map(|line| line.strip_prefix(command));
+        assert_eq!(options("ExecReload=@PROGRAM@ reload "), Some("$TPROXY_OPTIONS"));
+        assert_eq!(options("ExecStart=@PROGRAM@ run "), Some("$TPROXY_OPTIONS"));
+    }
 }

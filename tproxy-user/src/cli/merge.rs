@@ -11,7 +11,8 @@ use crate::config::file::value::{Family, Level, LogForm, Protocol};
 use crate::config::file::{self, List};
 use crate::failure::Failure;
 
-/// Reads the config file, where one is named, into flags that were not given.
+/// Reads the config file, where one is named, into flags that were not given; for `reload`
+/// the one that tells which proxy is meant.
 ///
 /// # Errors
 /// As [`file::read`].
@@ -19,21 +20,33 @@ pub fn config_file(cli: &mut Cli, matches: &ArgMatches) -> Result<(), Failure> {
     let run = match &mut cli.command {
         None => &mut cli.run,
         Some(Command::Run(run) | Command::Check { run, .. } | Command::Doctor { run, .. }) => run,
+        Some(Command::Reload { run, .. }) => return pin(run, &Unsaid::of(matches)),
         Some(_) => return Ok(()),
     };
     let Some(path) = run.config.as_deref() else { return Ok(()) };
     let (file, resolved) = file::read(path)?;
-    let matches = matches.subcommand().map_or(matches, |(_, of_command)| of_command);
-    Unsaid(matches).take(file, run, &mut cli.logging);
+    Unsaid::of(matches).take(file, run, &mut cli.logging);
     run.capture.rules = resolved.rules;
     run.source.upstreams = resolved.upstreams;
+    Ok(())
+}
+
+/// The rules are the running proxy's business: it reads them, and tells what is wrong.
+fn pin(run: &mut RunArgs, unsaid: &Unsaid<'_>) -> Result<(), Failure> {
+    if let Some(path) = run.config.as_deref().filter(|_| unsaid.is("pin")) {
+        unsaid.one("pin", &mut run.steering.pin, file::keys(path)?.steer.pin);
+    }
     Ok(())
 }
 
 /// What the command line does not say.
 struct Unsaid<'a>(&'a ArgMatches);
 
-impl Unsaid<'_> {
+impl<'a> Unsaid<'a> {
+    fn of(matches: &'a ArgMatches) -> Self {
+        Self(matches.subcommand().map_or(matches, |(_, of_command)| of_command))
+    }
+
     fn is(&self, flag: &str) -> bool {
         self.0.value_source(flag) != Some(ValueSource::CommandLine)
     }
@@ -308,6 +321,21 @@ mod tests {
         let flags: BTreeSet<_> =
             visible.map(|arg| arg.get_id().as_str()).filter(|flag| *flag != "config").collect();
         assert_eq!(SAME.iter().map(|(flag, ..)| *flag).collect::<BTreeSet<_>>(), flags);
+    }
+
+    #[test]
+    fn reload_finds_the_proxy_of_the_same_flags() {
+        let pin = |words: &str, content: &str| {
+            let cli = with_file(&format!("reload {words}"), content).map_err(|error| error.to_string())?;
+            let Some(Command::Reload { run, .. }) = cli.command else { panic!("not reload") };
+            Ok::<_, String>(run.steering.pin.display().to_string())
+        };
+        let file = "steer.pin = '/sys/fs/bpf/x'\n[[rule]]\nto_file = 'missing'\naction = 'drop'";
+        assert_eq!(pin("-i eth0 --dport 53", file), Ok("/sys/fs/bpf/x".to_owned()));
+        assert_eq!(pin("--pin /sys/fs/bpf/y", file), Ok("/sys/fs/bpf/y".to_owned()));
+        assert_eq!(pin("", ""), Ok("/sys/fs/bpf/tproxy".to_owned()));
+        let error = pin("", "steer.pim = 1").expect_err("no such key");
+        assert!(error.contains("t.toml:1:"), "{error}");
     }
 
     #[test]

@@ -66,7 +66,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Some(Command::Doctor { run, json }) => return doctor::run(&config(&run)?, json),
         Some(Command::Flows(args)) => flows::run(&args),
         Some(Command::Status(args)) => status::run(&args),
-        Some(Command::Reload(args)) => return reload::run(&args),
+        Some(Command::Reload { run, json }) => return reload::run(&run.steering.pin, json),
         Some(Command::Cleanup { pin }) => cleanup::run(&pin),
         Some(Command::Import { file }) => import::run(file.as_deref()),
         Some(Command::Completions { shell }) => completions::run(shell),

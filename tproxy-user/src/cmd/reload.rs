@@ -1,11 +1,11 @@
 //! `reload`: has the running proxy read its configuration again.
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
 use serde_json::Value;
 
-use crate::cli::DataArgs;
 use crate::failure::Failure;
 use crate::instance::Paths;
 use crate::instance::control::{self, Request};
@@ -15,14 +15,13 @@ use crate::output;
 ///
 /// # Errors
 /// [`Failure::NotRunning`] (exit code 3) where none runs.
-pub fn run(args: &DataArgs) -> anyhow::Result<ExitCode> {
-    let paths = Paths::of(&args.pin);
+pub fn run(pin: &Path, json: bool) -> anyhow::Result<ExitCode> {
+    let paths = Paths::of(pin);
     if paths.running()?.is_none() {
-        let pin = args.pin.display();
-        return Err(Failure::NotRunning(format!("no proxy is running with --pin {pin}")).into());
+        return Err(Failure::NotRunning(format!("no proxy is running with --pin {}", pin.display())).into());
     }
     let answer = control::ask(&paths.control(), Request::Reload).context("the proxy does not answer")?;
-    if args.json {
+    if json {
         output::print_json(&answer)?;
     }
     if let Some(error) = answer["error"].as_str() {
@@ -30,7 +29,7 @@ pub fn run(args: &DataArgs) -> anyhow::Result<ExitCode> {
         let code = answer["exit_code"].as_u64().and_then(|code| u8::try_from(code).ok()).unwrap_or(1);
         return Ok(code.into());
     }
-    if !args.json {
+    if !json {
         output::print(&text(&answer))?;
     }
     Ok(ExitCode::SUCCESS)

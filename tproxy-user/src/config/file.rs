@@ -201,10 +201,21 @@ pub struct Resolved {
 /// [`Failure::Usage`] where one of them cannot be read or has a mistake: one line with
 /// file, line, column, key, and what was expected.
 pub fn read(path: &Path) -> Result<(File, Resolved), Failure> {
-    let content = std::fs::read(path).map_err(|error| {
+    parse(&content(path)?, path)
+}
+
+/// Reads a config file, and nothing that its rules name.
+///
+/// # Errors
+/// As [`read`].
+pub fn keys(path: &Path) -> Result<File, Failure> {
+    error::Document { path, content: &content(path)? }.deserialize()
+}
+
+fn content(path: &Path) -> Result<Vec<u8>, Failure> {
+    std::fs::read(path).map_err(|error| {
         Failure::usage(format_args!("cannot read the config file {}: {error}", path.display()))
-    })?;
-    parse(&content, path)
+    })
 }
 
 /// [`read`], of a file that has this content.

@@ -12,6 +12,7 @@ use xtask::lab::daemon::wait_for;
 use xtask::lab::load::{Load, LoadServer};
 use xtask::lab::pace;
 use xtask::lab::peer::{self, TcpServer, UdpServer};
+use xtask::lab::proxy::binary;
 use xtask::lab::{Family, Lab, Output, Proxy};
 
 use crate::bad_input::expect_refusal;
@@ -36,6 +37,7 @@ pub(crate) const ONCE: Scenarios = &[
     ("H9_a_port_is_used_again_after_a_reload", port_used_again),
     ("reload_names_what_needs_a_restart", restart),
     ("reload_by_signal", by_signal),
+    ("reload_finds_the_proxy_by_its_flags", by_flags),
     ("reload_by_watched_file", by_watched_file),
     ("reload_that_failed_is_tried_again", tried_again),
     ("reload_keeps_nobody_waiting", keeps_nobody_waiting),
@@ -556,6 +558,17 @@ fn by_signal(lab: &Lab, _: Family) -> Result<()> {
     proxy.daemon.signal(Signal::SIGHUP)?;
     wait_for("the rules to go", Duration::from_secs(5), || Ok(proxy.status()?["policy"]["rules"] == 0))?;
     proxy.terminate(Duration::from_secs(10)).map(drop)
+}
+
+/// Of which the config file says which proxy it is.
+fn by_flags(lab: &Lab, _: Family) -> Result<()> {
+    let (proxy, config) = start_with_rules(lab, "", "")?;
+    let command = || Ok::<_, anyhow::Error>(lab.router.cmd(binary()?).args(["reload", "--iface", "lan"]));
+    command()?.run()?.expect_code(3)?;
+    config.write(&format!("steer.pin = '{}'\n{}", lab.pin().display(), rule(1, "reject")))?;
+    command()?.arg("--config").arg(&config.0).check()?;
+    ensure!(proxy.status()?["policy"]["rules"] == 1, "{}", proxy.status()?["policy"]);
+    Ok(())
 }
 
 fn by_watched_file(lab: &Lab, _: Family) -> Result<()> {
