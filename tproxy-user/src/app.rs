@@ -86,7 +86,7 @@ async fn serve(
         Handshake::Eager => None,
     };
     let rulebook = Rulebook::default();
-    rulebook.targets.set_default(&config.upstream);
+    rulebook.targets.hold(&config.upstream, std::iter::empty())?;
     let mut steering = match config.steering.by {
         Steer::Ebpf => {
             let parts = (&listeners[..], tun.as_ref());

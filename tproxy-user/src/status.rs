@@ -14,6 +14,7 @@ use crate::instance::Instance;
 use crate::policy::targets::{Target, Targets};
 use crate::stats::Stats;
 use crate::steering::{Attached, Steering};
+use crate::upstream::outbound::Outbound;
 
 /// Answers at the control socket. Clones tell the same.
 #[derive(Clone, Debug)]
@@ -111,6 +112,9 @@ impl Reporter {
 /// The upstreams that are in use, each with its numbers in the flow table; members of groups have none.
 fn upstreams(targets: &Targets) -> Value {
     let mut all = Map::new();
+    // Flows may go on by one that a reload has dropped; new ones do not.
+    let used = targets.outbounds();
+    let in_use = |outbound: &Arc<Outbound>| used.iter().any(|one| Arc::ptr_eq(one, outbound));
     let members = targets.outbounds().into_iter().map(|outbound| (None, Target::Proxy(outbound)));
     let numbered = targets.all().into_iter().enumerate().map(|(number, target)| (Some(number), target));
     for (number, target) in members.chain(numbered) {
@@ -127,6 +131,7 @@ fn upstreams(targets: &Targets) -> Value {
                 "name": &*outbound.proxy().name,
                 "url": outbound.proxy().url(),
                 "up": outbound.works(),
+                "in_use": in_use(outbound),
                 "latency_ms": outbound.latency().map(|latency| latency.as_millis()),
             }),
         };

@@ -36,14 +36,16 @@ pub enum Target {
 struct Inner {
     /// By number; at least one.
     targets: RwLock<Vec<Target>>,
+    /// Numbers that the rules of now have.
+    used: RwLock<Vec<u16>>,
     rules: AtomicBool,
     bind: AtomicBool,
 }
 
 impl Default for Inner {
     fn default() -> Self {
-        let (rules, bind) = Default::default();
-        Self { targets: RwLock::new(vec![Target::Direct]), rules, bind }
+        let (used, rules, bind) = Default::default();
+        Self { targets: RwLock::new(vec![Target::Direct]), used, rules, bind }
     }
 }
 
@@ -74,10 +76,21 @@ impl Targets {
         self.number(|known| known.is(upstream), |known| Target::through(upstream, known))
     }
 
-    /// From now on flows that no rule says otherwise of go through this one.
-    pub fn set_default(&self, upstream: &Upstream) {
+    /// From now on flows go by these upstreams, and by the default one where no rule says otherwise.
+    ///
+    /// # Errors
+    ///
+    /// [`TooManyTargets`].
+    pub fn hold<'a>(
+        &self,
+        default: &Upstream,
+        of_rules: impl Iterator<Item = &'a Upstream>,
+    ) -> Result<(), TooManyTargets> {
+        let used = of_rules.map(|upstream| self.of_upstream(upstream)).collect::<Result<_, _>>()?;
+        *self.0.used.write().unwrap_or_else(PoisonError::into_inner) = used;
         let mut targets = self.0.targets.write().unwrap_or_else(PoisonError::into_inner);
-        targets[0] = Target::through(upstream, &targets);
+        targets[0] = Target::through(default, &targets);
+        Ok(())
     }
 
     fn number(
@@ -123,11 +136,13 @@ impl Targets {
         self.0.targets.read().unwrap_or_else(PoisonError::into_inner).get(usize::from(number)).cloned()
     }
 
-    /// All proxy servers, each once.
+    /// The proxy servers that new flows may go by, each once.
     #[must_use]
     pub fn outbounds(&self) -> Vec<Arc<Outbound>> {
         let mut all: Vec<Arc<Outbound>> = Vec::new();
-        for outbound in self.all().iter().flat_map(Target::outbounds) {
+        let used = self.0.used.read().unwrap_or_else(PoisonError::into_inner);
+        let used = used.iter().copied().chain([0]).filter_map(|number| self.get(number));
+        for outbound in used.flat_map(|target| target.outbounds()) {
             if !all.iter().any(|known| Arc::ptr_eq(known, &outbound)) {
                 all.push(outbound);
             }
@@ -220,14 +235,18 @@ mod tests {
     fn the_default_is_another_after_a_reload_and_a_server_is_known_once() {
         let targets = Targets::default();
         let (one, two) = (through("socks5://10.0.0.1"), through("socks5://10.0.0.2"));
-        targets.set_default(&one);
+        targets.hold(&one, std::iter::empty()).expect("few");
         assert_eq!([targets.of_upstream(&one), targets.of_upstream(&Upstream::Direct)], [Ok(1), Ok(2)]);
         let (Some(Target::Proxy(default)), Some(Target::Proxy(numbered))) = (targets.get(0), targets.get(1))
         else {
             panic!("{targets:?}")
         };
         assert!(Arc::ptr_eq(&default, &numbered));
-        targets.set_default(&two);
+        targets.hold(&two, [&one].into_iter()).expect("few");
+        let used: Vec<_> = targets.outbounds().iter().map(|one| one.proxy().name.to_string()).collect();
+        assert_eq!(used, ["socks5://10.0.0.1:1080", "socks5://10.0.0.2:1080"]);
+        targets.hold(&two, std::iter::empty()).expect("few");
+        assert_eq!(targets.outbounds().len(), 1);
         assert!(targets.get(0).expect("the default").is(&two));
         assert_eq!(targets.of_upstream(&one), Ok(1));
     }

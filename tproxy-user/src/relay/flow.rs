@@ -286,7 +286,13 @@ impl Flows {
             self.worker.stats().client_limit_udp.inc();
             return None;
         };
-        if self.table.borrow().len() + self.opening.len() >= shared.flows_per_worker.max(1) {
+        let most = shared.flows_per_worker.max(1);
+        if self.opening.len() >= most {
+            // Those cannot make room: each waits for a server.
+            self.worker.stats().udp_waiting_full.inc();
+            return None;
+        }
+        if self.table.borrow().len() + self.opening.len() >= most {
             self.evict();
         }
         Some(slot)

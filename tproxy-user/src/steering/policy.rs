@@ -96,7 +96,11 @@ impl Steering {
         }
         let bytes = image.bytes();
         self.rulebook.replace(asking, || self.datapath.set_policy(image))?;
-        self.rulebook.targets.set_default(&sources.upstream);
+        let of_rules = sources.rules.iter().filter_map(|rule| match &rule.action {
+            Action::Proxy(upstream) => upstream.as_ref(),
+            _ => None,
+        });
+        self.rulebook.targets.hold(&sources.upstream, of_rules)?;
         self.policy = Some(Held { sources, bytes });
         Ok(())
     }

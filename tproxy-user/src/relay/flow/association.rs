@@ -1,7 +1,7 @@
 //! Flows through a SOCKS5 server (UDP ASSOCIATE, RFC 1928 section 7): one association for all
 //! destinations of a client's port. Datagrams that come before there is one wait.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::rc::Rc;
 
@@ -23,6 +23,9 @@ use crate::upstream::outbound::Outbound;
 
 /// Datagrams of a flow that wait: a QUIC client's first flight, some DNS questions.
 const DATAGRAMS: usize = 16;
+
+/// Bytes that wait at a worker: those of a thousand first flights.
+const BYTES: usize = 8 << 20;
 
 /// A server that carries a flow's datagrams.
 #[derive(Debug)]
@@ -57,7 +60,10 @@ impl Association {
 
 /// The flows for which a server is being asked.
 #[derive(Debug, Default)]
-pub(super) struct Opening(RefCell<HashMap<Key, Vec<Waiting>>>);
+pub(super) struct Opening {
+    flows: RefCell<HashMap<Key, Vec<Waiting>>>,
+    bytes: Cell<usize>,
+}
 
 /// A datagram that waits.
 #[derive(Debug)]
@@ -69,7 +75,37 @@ struct Waiting {
 
 impl Opening {
     pub(super) fn len(&self) -> usize {
-        self.0.borrow().len()
+        self.flows.borrow().len()
+    }
+
+    fn waits(&self, key: &Key) -> bool {
+        self.flows.borrow().contains_key(key)
+    }
+
+    /// Has a datagram wait with its flow. Whether there was room.
+    fn add(&self, key: &Key, waiting: Waiting) -> bool {
+        let mut flows = self.flows.borrow_mut();
+        let Some(queue) = flows.get_mut(key) else { return false };
+        let bytes = self.bytes.get() + waiting.payload.len();
+        let room = queue.len() < DATAGRAMS && bytes <= BYTES;
+        if room {
+            self.bytes.set(bytes);
+            queue.push(waiting);
+        }
+        room
+    }
+
+    /// A flow begins to wait.
+    fn begin(&self, key: Key) {
+        self.flows.borrow_mut().insert(key, Vec::new());
+    }
+
+    /// It is over: all that have waited.
+    fn end(&self, key: &Key) -> Vec<Waiting> {
+        let waited = self.flows.borrow_mut().remove(key).unwrap_or_default();
+        let bytes: usize = waited.iter().map(|one| one.payload.len()).sum();
+        self.bytes.set(self.bytes.get() - bytes);
+        waited
     }
 }
 
@@ -84,23 +120,25 @@ impl Flows {
         payload: &[u8],
     ) {
         let Some(destination) = datagram.destination else { return };
-        let waiting = Waiting { destination, datagram: *datagram, payload: payload.into() };
-        if let Some(queue) = self.opening.0.borrow_mut().get_mut(&key) {
-            if queue.len() < DATAGRAMS {
-                queue.push(waiting);
-            } else {
-                self.worker.stats().udp_waiting_full.inc();
-            }
-            return;
-        }
         let (client, _) = key;
-        let Some(slot) = self.admit(client) else { return };
-        self.opening.0.borrow_mut().insert(key, vec![waiting]);
+        let slot = if self.opening.waits(&key) {
+            None
+        } else {
+            let Some(slot) = self.admit(client) else { return };
+            self.opening.begin(key);
+            Some(slot)
+        };
+        let waiting = Waiting { destination, datagram: *datagram, payload: payload.into() };
+        if !self.opening.add(&key, waiting) {
+            self.worker.stats().udp_waiting_full.inc();
+        }
+        // Else the server is being asked already.
+        let Some(slot) = slot else { return };
         let record = self.record(client, destination, route);
         let flows = Rc::clone(self);
         drop(spawn_local(async move {
             let found = flows.first_of(legs, (client, destination)).await;
-            let waited = flows.opening.0.borrow_mut().remove(&key).unwrap_or_default();
+            let waited = flows.opening.end(&key);
             let (exit, socket) = match found {
                 Ok((exit, socket, hop)) => {
                     record.connected(hop);
