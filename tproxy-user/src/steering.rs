@@ -231,6 +231,7 @@ impl Steering {
             self.switch(rules)?;
         }
         self.detach_stale(instance).await;
+        undo::renamed(instance)?;
         self.keep(instance).await
     }
 

@@ -112,9 +112,28 @@ pub async fn detached(instance: &mut Instance, ifindex: u32, handle: &Handle) ->
     for made in journal.filters.iter().filter(|made| made.ifindex == ifindex) {
         filter(made, handle).await?;
     }
-    let name = if_indextoname(ifindex).ok().and_then(|name| name.into_string().ok());
+    let name = name(ifindex);
     instance.record(|journal| journal.detached(ifindex, name.as_deref()))?;
     Ok(())
+}
+
+/// Has the journal of a running instance call interfaces as they are called now: one may be
+/// renamed while nothing is attached to it.
+///
+/// # Errors
+/// Where the journal cannot be written.
+pub fn renamed(instance: &mut Instance) -> anyhow::Result<()> {
+    let qdiscs = &instance.state().journal.qdiscs;
+    let other = |made: &QdiscMade| name(made.ifindex).filter(|name| *name != made.ifname);
+    let renamed: Vec<_> = qdiscs.iter().filter_map(|made| Some((made.ifindex, other(made)?))).collect();
+    if !renamed.is_empty() {
+        instance.record(|journal| renamed.iter().for_each(|(index, name)| journal.called(*index, name)))?;
+    }
+    Ok(())
+}
+
+fn name(ifindex: u32) -> Option<String> {
+    if_indextoname(ifindex).ok()?.into_string().ok()
 }
 
 /// Whether the interface of this index still has this name: indices of devices

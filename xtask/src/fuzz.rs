@@ -62,6 +62,12 @@ pub(crate) enum Target {
     Initials,
     /// A DNS answer
     Answer,
+    /// What a SOCKS5 server says in a handshake
+    Socks5,
+    /// A datagram that a SOCKS5 server brings
+    Datagram,
+    /// What an HTTP proxy server answers
+    Http,
 }
 
 /// A crate of targets, which is built by itself.
@@ -111,7 +117,13 @@ impl Target {
     const fn home(self) -> Home {
         match self {
             Self::Parse | Self::Generate | Self::Classify | Self::Segments => Home::Common,
-            Self::Stream | Self::Hello | Self::Initials | Self::Answer => Home::User,
+            Self::Stream
+            | Self::Hello
+            | Self::Initials
+            | Self::Answer
+            | Self::Socks5
+            | Self::Datagram
+            | Self::Http => Home::User,
         }
     }
 
@@ -126,6 +138,9 @@ impl Target {
             Self::Hello => "hello",
             Self::Initials => "initials",
             Self::Answer => "answer",
+            Self::Socks5 => "socks5",
+            Self::Datagram => "datagram",
+            Self::Http => "http",
         }
     }
 }

@@ -102,8 +102,13 @@ impl Journal {
     pub fn detached(&mut self, ifindex: u32, name: Option<&str>) {
         self.filters.retain(|made| made.ifindex != ifindex);
         self.qdiscs.retain(|made| name.is_some() || made.ifindex != ifindex);
+        self.called(ifindex, name.unwrap_or_default());
+    }
+
+    /// Notes what an interface is called now. By another name its qdisc would not be known again.
+    pub fn called(&mut self, ifindex: u32, name: &str) {
         for made in self.qdiscs.iter_mut().filter(|made| made.ifindex == ifindex) {
-            name.unwrap_or_default().clone_into(&mut made.ifname);
+            name.clone_into(&mut made.ifname);
         }
     }
 }

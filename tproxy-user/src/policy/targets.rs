@@ -198,10 +198,11 @@ impl Target {
 
 /// A proxy server: the one that is in use, alone or in a group, if it is.
 fn outbound(proxy: &Arc<Proxy>, known: &[Target]) -> Arc<Outbound> {
-    let mut known = known.iter().flat_map(Target::outbounds);
-    known
-        .find(|outbound| outbound.proxy() == &**proxy)
-        .unwrap_or_else(|| Arc::new(Outbound::new(Arc::clone(proxy))))
+    let in_use = known.iter().flat_map(Target::outbounds).find(|outbound| outbound.proxy() == &**proxy);
+    in_use.unwrap_or_else(|| {
+        let via = proxy.via.as_ref().map(|via| outbound(via, known));
+        Arc::new(Outbound::new(Arc::clone(proxy), via))
+    })
 }
 
 #[cfg(test)]

@@ -16,6 +16,7 @@ use crate::config::upstream::SendProxy;
 use crate::policy::targets::Target;
 use crate::sockopt::{SocketError, UpstreamSocket};
 use crate::upstream::announce;
+use crate::upstream::destination::Destination;
 use crate::upstream::direct::Direct;
 use crate::upstream::outbound::Outbound;
 use crate::upstream::{ConnectError, Reason};
@@ -134,18 +135,25 @@ impl Exit {
     pub(super) fn open(worker: &Worker, legs: Legs) -> Self {
         let to = match &legs.first.hop {
             Hop::Straight(to) => Some(*to),
-            Hop::Through(outbound) => outbound.at_hand(),
+            Hop::Through(outbound) => outbound.first_hop(),
         };
         let socket = to.map(|to| worker.upstream_socket(&legs.first.direct, to));
         Self { legs, socket }
     }
 
-    /// Connects on behalf of `client`; within the connect time-out, of which each way that is left
+    /// Whether it is worth a look what name the destination has: a server wants to know.
+    pub(super) fn asks_by_name(&self) -> bool {
+        let wants = |leg: &Leg| matches!(&leg.hop, Hop::Through(outbound) if outbound.proxy().names);
+        wants(&self.legs.first) || self.legs.others.iter().any(wants)
+    }
+
+    /// Connects on behalf of `client`, to the destination of this name where it has one; within the connect time-out, of which each way that is left
     /// has its part. Tells by which way.
     pub(super) async fn connect(
         self,
         worker: &Worker,
         ends: (ClientAddr, OrigDst),
+        name: Option<&str>,
     ) -> Result<(TcpStream, Hop), ConnectError> {
         let Self { legs, mut socket } = self;
         let end = Instant::now() + worker.shared.timeouts.connect;
@@ -155,7 +163,7 @@ impl Exit {
             let Some(leg) = legs.next() else { return Err(Direct::too_slow()) };
             let patience = end.saturating_duration_since(Instant::now()) / left;
             left -= 1;
-            match leg.connect(worker, socket.take(), ends, patience).await {
+            match leg.connect(worker, socket.take(), (ends, name), patience).await {
                 Ok(stream) => return Ok((stream, leg.hop)),
                 Err(error) if error.reason == Reason::Proxy && left > 0 => {
                     worker.stats().connect_failed_over.inc();
@@ -175,7 +183,7 @@ impl Leg {
         &self,
         worker: &Worker,
         socket: Option<Result<UpstreamSocket, ConnectError>>,
-        (client, destination): (ClientAddr, OrigDst),
+        ((client, destination), name): ((ClientAddr, OrigDst), Option<&str>),
         patience: Duration,
     ) -> Result<TcpStream, ConnectError> {
         let (socket, stats) = (socket.transpose()?, worker.stats());
@@ -194,7 +202,9 @@ impl Leg {
                 timeout(patience, attempt).await.unwrap_or_else(|_| Err(Direct::too_slow()))
             }
             Hop::Through(outbound) => {
-                let attempt = outbound.connect(&self.direct, socket, (client, destination), stats);
+                let name = name.filter(|_| outbound.proxy().names);
+                let to = Destination::of(destination.get(), name);
+                let attempt = outbound.connect(&self.direct, socket, (client, to), stats);
                 match timeout(patience, attempt).await {
                     Ok(outcome) => outcome,
                     Err(_) => outbound.judge(Err(Outbound::too_slow())),

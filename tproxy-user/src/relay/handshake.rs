@@ -207,7 +207,7 @@ async fn serve(
 ) {
     let Some(handshakes) = &worker.handshakes else { return };
     let connected = tokio::select! {
-        connected = exit.connect(&worker, open.key) => connected,
+        connected = exit.connect(&worker, open.key, None) => connected,
         // Nobody can claim what was not let in: the run is over.
         _ = &mut claimed => return,
     };

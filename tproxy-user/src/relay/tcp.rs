@@ -177,12 +177,18 @@ async fn serve(
     _shares: (OwnedSemaphorePermit, ClientSlot),
 ) {
     let stats = worker.stats();
-    if exit.is_none() {
+    let mut name = None;
+    if exit.as_ref().is_none_or(Exit::asks_by_name) {
         stats.tcp_asked.inc();
-        let Ok(name) = ask::name(&client_side).await else { return record.ends(End::ClientGone) };
+        name = match ask::name(&client_side).await {
+            Ok(name) => name,
+            Err(_) => return record.ends(End::ClientGone),
+        };
         if name.is_some() {
             stats.tcp_named.inc();
         }
+    }
+    if exit.is_none() {
         let route = worker.shared.routes.decide(TCP, client, destination, name.as_deref(), stats);
         tracing::debug!("{client} to {destination}: for {name:?}, so {:?}", route.way);
         record.rule.set(route.rule);
@@ -191,7 +197,7 @@ async fn serve(
     // A connection that its client believes in can only be reset, whatever a rule says.
     let Some(exit) = exit else { return record.ends(End::Rejected) };
     let connected = tokio::select! {
-        connected = exit.connect(&worker, (client, destination)) => connected,
+        connected = exit.connect(&worker, (client, destination), name.as_deref()) => connected,
         () = reset(&client_side) => return record.ends(End::ClientGone),
     };
     let (upstream_side, hop) = match connected {

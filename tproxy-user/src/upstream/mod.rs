@@ -1,7 +1,9 @@
 //! Ways to reach the destination: [`direct`]ly, or through a proxy server.
 
 pub mod announce;
+pub mod check;
 pub mod checks;
+pub mod destination;
 pub mod direct;
 pub mod health;
 pub mod http;

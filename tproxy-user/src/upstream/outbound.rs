@@ -8,11 +8,12 @@ use std::time::{Duration, Instant};
 
 use tokio::net::TcpStream;
 
+use super::destination::Destination;
 use super::direct::Direct;
 use super::health::{Change, Health};
 use super::socks5::Command;
 use super::{Cause, ConnectError, Reason, tunnel};
-use crate::addr::{ClientAddr, OrigDst, UpstreamAddr};
+use crate::addr::{ClientAddr, UpstreamAddr};
 use crate::config::upstream::{Check, CheckBy, Host, Proxy};
 use crate::limits::Alarm;
 use crate::sockopt::UpstreamSocket;
@@ -34,6 +35,8 @@ const MOST: usize = 8;
 #[derive(Debug)]
 pub struct Outbound {
     proxy: Arc<Proxy>,
+    /// The server through which it is reached.
+    via: Option<Arc<Self>>,
     found: Mutex<Found>,
     /// Held by who looks the name up.
     looking: tokio::sync::Mutex<()>,
@@ -55,11 +58,11 @@ struct Found {
 }
 
 impl Outbound {
-    /// Of a server. Nothing is asked yet.
+    /// Of a server, which is reached through that of `via`. Nothing is asked yet.
     #[must_use]
-    pub fn new(proxy: Arc<Proxy>) -> Self {
+    pub fn new(proxy: Arc<Proxy>, via: Option<Arc<Self>>) -> Self {
         let (found, looking, health, failing, no_udp, latency) = Default::default();
-        Self { proxy, found, looking, health, failing, no_udp, latency }
+        Self { proxy, via, found, looking, health, failing, no_udp, latency }
     }
 
     /// The server, as it is configured.
@@ -87,9 +90,23 @@ impl Outbound {
         self.proxy.may_carry_udp() && until.is_none_or(|until| Instant::now() >= until)
     }
 
-    /// Where it is, if that is known without asking.
+    /// The server through which it is reached.
     #[must_use]
-    pub fn at_hand(&self) -> Option<UpstreamAddr> {
+    pub fn via(&self) -> Option<&Arc<Self>> {
+        self.via.as_ref()
+    }
+
+    /// Where to connect to, if that is known without asking.
+    #[must_use]
+    pub fn first_hop(&self) -> Option<UpstreamAddr> {
+        match &self.via {
+            Some(via) => via.first_hop(),
+            None => self.at_hand(),
+        }
+    }
+
+    /// Where it is, if that is known without asking.
+    fn at_hand(&self) -> Option<UpstreamAddr> {
         match self.proxy.host {
             Host::Address(ip) => Some(SocketAddr::new(ip, self.proxy.port).into()),
             Host::Name(_) => {
@@ -139,11 +156,11 @@ impl Outbound {
         &self,
         direct: &Direct,
         socket: Option<UpstreamSocket>,
-        (client, to): (ClientAddr, OrigDst),
+        (client, to): (ClientAddr, Destination<'_>),
         stats: &WorkerStats,
     ) -> Result<TcpStream, ConnectError> {
         let mut stream = self.reach(direct, socket, client, stats).await?;
-        self.judge(tunnel::connect(&mut stream, &self.proxy, to.get()).await)?;
+        self.judge(tunnel::connect(&mut stream, &self.proxy, to).await)?;
         Ok(stream)
     }
 
@@ -163,7 +180,7 @@ impl Outbound {
         // Some servers mind the family. Which port it will be is not known, nor what NAT makes of it.
         let from = if server.is_ipv6() { ([0; 16], 0).into() } else { ([0; 4], 0).into() };
         let command = Command::UdpAssociate(from);
-        let asked = tunnel::socks5(&mut stream, command, self.proxy.credentials.as_ref()).await;
+        let asked = tunnel::socks5(&mut stream, &self.proxy, command).await;
         if let Err(error) = &asked
             && error.source.is_unsupported()
         {
@@ -227,17 +244,37 @@ impl Outbound {
         client: ClientAddr,
         stats: &WorkerStats,
     ) -> Result<TcpStream, ConnectError> {
+        let begun = Instant::now();
+        let stream = match &self.via {
+            None => self.reach_straight(direct, socket, client, stats).await?,
+            Some(via) => {
+                let to = match &self.proxy.host {
+                    Host::Address(ip) => Destination::Address(SocketAddr::new(*ip, self.proxy.port)),
+                    Host::Name(name) => Destination::Name(name, self.proxy.port),
+                };
+                // Boxed: it is this very future, of another server.
+                Box::pin(via.connect(direct, socket, (client, to), stats)).await?
+            }
+        };
+        let took = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
+        self.latency.store(took.saturating_add(1), Ordering::Relaxed);
+        Ok(stream)
+    }
+
+    async fn reach_straight(
+        &self,
+        direct: &Direct,
+        socket: Option<UpstreamSocket>,
+        client: ClientAddr,
+        stats: &WorkerStats,
+    ) -> Result<TcpStream, ConnectError> {
         let (server, socket) = if let (Some(server), Some(socket)) = (self.at_hand(), socket) {
             (server, socket)
         } else {
             let server = self.address().await?;
             (server, direct.socket(server)?)
         };
-        let begun = Instant::now();
-        let stream = direct.connect(socket, client, server, stats).await?;
-        let took = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
-        self.latency.store(took.saturating_add(1), Ordering::Relaxed);
-        Ok(stream)
+        direct.connect(socket, client, server, stats).await
     }
 
     /// Notes, and says once, that the server does not do its part, or does so again.
@@ -275,7 +312,9 @@ impl Outbound {
             match check.by {
                 CheckBy::Connect => Ok(()),
                 CheckBy::Handshake => tunnel::greet(&mut stream, &self.proxy).await,
-                CheckBy::Request(to) => tunnel::connect(&mut stream, &self.proxy, to).await,
+                CheckBy::Request(to) => {
+                    tunnel::connect(&mut stream, &self.proxy, Destination::Address(to)).await
+                }
             }
         };
         let outcome =

@@ -99,7 +99,7 @@ mod tests {
             .collect();
         let members = proxies.iter().map(|proxy| Upstream::Proxy(Arc::clone(proxy))).collect();
         let group = Group { name: "exits".into(), members, policy };
-        let members = proxies.into_iter().map(|proxy| Some(Arc::new(Outbound::new(proxy)))).collect();
+        let members = proxies.into_iter().map(|proxy| Some(Arc::new(Outbound::new(proxy, None)))).collect();
         Pool::new(Arc::new(group), members)
     }
 

@@ -7,6 +7,7 @@ use std::os::fd::AsFd as _;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, Interest};
 use tokio::net::TcpStream;
 
+use super::destination::Destination;
 use super::socks5::{self, Command, Handshake, Step};
 use super::{Cause, ConnectError, http};
 use crate::config::upstream::{Credentials, Protocol, Proxy};
@@ -20,11 +21,11 @@ use crate::sockopt;
 pub(super) async fn connect(
     stream: &mut TcpStream,
     proxy: &Proxy,
-    to: SocketAddr,
+    to: Destination<'_>,
 ) -> Result<(), ConnectError> {
     let credentials = proxy.credentials.as_ref();
     match proxy.protocol {
-        Protocol::Socks5 => socks5(stream, Command::Connect(to), credentials).await.map(drop),
+        Protocol::Socks5 => socks5(stream, proxy, Command::Connect(to)).await.map(drop),
         Protocol::Http => http(stream, to, credentials).await,
     }
 }
@@ -36,7 +37,7 @@ pub(super) async fn connect(
 pub(super) async fn greet(stream: &mut TcpStream, proxy: &Proxy) -> Result<(), ConnectError> {
     let credentials = proxy.credentials.as_ref();
     match proxy.protocol {
-        Protocol::Socks5 => socks5(stream, Command::Nothing, credentials).await.map(drop),
+        Protocol::Socks5 => socks5(stream, proxy, Command::Nothing).await.map(drop),
         Protocol::Http => {
             let request = http::options(&proxy.url(), credentials);
             converse(stream, &request, |head| http::answer(head, credentials.is_some())).await.map(drop)
@@ -50,11 +51,11 @@ pub(super) async fn greet(stream: &mut TcpStream, proxy: &Proxy) -> Result<(), C
 /// As [`connect`].
 pub(super) async fn socks5(
     stream: &mut TcpStream,
-    command: Command,
-    credentials: Option<&Credentials>,
+    proxy: &Proxy,
+    command: Command<'_>,
 ) -> Result<Option<SocketAddr>, ConnectError> {
     let mut buffer = [0; socks5::LONGEST];
-    let (mut handshake, first) = Handshake::new(command, credentials);
+    let (mut handshake, first) = Handshake::new(command, proxy.credentials.as_ref(), proxy.pipelined);
     stream.write_all(&first).await.map_err(broken)?;
     loop {
         let piece = &mut buffer[..handshake.wants()];
@@ -69,7 +70,7 @@ pub(super) async fn socks5(
 
 async fn http(
     stream: &mut TcpStream,
-    to: SocketAddr,
+    to: Destination<'_>,
     credentials: Option<&Credentials>,
 ) -> Result<(), ConnectError> {
     let request = http::request(to, credentials);

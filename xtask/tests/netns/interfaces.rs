@@ -31,6 +31,7 @@ pub(crate) const SCENARIOS: Scenarios = &[
         comes_back(lab, family, "--iface lan --attach clsact", LAN)
     }),
     ("clsact_H5_renamed_interface", |lab, family| renamed_with(lab, family, "--attach clsact")),
+    ("clsact_H5_renamed_while_not_captured", renamed_while_not_captured),
 ];
 
 /// How long traffic may take to go through the proxy again.
@@ -244,6 +245,26 @@ fn renamed_with(lab: &Lab, family: Family, flags: &str) -> Result<()> {
     expect_no_repair(&proxy)?;
     proxy.terminate(Duration::from_secs(10))?;
     Snapshot::take(lab)?.expect_same_of_the_proxy(&before)
+}
+
+/// The qdisc of an interface that is captured no more is taken off in the end, whatever it is
+/// called by then.
+fn renamed_while_not_captured(lab: &Lab, _family: Family) -> Result<()> {
+    let proxy = start_proxy(lab, "--iface la[m-n]* --attach clsact")?;
+    // What is down faces no servers either.
+    lab.router.ip_batch("link set lan down\nlink set lan name other0\n")?;
+    wait_for("the capture of lan to end", patience(SOON), || {
+        Ok(proxy.daemon.log().contains("lan: detached"))
+    })?;
+    lab.router.ip_batch("link set other0 name other1\n")?;
+    let state = format!("/run/tproxy/{}/state.json", lab.name());
+    wait_for("the journal to call it by its name", patience(SOON), || {
+        Ok(fs::read_to_string(&state)?.contains("\"ifname\": \"other1\""))
+    })?;
+    proxy.terminate(Duration::from_secs(10))?;
+    let left = lab.router.sh("tc qdisc show dev other1")?.stdout;
+    ensure!(!left.contains("clsact"), "left: {left}");
+    Ok(())
 }
 
 fn down_and_up(lab: &Lab, family: Family) -> Result<()> {

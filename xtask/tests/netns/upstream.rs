@@ -41,6 +41,8 @@ pub(crate) const SCENARIOS: Scenarios = &[
     ("F8_socks5_server_fails", failing),
     ("F9_datagrams_wait_for_the_socks5_server", first_flight),
     ("socks5_password_in_a_url_is_hidden", url_with_password),
+    ("upstream_behind_another", chain),
+    ("socks5_pipelined_by_dante", pipelined),
     ("group_fails_over_and_comes_back", failover),
     ("send_proxy_to_local_targets", send_proxy),
     ("send_proxy_of_datagrams", send_proxy_udp),
@@ -52,7 +54,8 @@ pub(crate) const SCENARIOS: Scenarios = &[
 ];
 
 /// For both families at once.
-pub(crate) const ONCE: Scenarios = &[("socks5_server_by_name_on_this_host", by_name)];
+pub(crate) const ONCE: Scenarios =
+    &[("socks5_server_by_name_on_this_host", by_name), ("upstream_is_asked_by_name", asked_by_name)];
 
 /// What a server does, and what it leaves out whoever its client is.
 #[derive(Clone, Copy)]
@@ -191,6 +194,109 @@ fn by_name(lab: &Lab, family: Family) -> Result<()> {
         ensure!(seen == Some(&family.uplink().to_string()), "the server sees {page:?}");
     }
     ensure!(proxy.status()?["upstreams"][0]["up"] == true, "it is down; {}", proxy.daemon.describe());
+    Ok(())
+}
+
+/// One server is reached through another, whichever of them speaks what.
+fn chain(lab: &Lab, family: Family) -> Result<()> {
+    needs_proxy()?;
+    let (socks5, http) = (exit(family), at(family.server(), 1081));
+    let microsocks = upstream::microsocks(lab, &lab.server, socks5, true)?;
+    let tinyproxy = upstream::tinyproxy(lab, &lab.server, http, false)?;
+    let _web = server::web(lab, &lab.server, &[80])?;
+    let _echo = UdpServer::echo(&lab.server, at(family.anywhere(7), 7))?;
+    fs::write(lab.dir().join("password"), USER.1)?;
+    let (one, two) = (
+        format!("name = 'one'\nurl = 'socks5://{socks5}'\nusername = 'alice'\npassword_file = 'password'\n"),
+        format!("name = 'two'\nurl = 'http://{http}'\n"),
+    );
+    for (near, far, last) in [(&two, &one, "one"), (&one, &two, "two")] {
+        let via = if last == "one" { "two" } else { "one" };
+        let config = format!(
+            "[source]\nupstream = '{last}'\n[log]\naccess = 'json'\n[[upstream]]\n{near}[[upstream]]\n{far}via = '{via}'\n"
+        );
+        let proxy = ConfigFile::new(lab, &config)?.launch(lab, "--iface lan").start()?;
+        let page = url(family.anywhere(80), 80, "/");
+        let page = lab.client.cmd("curl").args(["-sS", "-m", &pace::seconds(10), &page]).check();
+        let page = page.with_context(|| format!("{}; {}", microsocks.describe(), tinyproxy.describe()))?;
+        ensure!(page.stdout.contains(&format!(" {} 80", family.anywhere(80))), "{page:?}");
+        let asked = if last == "one" { socks5 } else { at(family.anywhere(80), 80) };
+        ensure!(
+            tinyproxy.log().contains(&format!("CONNECT {asked} HTTP")),
+            "{last} is not reached through {via}: {}",
+            tinyproxy.describe()
+        );
+        // A refusal of the destination comes all the way.
+        let ended = lab.client.enter(|| {
+            let to = at(family.anywhere(80), 82);
+            peer::try_connect(None, to, peer::PATIENCE).and_then(|mut stream| stream.read(&mut [0; 1]))
+        })?;
+        ensure!(ended.is_err(), "{last}: a port where nobody listens answers");
+        let socket = peer::udp(&lab.client, at(family.client(), 4000))?;
+        socket.connect(at(family.anywhere(7), 7))?;
+        socket.send(b"x")?;
+        let refused = socket.recv(&mut [0; 16]).err().map(|error| error.kind());
+        ensure!(refused == Some(std::io::ErrorKind::ConnectionRefused), "UDP: {refused:?}");
+        proxy.terminate(Duration::from_secs(15))?;
+    }
+    Ok(())
+}
+
+/// All is said at once to a server that reads on.
+fn pipelined(lab: &Lab, family: Family) -> Result<()> {
+    needs_proxy()?;
+    let _dante = dante(lab, family)?;
+    let _web = server::web(lab, &lab.server, &[80])?;
+    let _dns = server::dns(lab, &lab.server, [Family::V4.anywhere(80), Family::V6.anywhere(80)])?;
+    let config = format!(
+        "[source]\nupstream = 'exit'\n[[upstream]]\nname = 'exit'\nurl = 'socks5://{}'\npipelined = true\n",
+        exit(family)
+    );
+    let _proxy = ConfigFile::new(lab, &config)?.launch(lab, "--iface lan").start()?;
+    for _ in 0..5 {
+        let page = url(family.anywhere(80), 80, "/");
+        let page = lab.client.cmd("curl").args(["-sS", "-m", &pace::seconds(10), &page]).check()?;
+        ensure!(page.stdout.contains(&format!(" {} 80", family.anywhere(80))), "{page:?}");
+    }
+    server::dig(&lab.client, family.anywhere(53), family, Protocol::Udp)?;
+    Ok(())
+}
+
+/// A server that wants names is asked for that of the request, not for the address; without a name
+/// it is asked for the address.
+fn asked_by_name(lab: &Lab, family: Family) -> Result<()> {
+    needs_proxy()?;
+    let _socks5 = upstream::microsocks(lab, &lab.server, exit(family), false)?;
+    let http = at(family.server(), 1081);
+    let _http = upstream::tinyproxy(lab, &lab.server, http, false)?;
+    let _web = server::web(lab, &lab.server, &[80, 81])?;
+    let _echo = TcpServer::echo(&lab.server, at(family.anywhere(7), 7))?;
+    let config = format!(
+        "[source]\nupstream = 'one'\n[[upstream]]\nname = 'one'\nurl = 'socks5://{}'\nnames = true\n\
+         [[upstream]]\nname = 'two'\nurl = 'http://{http}'\nnames = true\n\
+         [[rule]]\nto_port = 81\naction = 'proxy'\nupstream = 'two'\n",
+        exit(family)
+    );
+    let proxy = ConfigFile::new(lab, &config)?.launch(lab, "--iface lan").start()?;
+    for port in [80, 81] {
+        let get = |host: &str| -> Result<String> {
+            let (page, host) = (url(family.anywhere(80), port, "/"), format!("Host: {host}"));
+            let curl = lab.client.cmd("curl").args(["-sS", "-m", &pace::seconds(10), "-H", &host, &page]);
+            Ok(curl.check()?.stdout)
+        };
+        // What that is for the server's host.
+        let page = get("localhost")?;
+        ensure!(page.contains(&format!(" 127.0.0.1 {port}")), "by name it got {page:?}");
+        let page = get("198.18.0.80")?;
+        ensure!(page.contains(&format!(" {} {port}", family.anywhere(80))), "by address it got {page:?}");
+    }
+    ensure!(proxy.counter("tcp_named")? == 2, "names are not counted");
+    let mut stream =
+        lab.client.enter(|| peer::try_connect(None, at(family.anywhere(7), 7), peer::PATIENCE))??;
+    stream.write_all(b"no name")?;
+    let mut back = [0; 7];
+    stream.read_exact(&mut back)?;
+    ensure!(&back == b"no name", "{back:?}");
     Ok(())
 }
 

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -32,6 +33,13 @@ pub struct Upstream {
     pub password_credential: Option<String>,
     /// UDP flows that it cannot carry: reject (the default), pass, direct.
     pub udp: Option<Udp>,
+    /// Ask it for destinations by their names, where the client's first bytes tell them (TLS server
+    /// name, HTTP host), so that it looks them up; TCP alone.
+    pub names: Option<bool>,
+    /// Another upstream, defined above, through which this one is reached. Carries TCP alone.
+    pub via: Option<String>,
+    /// Say the whole SOCKS5 handshake at once, where the server reads on: dante and v2ray do, microsocks does not.
+    pub pipelined: Option<bool>,
     /// How it is found out whether it works; members of groups are checked also without.
     pub check: Option<Check>,
 }
@@ -115,6 +123,9 @@ impl Upstreams {
         for (index, written) in written.iter().enumerate() {
             let mistake = |(key, message)| Mistake::Key(format!("upstream[{index}].{key}"), message);
             let mut proxy = written.resolve(directory).map_err(mistake)?;
+            if let Some(via) = &written.via {
+                proxy.via = Some(known.server(via).map_err(|why| mistake(("via", why)))?);
+            }
             if groups.iter().any(|group| group.members.contains(&written.name)) {
                 proxy.check.get_or_insert_default();
             }
@@ -127,6 +138,16 @@ impl Upstreams {
             known.add(upstream::Upstream::Group(group.into())).map_err(mistake)?;
         }
         Ok(known)
+    }
+
+    /// The proxy server with this name.
+    fn server(&self, name: &str) -> Result<Arc<Proxy>, String> {
+        match self.find(name)? {
+            upstream::Upstream::Proxy(proxy) => Ok(proxy),
+            other => {
+                Err(format!("'{}': expected the name of an [[upstream]] that is defined above", other.name()))
+            }
+        }
     }
 
     /// Adds one whose name is new.
@@ -181,7 +202,8 @@ impl Upstream {
             Some(Udp::Direct) => upstream::Udp::Direct,
         };
         let check = self.check.as_ref().map(Check::resolve).transpose().map_err(|why| ("check", why))?;
-        Ok(Proxy { name: name.into(), check, ..proxy })
+        let (names, pipelined) = (self.names.unwrap_or_default(), self.pipelined.unwrap_or_default());
+        Ok(Proxy { name: name.into(), names, pipelined, check, ..proxy })
     }
 
     /// The password, and the key that names it.
@@ -375,6 +397,14 @@ mod tests {
             (vec![written("direct", "socks5://h")], "upstream[0].name: 'direct': there is one"),
             (vec![written("a b", "socks5://h")], "upstream[0].name: expected up to 64 letters"),
             (vec![written("a", "gopher://h")], "upstream[0].url: 'gopher'"),
+            (
+                vec![Upstream { via: Some("exit".to_owned()), ..written("two", "socks5://h") }, exit.clone()],
+                "upstream[0].via: 'exit': no [[upstream]]",
+            ),
+            (
+                vec![Upstream { via: Some("direct".to_owned()), ..exit.clone() }],
+                "upstream[0].via: 'direct': expected the name of an [[upstream]]",
+            ),
             (vec![user.clone()], "upstream[0].username: a user has a password"),
             (vec![file.clone()], "upstream[0].password_file: cannot read /nowhere/pw"),
             (
