@@ -4,14 +4,13 @@ use std::net::UdpSocket;
 use std::time::Duration;
 use std::{io, thread};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use xtask::lab::daemon::wait_for;
-use xtask::lab::kernel::Version;
 use xtask::lab::proxy::{self, Proxy};
 use xtask::lab::{Family, Lab, peer};
 
 use crate::bad_input::expect_refusal;
-use crate::common::{Scenarios, Skip, needs_proxy};
+use crate::common::{Scenarios, needs_proxy};
 use crate::matching::{Way, judge, unused};
 use crate::policy::{
     Client, ConfigFile,
@@ -36,9 +35,6 @@ const RULES: &str = "[[rule]]\ngid = '4711-4712'\naction = 'drop'\n\
 const NO_RULES: &str = "[[rule]]\nuid = 4711\naction = 'drop'\n";
 
 fn by_group(lab: &Lab, family: Family) -> Result<()> {
-    if Version::running()? >= Version(7, 0) {
-        bail!(Skip("known gap: on Linux 7.2 a group's first connection was seen to get through".into()));
-    }
     needs_proxy()?;
     let _servers = reflectors_in(lab, family, &[1])?;
     let to = target(family, 1);
