@@ -43,7 +43,9 @@ pub mod map {
     /// LRU hash [`FlowKey`](super::FlowKey) → [`Decided`](super::Decided): what the proxy has
     /// decided of flows that it was [asked](super::Verdict::Ask) about.
     pub const DECIDED: &str = "DECIDED";
-    /// All of them: what is pinned.
+    /// Storage of sockets → `u32`: the group of who made one. It goes with the program, and is not pinned.
+    pub const GROUPS: &str = "GROUPS";
+    /// All that are pinned.
     pub const ALL: [&str; 10] =
         [FLOWS, COUNTERS, LISTENERS, LOCAL, POLICY, FRAGMENTS, HOST_PAIRS, NAT, NAMES, DECIDED];
 }

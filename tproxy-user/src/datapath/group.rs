@@ -4,10 +4,12 @@ use std::fs::File;
 use std::os::fd::AsFd as _;
 use std::path::Path;
 
+use aya::maps::{MapError, SkStorage};
 use aya::programs::links::{FdLink, LinkError};
 use aya::programs::{CgroupAttachMode, ProgramError};
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, fstatfs};
-use tproxy_common::abi::program;
+use socket2::{Domain, Socket, Type};
+use tproxy_common::abi::{map, program};
 
 use crate::failure::Failure;
 
@@ -38,7 +40,28 @@ impl Datapath {
         let id = program.attach(root, BESIDE_OTHERS).map_err(attach_failed)?;
         let link = program.take_link(id).map_err(attach_failed)?;
         let link: FdLink = link.try_into().map_err(|error: LinkError| query_failed(error))?;
+        self.require_note()?;
         pin_anew(link, &bpffs::links(pin).join(name)).map_err(AttachError::Query)
+    }
+
+    /// Makes sure that a socket which is made now has its note. Where the kernel has no room for it
+    /// the program says nothing, and rules with `gid` would match nobody: since Linux 6.19 it comes
+    /// from `kmalloc_nolock` (`bpf_local_storage_alloc`), which needs a processor that compares and
+    /// exchanges 16 bytes at once.
+    fn require_note(&self) -> Result<(), AttachError> {
+        let failed = |source| LoadError::Map { name: map::GROUPS, source };
+        let groups = self.ebpf.map(map::GROUPS).ok_or(LoadError::Missing(map::GROUPS))?;
+        let groups = SkStorage::<_, u32>::try_from(groups).map_err(failed)?;
+        let socket =
+            Socket::new(Domain::IPV4, Type::DGRAM, None).map_err(|error| failed(MapError::IoError(error)))?;
+        match groups.get(&socket, 0) {
+            Ok(_) => Ok(()),
+            Err(MapError::KeyNotFound) => Err(AttachError::Group(Failure::unsupported(
+                "the kernel keeps no note at sockets, so no such rule would match: since Linux 6.19 it takes a processor \
+                 with cmpxchg16b (/proc/cpuinfo: cx16), or the boot parameter slab_debug=F,kmalloc-*",
+            ))),
+            Err(error) => Err(failed(error).into()),
+        }
     }
 
     /// Whether it is attached.
