@@ -3,7 +3,7 @@
 
 use std::ffi::OsString;
 use std::fs::File;
-use std::io;
+use std::io::{self, Write as _};
 use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 use std::sync::OnceLock;
@@ -18,7 +18,10 @@ pub fn words() -> &'static [OsString] {
         let words: Vec<_> = std::env::args_os().collect();
         if let Err(error) = hide() {
             // Logging has not begun, and asks for these words.
-            eprintln!("tproxy-user: cannot hide a password on the command line from others: {error}");
+            let line =
+                format!("tproxy-user: cannot hide a password on the command line from others: {error}\n");
+            // Nobody may be there to read it.
+            drop(io::stderr().write_all(line.as_bytes()));
         }
         words
     })

@@ -353,12 +353,12 @@ pub struct SourceArgs {
     pub source: SourceMode,
     /// How captured flows reach their destinations: direct, or through socks5://HOST[:PORT] or http://HOST:PORT
     ///
-    /// Or the name of an upstream of the config file. A proxy server is asked for the original
+    /// Or the name of an upstream of the config file. Repeatable: the first that works. A proxy server is asked for the original
     /// destination, which then sees that server's address. HTTP carries TCP alone: UDP is refused.
     /// A user and a password can be given as in socks5://USER:PASSWORD@HOST, but others may see them
     /// for a moment; a config file can name a file that has the password.
     #[arg(long, value_name = "URL", default_value = "direct")]
-    pub upstream: String,
+    pub upstream: Vec<String>,
     /// Tell servers and diverted flows' targets the client and its destination, by the PROXY protocol
     ///
     /// v1 and v2 begin each TCP connection with it, v2 each UDP datagram as well. Who does not expect

@@ -119,7 +119,7 @@ impl<'a> Unsaid<'a> {
 
     fn source(&self, file: &file::Source, args: &mut SourceArgs) {
         self.one("source", &mut args.source, file.mode);
-        self.one("upstream", &mut args.upstream, file.upstream.clone());
+        self.list("upstream", &mut args.upstream, file.upstream.clone());
         self.one("send_proxy", &mut args.send_proxy, file.send_proxy);
     }
 

@@ -45,7 +45,7 @@ pub fn config(args: &RunArgs) -> Result<Config, Failure> {
     let upstream = args
         .source
         .upstreams
-        .find(&args.source.upstream)
+        .find_all(&args.source.upstream)
         .map_err(|why| Failure::usage(format_args!("--upstream (source.upstream): {why}")))?;
     require_addresses(args, &upstream)?;
     check_marks(args)?;

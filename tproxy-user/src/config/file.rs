@@ -130,8 +130,8 @@ pub struct Source {
     /// Whose address servers see (--source).
     pub mode: Option<SourceMode>,
     /// How captured flows reach their destinations, where no rule says otherwise: direct, the URL of a
-    /// proxy server, or the name of an upstream (--upstream).
-    pub upstream: Option<String>,
+    /// proxy server, or the name of an upstream; of several the first that works (--upstream).
+    pub upstream: Option<List<String>>,
     /// What servers and targets are told of the client, by the PROXY protocol (--send-proxy).
     pub send_proxy: Option<SendProxy>,
 }

@@ -38,7 +38,8 @@ pub struct Group {
 }
 
 /// How a member is chosen.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
 pub enum Policy {
     /// The first that works.
     #[default]
@@ -97,15 +98,6 @@ pub enum SendProxy {
     V2,
 }
 
-/// What names an upstream: it itself, or one that is defined elsewhere.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Reference {
-    /// One that the text says all about.
-    Here(Upstream),
-    /// The name of another.
-    Name(String),
-}
-
 impl Upstream {
     /// What rules, logs and `status` call it.
     #[must_use]
@@ -139,22 +131,6 @@ impl Upstream {
             Self::Proxy(proxy) => !proxy.may_carry_udp() && proxy.udp == Udp::Pass,
             Self::Group(group) => group.members.iter().all(Self::passes_udp),
         }
-    }
-}
-
-impl Reference {
-    /// Reads `direct`, the URL of a proxy server, or a name.
-    ///
-    /// # Errors
-    /// What was expected.
-    pub fn parse(text: &str) -> Result<Self, String> {
-        if text == "direct" {
-            return Ok(Self::Here(Upstream::Direct));
-        }
-        if !text.contains("://") {
-            return name(text).map(Self::Name);
-        }
-        Proxy::parse(text).map(|proxy| Self::Here(Upstream::Proxy(proxy.into())))
     }
 }
 
@@ -204,19 +180,5 @@ impl fmt::Display for Upstream {
                 write!(f, "{} ({} of {})", group.name, group.policy, members.join(", "))
             }
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_reference_is_direct_a_url_or_a_name() {
-        assert_eq!(Reference::parse("direct"), Ok(Reference::Here(Upstream::Direct)));
-        assert_eq!(Reference::parse("exit-1"), Ok(Reference::Name("exit-1".to_owned())));
-        let Ok(Reference::Here(upstream)) = Reference::parse("socks5://u:p@10.0.0.2") else { panic!() };
-        assert_eq!(upstream.to_string(), "socks5://10.0.0.2:1080");
-        assert!(Reference::parse("exit 1").is_err());
     }
 }

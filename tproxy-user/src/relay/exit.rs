@@ -18,7 +18,7 @@ use crate::sockopt::{SocketError, UpstreamSocket};
 use crate::upstream::announce;
 use crate::upstream::destination::Destination;
 use crate::upstream::direct::Direct;
-use crate::upstream::outbound::Outbound;
+use crate::upstream::outbound::{Errand, Outbound};
 use crate::upstream::{ConnectError, Reason};
 
 /// The next hop of a flow.
@@ -204,7 +204,8 @@ impl Leg {
             Hop::Through(outbound) => {
                 let name = name.filter(|_| outbound.proxy().names);
                 let to = Destination::of(destination.get(), name);
-                let attempt = outbound.connect(&self.direct, socket, (client, to), stats);
+                let errand = Errand { direct: &self.direct, client, stats };
+                let attempt = outbound.connect(errand, socket, to);
                 match timeout(patience, attempt).await {
                     Ok(outcome) => outcome,
                     Err(_) => outbound.judge(Err(Outbound::too_slow())),

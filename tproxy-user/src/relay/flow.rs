@@ -156,7 +156,8 @@ impl Flows {
             Way::Drop | Way::Ask => return,
         };
         let known = self.table.borrow_mut().get(&(client, lane)).map(Rc::clone);
-        let known = known.or_else(|| self.begin((client, lane), destination, route, datagram, payload));
+        let known = known
+            .or_else(|| self.begin((client, lane), destination, route, datagram, payload, dont_fragment));
         if let Some(flow) = known {
             self.send(&flow, destination, datagram, payload, dont_fragment);
         }
@@ -170,12 +171,13 @@ impl Flows {
         route: Route,
         datagram: &Received,
         payload: &[u8],
+        dont_fragment: bool,
     ) -> Option<Rc<Flow>> {
         let legs = self.legs((client, destination), route.way, payload)?;
         let route = self.rule_of(route, client, destination);
         let Leg { direct, hop, send_proxy } = legs.first()?;
         let Hop::Straight(to) = hop else {
-            self.associate((client, lane), legs, route, datagram, payload);
+            self.associate((client, lane), legs, route, datagram, payload, dont_fragment);
             return None;
         };
         let slot = self.admit(client)?;

@@ -31,6 +31,17 @@ const NOBODY: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0)
 /// The most addresses of a name that are used.
 const MOST: usize = 8;
 
+/// For whom a server is asked, and by what sockets.
+#[derive(Clone, Copy, Debug)]
+pub struct Errand<'a> {
+    /// How connections to servers are made.
+    pub direct: &'a Direct,
+    /// On whose behalf.
+    pub client: ClientAddr,
+    /// Where it counts.
+    pub stats: &'a WorkerStats,
+}
+
 /// One for all workers.
 #[derive(Debug)]
 pub struct Outbound {
@@ -154,12 +165,11 @@ impl Outbound {
     /// once. There is no time-out here.
     pub async fn connect(
         &self,
-        direct: &Direct,
+        errand: Errand<'_>,
         socket: Option<UpstreamSocket>,
-        (client, to): (ClientAddr, Destination<'_>),
-        stats: &WorkerStats,
+        to: Destination<'_>,
     ) -> Result<TcpStream, ConnectError> {
-        let mut stream = self.reach(direct, socket, client, stats).await?;
+        let mut stream = self.reach(errand, socket).await?;
         self.judge(tunnel::connect(&mut stream, &self.proxy, to).await)?;
         Ok(stream)
     }
@@ -169,13 +179,8 @@ impl Outbound {
     ///
     /// # Errors
     /// As [`connect`](Self::connect).
-    pub async fn associate(
-        &self,
-        direct: &Direct,
-        client: ClientAddr,
-        stats: &WorkerStats,
-    ) -> Result<(TcpStream, SocketAddr), ConnectError> {
-        let mut stream = self.reach(direct, None, client, stats).await?;
+    pub async fn associate(&self, errand: Errand<'_>) -> Result<(TcpStream, SocketAddr), ConnectError> {
+        let mut stream = self.reach(errand, None).await?;
         let server = stream.peer_addr().map_err(|source| ConnectError::of_proxy(Cause::Io(source)))?;
         // Some servers mind the family. Which port it will be is not known, nor what NAT makes of it.
         let from = if server.is_ipv6() { ([0; 16], 0).into() } else { ([0; 4], 0).into() };
@@ -198,12 +203,10 @@ impl Outbound {
     /// A connection to the server, at the first of its addresses that has it.
     async fn reach(
         &self,
-        direct: &Direct,
+        errand: Errand<'_>,
         socket: Option<UpstreamSocket>,
-        client: ClientAddr,
-        stats: &WorkerStats,
     ) -> Result<TcpStream, ConnectError> {
-        match self.reach_any(direct, socket, client, stats).await {
+        match self.reach_any(errand, socket).await {
             // It has its part still to do.
             Ok(stream) => Ok(stream),
             Err(error) => self.judge(Err(error)),
@@ -212,15 +215,13 @@ impl Outbound {
 
     async fn reach_any(
         &self,
-        direct: &Direct,
+        errand: Errand<'_>,
         mut socket: Option<UpstreamSocket>,
-        client: ClientAddr,
-        stats: &WorkerStats,
     ) -> Result<TcpStream, ConnectError> {
         let mut tried = 0;
         loop {
             tried += 1;
-            match self.reach_one(direct, socket.take(), client, stats).await {
+            match self.reach_one(errand, socket.take()).await {
                 Ok(stream) => return Ok(stream),
                 Err(error) if error.reason == Reason::Exhausted => return Err(error),
                 Err(error) => {
@@ -239,21 +240,19 @@ impl Outbound {
 
     async fn reach_one(
         &self,
-        direct: &Direct,
+        errand: Errand<'_>,
         socket: Option<UpstreamSocket>,
-        client: ClientAddr,
-        stats: &WorkerStats,
     ) -> Result<TcpStream, ConnectError> {
         let begun = Instant::now();
         let stream = match &self.via {
-            None => self.reach_straight(direct, socket, client, stats).await?,
+            None => self.reach_straight(errand, socket).await?,
             Some(via) => {
                 let to = match &self.proxy.host {
                     Host::Address(ip) => Destination::Address(SocketAddr::new(*ip, self.proxy.port)),
                     Host::Name(name) => Destination::Name(name, self.proxy.port),
                 };
                 // Boxed: it is this very future, of another server.
-                Box::pin(via.connect(direct, socket, (client, to), stats)).await?
+                Box::pin(via.connect(errand, socket, to)).await?
             }
         };
         let took = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
@@ -263,18 +262,16 @@ impl Outbound {
 
     async fn reach_straight(
         &self,
-        direct: &Direct,
+        errand: Errand<'_>,
         socket: Option<UpstreamSocket>,
-        client: ClientAddr,
-        stats: &WorkerStats,
     ) -> Result<TcpStream, ConnectError> {
         let (server, socket) = if let (Some(server), Some(socket)) = (self.at_hand(), socket) {
             (server, socket)
         } else {
             let server = self.address().await?;
-            (server, direct.socket(server)?)
+            (server, errand.direct.socket(server)?)
         };
-        direct.connect(socket, client, server, stats).await
+        errand.direct.connect(socket, errand.client, server, errand.stats).await
     }
 
     /// Notes, and says once, that the server does not do its part, or does so again.
@@ -307,8 +304,9 @@ impl Outbound {
 
     /// Looks whether the server works, and notes it.
     pub async fn check(&self, check: &Check, direct: &Direct, stats: &WorkerStats) {
+        let errand = Errand { direct, client: NOBODY.into(), stats };
         let attempt = async {
-            let mut stream = self.reach_any(direct, None, NOBODY.into(), stats).await?;
+            let mut stream = self.reach_any(errand, None).await?;
             match check.by {
                 CheckBy::Connect => Ok(()),
                 CheckBy::Handshake => tunnel::greet(&mut stream, &self.proxy).await,

@@ -1,5 +1,6 @@
 //! A group in use: which member a flow goes by, and which if that fails.
 
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -69,22 +70,10 @@ impl Pool {
 /// What a member weighs for a client: the heaviest is its own (rendezvous hashing, Thaler and
 /// Ravishankar, ACM Transactions on Networking 1998), so that one that fails moves its own clients alone.
 fn weight(client: IpAddr, member: usize) -> u64 {
-    let address = match client {
-        IpAddr::V4(v4) => v4.to_ipv6_mapped(),
-        IpAddr::V6(v6) => v6,
-    };
-    // SplitMix64 (Steele et al., OOPSLA 2014), the same in each run.
-    let mut z = (member as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    for half in address.octets().as_chunks::<8>().0 {
-        z = mixed(z ^ u64::from_be_bytes(*half));
-    }
-    z
-}
-
-fn mixed(mut z: u64) -> u64 {
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
+    // Without keys of its own: the same in each worker, and after a restart.
+    let mut hasher = DefaultHasher::new();
+    (client, member).hash(&mut hasher);
+    hasher.finish()
 }
 
 #[cfg(test)]

@@ -1,5 +1,8 @@
 //! Upstreams, as they are written and resolved.
 
+mod check;
+mod group;
+
 use std::fs::File;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
@@ -9,8 +12,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::error::Mistake;
-use super::value::{Count, Target, Time};
-use crate::config::upstream::{self, Credentials, Proxy};
+use crate::config::upstream::{self, Credentials, Proxy, Udp};
+pub use check::Check;
+pub use group::Group;
 
 /// The most that a file with a password may have, in bytes: more is another file.
 const LONGEST: u64 = 4096;
@@ -44,79 +48,37 @@ pub struct Upstream {
     pub check: Option<Check>,
 }
 
-/// How it is found out whether an upstream works.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default, expecting = "a table")]
-pub struct Check {
-    /// From one check to the next.
-    pub interval: Option<Time>,
-    /// The longest that one takes.
-    pub timeout: Option<Time>,
-    /// Failures in a row after which it does not work.
-    pub fall: Option<Count>,
-    /// Successes in a row after which it works again.
-    pub rise: Option<Count>,
-    /// What is tried: a handshake (the default), a connection alone, or a request.
-    pub by: Option<CheckBy>,
-    /// Where a request goes to; with by = "request" alone.
-    pub target: Option<Target>,
-}
-
-/// What a check tries.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "kebab-case")]
-pub enum CheckBy {
-    /// A connection to the server.
-    Connect,
-    /// What is said there before a request.
-    Handshake,
-    /// A connection through the server to `target`.
-    Request,
-}
-
-/// Upstreams of which one is chosen for each flow.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, expecting = "a table")]
-pub struct Group {
-    /// What rules call it.
-    pub name: String,
-    /// Names of upstreams; direct, too.
-    pub members: Vec<String>,
-    /// Which of those that work: failover (the default), round-robin, least-latency, source-hash.
-    pub policy: Option<Policy>,
-}
-
-/// How a member is chosen.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "kebab-case")]
-pub enum Policy {
-    /// The first that works.
-    Failover,
-    /// Each in turn.
-    RoundRobin,
-    /// The one that was connected to the fastest.
-    LeastLatency,
-    /// The same for all flows of a client's address.
-    SourceHash,
-}
-
-/// What becomes of UDP flows that an upstream cannot carry.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "kebab-case")]
-pub enum Udp {
-    /// Their clients are told so.
-    Reject,
-    /// The kernel forwards them.
-    Pass,
-    /// They are relayed to their destinations.
-    Direct,
-}
-
 /// The upstreams of a file.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Upstreams(Vec<upstream::Upstream>);
 
 impl Upstreams {
+    /// What several texts name: one, or the first of them that works.
+    ///
+    /// # Errors
+    /// As [`find`](Self::find).
+    pub fn find_all(&self, texts: &[String]) -> Result<upstream::Upstream, String> {
+        if let [only] = texts {
+            return self.find(only);
+        }
+        let members = texts.iter().map(|text| {
+            Ok(match self.find(text)? {
+                // Which of them work is to be known.
+                upstream::Upstream::Proxy(proxy) if proxy.check.is_none() => {
+                    let check = Some(upstream::Check::default());
+                    upstream::Upstream::Proxy(Arc::new(Proxy { check, ..(*proxy).clone() }))
+                }
+                upstream::Upstream::Group(group) => {
+                    return Err(format!("'{}': a group can be named alone only", group.name));
+                }
+                known => known,
+            })
+        });
+        let members = members.collect::<Result<_, String>>()?;
+        let policy = upstream::Policy::Failover;
+        Ok(upstream::Upstream::Group(Arc::new(upstream::Group { name: "upstreams".into(), members, policy })))
+    }
+
     /// Resolves what is written; `directory` is what paths are relative to.
     pub(super) fn new(written: &[Upstream], groups: &[Group], directory: &Path) -> Result<Self, Mistake> {
         let mut known = Self::default();
@@ -164,10 +126,13 @@ impl Upstreams {
     /// # Errors
     /// What was expected.
     pub fn find(&self, text: &str) -> Result<upstream::Upstream, String> {
-        let name = match upstream::Reference::parse(text)? {
-            upstream::Reference::Here(upstream) => return Ok(upstream),
-            upstream::Reference::Name(name) => name,
-        };
+        if text == "direct" {
+            return Ok(upstream::Upstream::Direct);
+        }
+        if text.contains("://") {
+            return Proxy::parse(text).map(|proxy| upstream::Upstream::Proxy(proxy.into()));
+        }
+        let name = upstream::name(text)?;
         if let Some(known) = self.0.iter().find(|known| known.name() == name) {
             return Ok(known.clone());
         }
@@ -196,11 +161,7 @@ impl Upstream {
                 "a user has a password: name it with password_file, password_env or password_credential";
             return Err(("username", message.to_owned()));
         }
-        proxy.udp = match self.udp {
-            None | Some(Udp::Reject) => upstream::Udp::Reject,
-            Some(Udp::Pass) => upstream::Udp::Pass,
-            Some(Udp::Direct) => upstream::Udp::Direct,
-        };
+        proxy.udp = self.udp.unwrap_or_default();
         let check = self.check.as_ref().map(Check::resolve).transpose().map_err(|why| ("check", why))?;
         let (names, pipelined) = (self.names.unwrap_or_default(), self.pipelined.unwrap_or_default());
         Ok(Proxy { name: name.into(), names, pipelined, check, ..proxy })
@@ -217,45 +178,6 @@ impl Upstream {
             _ => return Err(("username", "it has several passwords: leave all but one out".to_owned())),
         };
         password.map(|password| Some((key, password))).map_err(|message| (key, message))
-    }
-}
-
-impl Check {
-    fn resolve(&self) -> Result<upstream::Check, String> {
-        let usual = upstream::Check::default();
-        let by = match (self.by, &self.target) {
-            (Some(CheckBy::Request), Some(target)) => upstream::CheckBy::Request(target.0),
-            (Some(CheckBy::Request), None) => {
-                return Err("by = \"request\" needs a target, such as target = \"1.1.1.1:80\"".to_owned());
-            }
-            (_, Some(_)) => return Err("a target is of by = \"request\" alone".to_owned()),
-            (Some(CheckBy::Connect), None) => upstream::CheckBy::Connect,
-            (Some(CheckBy::Handshake) | None, None) => upstream::CheckBy::Handshake,
-        };
-        Ok(upstream::Check {
-            interval: self.interval.as_ref().map_or(usual.interval, |time| time.0),
-            timeout: self.timeout.as_ref().map_or(usual.timeout, |time| time.0),
-            fall: self.fall.as_ref().map_or(usual.fall, |count| count.0),
-            rise: self.rise.as_ref().map_or(usual.rise, |count| count.0),
-            by,
-        })
-    }
-}
-
-impl Group {
-    fn resolve(&self, known: &Upstreams) -> Result<upstream::Group, (&'static str, String)> {
-        let name = named(&self.name)?;
-        if self.members.is_empty() {
-            return Err(("members", "expected names of upstreams, such as [\"exit\", \"exit2\"]".to_owned()));
-        }
-        let members = self.members.iter().map(|name| known.find(name)).collect::<Result<_, _>>();
-        let policy = match self.policy {
-            None | Some(Policy::Failover) => upstream::Policy::Failover,
-            Some(Policy::RoundRobin) => upstream::Policy::RoundRobin,
-            Some(Policy::LeastLatency) => upstream::Policy::LeastLatency,
-            Some(Policy::SourceHash) => upstream::Policy::SourceHash,
-        };
-        Ok(upstream::Group { name: name.into(), members: members.map_err(|why| ("members", why))?, policy })
     }
 }
 
@@ -321,11 +243,27 @@ mod tests {
     }
 
     #[test]
+    fn of_several_the_first_that_works_is_taken() {
+        let known =
+            Upstreams::new(&[written("exit", "socks5://10.0.0.2")], &[], Path::new("/")).ok().expect("one");
+        let all =
+            |texts: &[&str]| known.find_all(&texts.iter().map(|text| (*text).to_owned()).collect::<Vec<_>>());
+        assert_eq!(all(&["direct"]), Ok(upstream::Upstream::Direct));
+        let Ok(upstream::Upstream::Group(group)) = all(&["exit", "http://h:1", "direct"]) else { panic!() };
+        let checked = |member: &upstream::Upstream| match member {
+            upstream::Upstream::Proxy(proxy) => proxy.check.is_some(),
+            _ => true,
+        };
+        assert!(group.members.len() == 3 && group.members.iter().all(checked));
+        assert!(all(&["exit", "nobody"]).is_err());
+    }
+
+    #[test]
     fn groups_name_upstreams_and_have_them_checked() {
         let written = [written("one", "socks5://10.0.0.1"), written("two", "http://10.0.0.2:80")];
         let group = |name: &str, members: &[&str]| {
             let members = members.iter().map(|member| (*member).to_owned()).collect();
-            Group { name: name.to_owned(), members, policy: Some(Policy::RoundRobin) }
+            Group { name: name.to_owned(), members, policy: Some(upstream::Policy::RoundRobin) }
         };
         let resolved = |groups: &[Group]| match Upstreams::new(&written, groups, Path::new("/")) {
             Ok(known) => Ok(known),
@@ -348,18 +286,6 @@ mod tests {
             let error = resolved(&groups).expect_err(expected);
             assert!(error.starts_with(expected), "{error}");
         }
-    }
-
-    #[test]
-    fn checks_have_defaults_and_say_what_they_try() {
-        let check = |text: &str| toml::from_str::<Check>(text).expect("a table").resolve();
-        assert_eq!(check(""), Ok(upstream::Check::default()));
-        let request =
-            check("interval = '1s'\nfall = 1\nby = 'request'\ntarget = '192.0.2.1:80'").expect("valid");
-        assert_eq!(request.by, upstream::CheckBy::Request(([192, 0, 2, 1], 80).into()));
-        assert_eq!((request.interval.as_secs(), request.fall, request.rise), (1, 1, 2));
-        assert!(check("by = 'request'").expect_err("no target").contains("needs a target"));
-        assert!(check("target = '192.0.2.1:80'").expect_err("no request").contains("alone"));
     }
 
     #[test]

@@ -4,6 +4,8 @@ use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 use url::Url;
 
 use super::{Check, Credentials};
@@ -52,7 +54,8 @@ pub enum Host {
 }
 
 /// What becomes of UDP flows that a proxy server cannot carry.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
 pub enum Udp {
     /// Their clients are told that nobody listens (ICMP port unreachable).
     #[default]

@@ -18,8 +18,9 @@ use crate::relay::exit::{Hop, Leg};
 use crate::relay::receive::Received;
 use crate::relay::record::End;
 use crate::relay::route::Route;
+use crate::relay::waiting::Waiting;
 use crate::upstream::ConnectError;
-use crate::upstream::outbound::Outbound;
+use crate::upstream::outbound::{Errand, Outbound};
 
 /// Datagrams of a flow that wait: a QUIC client's first flight, some DNS questions.
 const DATAGRAMS: usize = 16;
@@ -63,14 +64,6 @@ impl Association {
 pub(super) struct Opening {
     flows: RefCell<HashMap<Key, Vec<Waiting>>>,
     bytes: Cell<usize>,
-}
-
-/// A datagram that waits.
-#[derive(Debug)]
-struct Waiting {
-    destination: OrigDst,
-    datagram: Received,
-    payload: Box<[u8]>,
 }
 
 impl Opening {
@@ -118,6 +111,7 @@ impl Flows {
         route: Route,
         datagram: &Received,
         payload: &[u8],
+        dont_fragment: bool,
     ) {
         let Some(destination) = datagram.destination else { return };
         let (client, _) = key;
@@ -128,7 +122,7 @@ impl Flows {
             self.opening.begin(key);
             Some(slot)
         };
-        let waiting = Waiting { destination, datagram: *datagram, payload: payload.into() };
+        let waiting = Waiting { datagram: *datagram, payload: payload.into(), dont_fragment };
         if !self.opening.add(&key, waiting) {
             self.worker.stats().udp_waiting_full.inc();
         }
@@ -150,14 +144,15 @@ impl Flows {
                     }
                     record.ends(End::NotConnected(error.reason));
                     for one in waited {
-                        flows.refuse(client, one.destination, &one.payload);
+                        flows.refuse(client, one.datagram.destination.unwrap_or(destination), &one.payload);
                     }
                     return;
                 }
             };
             let flow = flows.open(key, exit, socket, slot, record);
-            for one in waited {
-                flows.send(&flow, one.destination, &one.datagram, &one.payload, false);
+            for Waiting { datagram, payload, dont_fragment } in waited {
+                let destination = datagram.destination.unwrap_or(destination);
+                flows.send(&flow, destination, &datagram, &payload, dont_fragment);
             }
         }));
     }
@@ -177,7 +172,8 @@ impl Flows {
                     return Ok((Exit::Straight(send_proxy), direct.udp(client, *to, stats)?, hop));
                 }
             };
-            let asked = timeout(direct.timeout, outbound.associate(&direct, client, stats)).await;
+            let asked =
+                timeout(direct.timeout, outbound.associate(Errand { direct: &direct, client, stats })).await;
             let asked = asked.unwrap_or_else(|_| outbound.judge(Err(Outbound::too_slow())));
             match asked {
                 Ok((control, relay)) => {
