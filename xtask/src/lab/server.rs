@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::net::IpAddr;
+use std::path::Path;
 
 use anyhow::Result;
 
@@ -59,9 +60,7 @@ pub fn web_with_tls(lab: &Lab, namespace: &Namespace, ports: &[u16], tls: &[u16]
         listen = format!("{listen} ssl_certificate {certificate}; ssl_certificate_key {key};");
     }
     let (here, www) = (dir.display(), lab.dir().display());
-    let temporary = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
-        .map(|kind| format!("{kind}_temp_path {here}/{kind};\n"));
-    let temporary = temporary.concat();
+    let temporary = temporary_paths(&dir);
     let config = format!(
         "user root; worker_processes 1; error_log stderr; pid {here}/pid;\n\
          events {{ worker_connections 1024; }}\n\
@@ -90,6 +89,14 @@ pub fn web_with_tls(lab: &Lab, namespace: &Namespace, ports: &[u16], tls: &[u16]
         daemon.wait_bound(namespace, Protocol::Tcp, *port)?;
     }
     Ok(daemon)
+}
+
+/// Directives that keep what nginx puts aside below a directory.
+pub(super) fn temporary_paths(dir: &Path) -> String {
+    let dir = dir.display();
+    ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
+        .map(|kind| format!("{kind}_temp_path {dir}/{kind};\n"))
+        .concat()
 }
 
 /// A DNS server on port 53 of every address (`0.0.0.0` and `[::]`), that answers

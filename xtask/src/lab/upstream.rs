@@ -9,6 +9,7 @@ use anyhow::Result;
 use super::Lab;
 use super::daemon::Daemon;
 use super::namespace::Namespace;
+use super::server::temporary_paths;
 use super::sockets::Protocol;
 
 /// User and password that servers want, where they want one.
@@ -105,9 +106,7 @@ pub fn nginx_that_is_told(lab: &Lab, namespace: &Namespace, at: SocketAddr) -> R
     let dir = lab.dir().join("nginx-told");
     fs::create_dir_all(&dir)?;
     let here = dir.display();
-    let temporary = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
-        .map(|kind| format!("{kind}_temp_path {here}/{kind}; "))
-        .concat();
+    let temporary = temporary_paths(&dir);
     let config = format!(
         "user root; worker_processes 1; error_log stderr; pid {here}/pid; events {{ worker_connections 64; }}\n\
          http {{ {temporary} access_log off; default_type text/plain; server {{ listen {at} proxy_protocol; location / {{\n\

@@ -105,7 +105,6 @@ fn main() -> ExitCode {
         matching::SCENARIOS,
         bad_input::SCENARIOS,
         doctor::SCENARIOS,
-        upstream::SCENARIOS,
     ];
     // First those that wait most, so that others run meanwhile.
     let anywhere: &[Scenarios] = &[
@@ -139,7 +138,8 @@ fn main() -> ExitCode {
     // What the family makes no difference to: both in one run.
     let once: &[Scenarios] =
         if selection.is_some() { &[] } else { &[policy::ONCE, group::ONCE, reload::ONCE, upstream::ONCE] };
-    let all = if selection.is_some() { anywhere.to_vec() } else { [anywhere, here].concat() };
+    let all =
+        if selection.is_some() { anywhere.to_vec() } else { [anywhere, here, upstream::SCENARIOS].concat() };
     let wanted = |name: &str| {
         let matches = |filter: &String| if arguments.exact { name == filter } else { name.contains(filter) };
         filters.is_empty() || filters.iter().any(matches)
