@@ -24,6 +24,7 @@ pub(super) const SCENARIOS: Scenarios = &[
     ("socks5_password_in_a_url_is_hidden", url_with_password),
     ("socks5_pipelined_by_dante", pipelined),
     ("upstream_behind_another", chain),
+    ("upstream_behind_rules_of_others_and_reload", behind_rules),
     ("udp_that_the_upstream_does_not_carry", without_udp),
 ];
 
@@ -270,5 +271,42 @@ fn url_with_password(lab: &Lab, family: Family) -> Result<()> {
     ensure!(!told.iter().any(|text| text.contains(password)), "the password is told: {told:#?}");
     let check = Launch::new(lab, &format!("check {flags}")).command()?.run()?;
     ensure!(!check.stdout.contains(password) && check.stdout.contains("socks5://"), "{}", check.describe());
+    Ok(())
+}
+
+/// With `--steer none` a reload exchanges the upstream as well.
+fn behind_rules(lab: &Lab, family: Family) -> Result<()> {
+    needs_proxy()?;
+    let _dante = dante(lab, family)?;
+    let _web = server::web(lab, &lab.server, &[80])?;
+    let (tables, ip, all) = (
+        family.pick("iptables", "ip6tables"),
+        family.pick("ip -4", "ip -6"),
+        family.pick("0.0.0.0/0", "::/0"),
+    );
+    for command in [
+        format!(
+            "{tables} -t mangle -A PREROUTING -i lan -p tcp -j TPROXY --on-port 15001 --tproxy-mark 0x1/0x1"
+        ),
+        format!("{ip} rule add fwmark 1 lookup 100"),
+        format!("{ip} route add local {all} dev lo table 100"),
+    ] {
+        lab.router.sh(&command)?;
+    }
+    let config =
+        |upstream: &str| format!("[steer]\nby = 'none'\n[source]\nmode = 'proxy'\nupstream = '{upstream}'\n");
+    let file = ConfigFile::new(lab, &config("direct"))?;
+    let proxy = file.launch(lab, "").start()?;
+    let page = url(family.anywhere(80), 80, "/");
+    let source = || -> Result<String> {
+        let page = lab.client.cmd("curl").args(["-sS", "-m", &pace::seconds(10), &page]).check()?;
+        Ok(page.stdout.split(' ').next().unwrap_or_default().to_owned())
+    };
+    let seen = source()?;
+    ensure!(seen == family.uplink().to_string(), "straight the server sees {seen}");
+    file.write(&config(&format!("socks5://{}", exit(family))))?;
+    proxy.cmd("reload")?.check()?;
+    let seen = source()?;
+    ensure!(seen == family.server().to_string(), "after the reload the server sees {seen}");
     Ok(())
 }
