@@ -1,251 +1,44 @@
 //! Rules: what becomes of flows, as client and server see it.
 
+mod divert;
+mod fate;
+
 use std::fs;
-use std::io::{self, Read};
 use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use xtask::lab::daemon::wait_for;
 use xtask::lab::pace::{self, patience};
 use xtask::lab::peer::{self, UdpServer};
-use xtask::lab::proxy::{Launch, Proxy};
-use xtask::lab::sockets::Protocol;
 use xtask::lab::{Family, Lab, Namespace, server, url};
 
 use crate::common::{Scenarios, at, needs_proxy};
-use crate::matching::{Reflectors, Way, judge, reflectors, unused};
+use crate::matching::{reflectors, unused};
 use crate::packet;
+pub(crate) use fate::{
+    Client, ConfigFile,
+    Fate::{self, Dropped, Passed, Proxied, Rejected},
+    all_reflectors, nets, reflectors_in, replace, start_with_rules, target, tcp_fate, within,
+};
+use fate::{PORT, expect};
 
 pub(crate) const SCENARIOS: Scenarios = &[
     ("policy_first_match_decides", |lab, family| first_match(lab, family, "")),
     ("policy_of_own_traffic", own_traffic),
     ("policy_of_fragments", fragments),
     ("policy_with_faithful_handshakes", faithful),
-    ("dns_hijack", dns_hijack),
+    ("dns_hijack", divert::dns_hijack),
     ("clsact_policy_first_match_decides", |lab, family| first_match(lab, family, "--attach clsact")),
 ];
 
 /// For both families at once.
 pub(crate) const ONCE: Scenarios = &[
-    ("captive_portal", captive_portal),
+    ("captive_portal", divert::captive_portal),
     ("policy_by_files_of_networks", files),
     ("policy_by_interface", interfaces),
     ("policy_by_client_protocol_and_port", other_conditions),
 ];
-
-/// The config file of a lab's proxy.
-pub(crate) struct ConfigFile(pub(crate) PathBuf);
-
-impl ConfigFile {
-    pub(crate) fn new(lab: &Lab, content: &str) -> Result<Self> {
-        let file = Self(lab.dir().join("tproxy.toml"));
-        file.write(content)?;
-        Ok(file)
-    }
-
-    /// Replaces it at once, as editors do.
-    pub(crate) fn write(&self, content: &str) -> Result<()> {
-        replace(&self.0, content)
-    }
-
-    pub(crate) fn launch<'lab>(&self, lab: &'lab Lab, flags: &str) -> Launch<'lab> {
-        Launch::new(lab, &format!("--config {} {flags}", self.0.display()))
-    }
-}
-
-/// Replaces a file by one with other content.
-pub(crate) fn replace(path: &std::path::Path, content: &str) -> Result<()> {
-    let new = path.with_extension("new");
-    fs::write(&new, content).and_then(|()| fs::rename(&new, path)).context("cannot write a file")
-}
-
-/// Starts a proxy that captures `lan` and has these rules.
-pub(crate) fn start_with_rules(lab: &Lab, flags: &str, rules: &str) -> Result<(Proxy, ConfigFile)> {
-    needs_proxy()?;
-    let config = ConfigFile::new(lab, rules)?;
-    let proxy = config.launch(lab, &format!("--iface lan {flags}")).start()?;
-    Ok((proxy, config))
-}
-
-/// The `n`th networks "anywhere" of both families, as a list of the config file.
-pub(crate) fn nets(n: u8) -> String {
-    format!("{:?}", Family::ALL.map(|family| family.anywhere_net(n)))
-}
-
-/// The `n`th address of the `net`th network "anywhere".
-pub(crate) fn within(family: Family, net: u8, n: u8) -> IpAddr {
-    family.anywhere(u16::from_be_bytes([net, n]))
-}
-
-/// What becomes of a flow, as its client and the server see it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Fate {
-    /// The server sees the client's address and port.
-    Passed,
-    /// The server sees the client's address, and a port of the proxy's.
-    Proxied,
-    /// The client is told at once that nobody listens.
-    Rejected,
-    /// Nobody answers.
-    Dropped,
-}
-use Fate::{Dropped, Passed, Proxied, Rejected};
-
-impl Fate {
-    /// The action of the rule.
-    pub(crate) const fn action(self) -> &'static str {
-        match self {
-            Passed => "pass",
-            Proxied => "proxy",
-            Rejected => "reject",
-            Dropped => "drop",
-        }
-    }
-
-    /// How long a client waits that expects it: no longer than needed for silence.
-    fn wait(self) -> Duration {
-        if self == Dropped { Duration::from_millis(500) } else { patience(Duration::from_secs(5)) }
-    }
-
-    /// What it says that a reflector on the server has seen this, or that there was an error.
-    fn of(seen: io::Result<String>, from: SocketAddr) -> Result<Self> {
-        match seen {
-            Ok(seen) => Ok(match judge(seen.parse()?, from)? {
-                Way::Forwarded => Passed,
-                Way::Proxied => Proxied,
-            }),
-            Err(error) => match error.kind() {
-                io::ErrorKind::ConnectionRefused => Ok(Rejected),
-                io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => Ok(Dropped),
-                _ => Err(error.into()),
-            },
-        }
-    }
-}
-
-/// What becomes of a connection, and how long that takes.
-pub(crate) fn tcp_fate(
-    namespace: &Namespace,
-    from: SocketAddr,
-    to: SocketAddr,
-    wait: Duration,
-) -> Result<(Fate, Duration)> {
-    let (seen, took) = namespace.enter(|| {
-        let started = Instant::now();
-        let seen = peer::try_connect(Some(from), to, wait / pace::slowdown()).and_then(|mut stream| {
-            let mut seen = String::new();
-            stream.read_to_string(&mut seen).map(|_| seen)
-        });
-        (seen, started.elapsed())
-    })?;
-    Ok((Fate::of(seen, from)?, took))
-}
-
-/// The same of a datagram.
-pub(crate) fn udp_fate(
-    namespace: &Namespace,
-    from: SocketAddr,
-    to: SocketAddr,
-    wait: Duration,
-) -> Result<(Fate, Duration)> {
-    let socket = peer::udp(namespace, from)?;
-    socket.set_read_timeout(Some(wait))?;
-    socket.connect(to)?;
-    let started = Instant::now();
-    let mut buffer = [0; 100];
-    let seen = socket
-        .send(b"who am I?")
-        .and_then(|_| peer::receive(&socket, &mut buffer))
-        .map(|(length, _)| String::from_utf8_lossy(&buffer[..length]).into_owned());
-    Ok((Fate::of(seen, from)?, started.elapsed()))
-}
-
-/// A client and what becomes of its flows.
-pub(crate) struct Client<'a> {
-    pub(crate) namespace: &'a Namespace,
-    pub(crate) address: IpAddr,
-}
-
-impl<'a> Client<'a> {
-    pub(crate) fn of(lab: &'a Lab, family: Family) -> Self {
-        Self { namespace: &lab.client, address: family.client() }
-    }
-
-    pub(crate) fn guest(lab: &'a Lab, family: Family) -> Self {
-        Self { namespace: &lab.guest, address: family.guest() }
-    }
-
-    /// Makes sure of the fate of a connection; from where it was.
-    pub(crate) fn expect_tcp(&self, to: SocketAddr, expected: Fate) -> Result<SocketAddr> {
-        let from = unused(self.address);
-        let found = tcp_fate(self.namespace, from, to, expected.wait())?;
-        expect(&format!("a connection from {from} to {to}"), found, expected).map(|()| from)
-    }
-
-    /// Makes sure of the fate of a datagram; from where it was.
-    pub(crate) fn expect_udp(&self, to: SocketAddr, expected: Fate) -> Result<SocketAddr> {
-        let from = unused(self.address);
-        let found = udp_fate(self.namespace, from, to, expected.wait())?;
-        expect(&format!("a datagram from {from} to {to}"), found, expected).map(|()| from)
-    }
-
-    /// Makes sure of both.
-    pub(crate) fn expect(&self, to: SocketAddr, expected: Fate) -> Result<()> {
-        self.expect_tcp(to, expected)?;
-        self.expect_udp(to, expected).map(drop)
-    }
-
-    /// Makes sure of both, and that the flow table tells of them.
-    fn expect_listed(&self, proxy: &Proxy, to: SocketAddr, expected: Fate, rule: Option<u16>) -> Result<()> {
-        for (protocol, from) in
-            [("tcp", self.expect_tcp(to, expected)?), ("udp", self.expect_udp(to, expected)?)]
-        {
-            let flow = proxy.flow(protocol, &from.to_string(), &to.to_string())?;
-            ensure!(
-                flow.action == expected.action() && flow.rule == serde_json::json!(rule),
-                "expected action {} by rule {rule:?}: {flow:#?}",
-                expected.action()
-            );
-            let replies = match expected {
-                Passed | Proxied => flow.packets_down > 0,
-                // The reset.
-                Rejected => flow.packets_down == u64::from(protocol == "tcp"),
-                Dropped => flow.packets_down == 0,
-            };
-            ensure!(flow.packets_up > 0 && replies, "the counters of a flow are wrong: {flow:#?}");
-        }
-        Ok(())
-    }
-}
-
-fn expect(what: &str, (found, took): (Fate, Duration), expected: Fate) -> Result<()> {
-    ensure!(found == expected, "{what} was {found:?} after {took:?}, expected {expected:?}");
-    ensure!(
-        expected == Dropped || took < patience(Duration::from_secs(1)),
-        "{what} was {found:?}, but only after {took:?}"
-    );
-    Ok(())
-}
-
-const PORT: u16 = 7070;
-
-/// Reflectors on the first address of these networks, one family.
-pub(crate) fn reflectors_in(lab: &Lab, family: Family, networks: &[u8]) -> Result<Vec<Reflectors>> {
-    let targets: Vec<_> = networks.iter().map(|net| target(family, *net)).collect();
-    reflectors(&lab.server, &targets)
-}
-
-/// Reflectors for both families.
-pub(crate) fn all_reflectors(lab: &Lab, networks: &[u8]) -> Result<[Vec<Reflectors>; 2]> {
-    Ok([reflectors_in(lab, Family::V4, networks)?, reflectors_in(lab, Family::V6, networks)?])
-}
-
-/// Where the reflectors of a network are.
-pub(crate) fn target(family: Family, net: u8) -> SocketAddr {
-    at(within(family, net, 1), PORT)
-}
 
 /// `curl` of a URL that is refused.
 fn expect_curl_refused(namespace: &Namespace, url: &str) -> Result<()> {
@@ -450,116 +243,6 @@ fn faithful(lab: &Lab, family: Family) -> Result<()> {
     expect_curl_refused(&lab.client, &url(within(family, 4, 9), 81, "/"))?;
     client.expect_udp(at(within(family, 4, 9), 9), Rejected)?;
     ensure!(proxy.counter("handshake_reset")? == 1, "the target's refusal is not counted");
-    Ok(())
-}
-
-/// The question for [`server::NAME`], RFC 1035.
-fn question(id: u16, family: Family) -> Vec<u8> {
-    let mut query = id.to_be_bytes().to_vec();
-    query.extend([1, 0, 0, 1, 0, 0, 0, 0, 0, 0]);
-    for label in server::NAME.split('.') {
-        query.push(u8::try_from(label.len()).unwrap_or(0));
-        query.extend(label.as_bytes());
-    }
-    query.extend([0, 0, family.pick(1, 28), 0, 1]);
-    query
-}
-
-fn dns_hijack(lab: &Lab, family: Family) -> Result<()> {
-    let rules = "[[rule]]\nprotocol = 'udp'\nto_port = 53\naction = 'divert'\ntarget = '127.0.0.1:5353'\n\
-                 [[rule]]\nprotocol = 'tcp'\nto_port = 53\naction = 'divert'\ntarget = '[::1]:5353'\n";
-    let (outside, inside) = (
-        [Family::V4.anywhere(80), Family::V6.anywhere(80)],
-        [Family::V4.anywhere(81), Family::V6.anywhere(81)],
-    );
-    let _outside = server::dns(lab, &lab.server, outside)?;
-    let inside_log = server::local_dns(lab, &lab.router, 5353, inside)?;
-    let (proxy, _config) = start_with_rules(lab, "", rules)?;
-    for protocol in [Protocol::Udp, Protocol::Tcp] {
-        for resolver in [family.anywhere(0x0808), family.server()] {
-            let answer = server::dig(&lab.client, resolver, family, protocol)?;
-            ensure!(inside.contains(&answer), "{resolver} answered {answer} over {}", protocol.name());
-        }
-    }
-    // Nobody asked outside, and the target was asked by this host itself.
-    let asked = inside_log.log();
-    ensure!(asked.contains("127.0.0.1") && !asked.contains(&family.client().to_string()), "{asked}");
-
-    // One port asks two resolvers at once, and then an address that is not hijacked.
-    let resolvers = [at(family.anywhere(0x0808), 53), at(family.anywhere(0x0809), 53)];
-    let other = at(family.anywhere(0x0808), 54);
-    let _reflector = UdpServer::reflector(&lab.server, other)?;
-    let socket = peer::udp(&lab.client, unused(family.client()))?;
-    for round in 0..5 {
-        for (resolver, number) in resolvers.iter().zip(0_u16..) {
-            socket.send_to(&question(10 * round + number, family), resolver)?;
-        }
-        let mut answered = Vec::new();
-        for _ in resolvers {
-            let mut answer = [0; 512];
-            let (length, from) = socket.recv_from(&mut answer).context("no answer")?;
-            ensure!(length > 12 && answer[7] == 1, "no answer in {:?}", &answer[..length]);
-            answered.push((from, u16::from_be_bytes([answer[0], answer[1]])));
-        }
-        answered.sort_unstable();
-        let expected: Vec<_> = resolvers.iter().copied().zip(10 * round..).collect();
-        ensure!(answered == expected, "round {round} was answered by {answered:?}, expected {expected:?}");
-    }
-    let (seen, from) = peer::exchange(&socket, other, b"who am I?")?;
-    ensure!(
-        from == other
-            && String::from_utf8_lossy(&seen)
-                .starts_with(at(family.client(), 0).to_string().trim_end_matches('0')),
-        "{other} was asked; {from} sees {}",
-        String::from_utf8_lossy(&seen)
-    );
-    let flow = proxy.flow("udp", &socket.local_addr()?.to_string(), &resolvers[0].to_string())?;
-    ensure!(flow.action == "divert" && flow.rule == 1 && flow.packets_down == 5, "{flow:#?}");
-    Ok(())
-}
-
-/// Another address of the client, which the portal knows.
-const fn known(family: Family) -> &'static str {
-    family.pick("192.0.2.77", "2001:db8:1::77")
-}
-
-fn captive_portal(lab: &Lab, _: Family) -> Result<()> {
-    let rules = "[[rule]]\nfrom = ['192.0.2.77', '2001:db8:1::77']\naction = 'proxy'\n\
-                 [[rule]]\nprotocol = 'tcp'\nto_port = 80\naction = 'divert'\ntarget = '127.0.0.1:8080'\n\
-                 [[rule]]\naction = 'reject'\n";
-    lab.client.ip_batch("addr add 192.0.2.77/24 dev eth0\naddr add 2001:db8:1::77/64 dev eth0 nodad\n")?;
-    let _outside = server::web(lab, &lab.server, &[80, 443])?;
-    let _portal = server::web(lab, &lab.router, &[8080])?;
-    let (proxy, config) = start_with_rules(lab, "", rules)?;
-    for family in Family::ALL {
-        let to = family.anywhere(1);
-        let stranger = family.client().to_string();
-        let as_stranger = |port| {
-            lab.client
-                .cmd("curl")
-                .args(["--silent", "--max-time", &pace::seconds(5), "--interface"])
-                .arg(&stranger)
-                .arg(url(to, port, "/"))
-        };
-        let page = as_stranger(80).check()?;
-        ensure!(page.stdout.trim_end().ends_with("127.0.0.1 8080"), "not the portal, {}", page.describe());
-        as_stranger(443).run()?.expect_code(7)?;
-        Client::of(lab, family).expect_udp(at(to, 123), Rejected)?;
-        let guest: IpAddr = known(family).parse()?;
-        for port in [80, 443] {
-            expect_page_from(&lab.client, Some(guest), &url(to, port, "/"), &format!("{to} {port}"))?;
-        }
-        // The portal itself and this host's own services are reached as ever.
-        expect_page(&lab.client, &url(family.router(), 8080, "/"), &format!("{} 8080", family.router()))?;
-    }
-    // One that has paid.
-    let paid = Family::ALL.map(|family| family.client().to_string());
-    config.write(&format!("[[rule]]\nfrom = {paid:?}\naction = 'pass'\n{rules}"))?;
-    proxy.cmd("reload")?.check()?;
-    for family in Family::ALL {
-        let (from, to) = (family.client(), family.anywhere(1));
-        expect_page_from(&lab.client, Some(from), &url(to, 443, "/"), &format!("{to} 443"))?;
-    }
     Ok(())
 }
 
