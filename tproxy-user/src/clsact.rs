@@ -1,6 +1,8 @@
 //! The clsact qdisc, to which programs are attached where there is no tcx.
 
 use rtnetlink::Handle;
+use rtnetlink::packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage};
+use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::tc::{TcAttribute, TcFilterBpfOption, TcHandle, TcMessage, TcOption};
 
 use crate::netlink::{Error, collect};
@@ -60,6 +62,21 @@ pub async fn has_clsact(handle: &Handle, ifindex: u32) -> Result<bool, Error> {
     Ok(qdisc(handle, ifindex).await? == Qdisc::Clsact)
 }
 
+/// Adds a clsact qdisc to an interface; there must be none.
+///
+/// # Errors
+/// Where the kernel refuses.
+pub async fn add_clsact(handle: &Handle, ifindex: u32) -> Result<(), Error> {
+    let mut message = TcMessage::with_index(header_index(ifindex));
+    message.header.parent = TcHandle::CLSACT;
+    message.header.handle = TcHandle { major: TcHandle::CLSACT.major, minor: 0 };
+    message.attributes.push(TcAttribute::Kind("clsact".to_owned()));
+    let mut request = NetlinkMessage::from(RouteNetlinkMessage::NewQueueDiscipline(message));
+    request.header.flags = NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL;
+    let added = crate::netlink::request(handle, request).await;
+    added.map_err(|error| Error::new("add a clsact qdisc", error))
+}
+
 /// Removes the clsact qdisc of an interface with all its filters; one that is
 /// not there is no error.
 ///
@@ -111,10 +128,8 @@ pub async fn del_filter(handle: &Handle, ifindex: u32, filter: &Filter) -> Resul
     message.header.handle = filter.handle.into();
     message.header.info = u32::from(filter.priority) << 16 | u32::from(ALL_PROTOCOLS.to_be());
     message.attributes.push(TcAttribute::Kind(filter.kind.clone()));
-    let mut request = rtnetlink::packet_core::NetlinkMessage::from(
-        rtnetlink::packet_route::RouteNetlinkMessage::DelTrafficFilter(message),
-    );
-    request.header.flags = rtnetlink::packet_core::NLM_F_REQUEST | rtnetlink::packet_core::NLM_F_ACK;
+    let mut request = NetlinkMessage::from(RouteNetlinkMessage::DelTrafficFilter(message));
+    request.header.flags = NLM_F_REQUEST | NLM_F_ACK;
     absent_is_done(crate::netlink::request(handle, request).await, "remove a filter")
 }
 

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
+use nix::net::if_::if_nametoindex;
 use rtnetlink::Handle;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressScope};
 use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, LinkXdp};
@@ -18,6 +19,13 @@ pub const LOOPBACK_INDEX: u32 = 1;
 
 /// The table of the host's own addresses (`RT_TABLE_LOCAL`).
 const TABLE_LOCAL: u32 = 255;
+
+/// Whether the interface of this index still has this name: indices of devices
+/// that are gone may be given again.
+#[must_use]
+pub fn is_still(name: &str, index: u32) -> bool {
+    if_nametoindex(name) == Ok(index)
+}
 
 /// An interface.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -125,6 +125,9 @@ impl Steering {
         steering.keep_policy().await?;
         if let Some(tun) = tun {
             let hook = steering.hook();
+            if hook == Hook::Clsact {
+                clsact::add_clsact(handle, tun.link.index).await?;
+            }
             steering.datapath.attach_handshakes(tun, hook)?;
         }
         Ok(steering)
@@ -262,13 +265,17 @@ impl Steering {
         self.attached = stay;
         for (index, attached) in stale {
             tracing::info!("{}: detached", attached.name);
-            self.upkeep.forget(&attached.name);
-            if let Err(error) = bpffs::remove_links(&self.config.pin, index) {
-                tracing::warn!("{error}");
-            }
-            if let Err(error) = undo::detached(instance, index, &self.handle).await {
-                tracing::warn!("{}: {error:#}", attached.name);
-            }
+            self.detach(&attached.name, index, instance).await;
+        }
+    }
+
+    async fn detach(&mut self, name: &str, index: u32, instance: &mut Instance) {
+        self.upkeep.forget(name);
+        if let Err(error) = bpffs::remove_links(&self.config.pin, index) {
+            tracing::warn!("{error}");
+        }
+        if let Err(error) = undo::detached(instance, index, &self.handle).await {
+            tracing::warn!("{name}: {error:#}");
         }
     }
 
@@ -283,7 +290,8 @@ impl Steering {
             clsact::Qdisc::Absent => {
                 let made = QdiscMade { ifindex: interface.index, ifname: interface.name.clone() };
                 instance.record(|journal| journal.adding(made))?;
-                crate::datapath::attach::add_clsact(&interface.name)
+                clsact::add_clsact(&self.handle, interface.index)
+                    .await
                     .with_context(|| format!("cannot add a clsact qdisc to {}", interface.name))
             }
         }

@@ -3,13 +3,14 @@
 use std::path::Path;
 
 use anyhow::Context as _;
-use nix::net::if_::{if_indextoname, if_nametoindex};
+use nix::net::if_::if_indextoname;
 use rtnetlink::Handle;
 
 use crate::clsact;
 use crate::datapath::bpffs;
 use crate::instance::Instance;
 use crate::instance::state::{FilterMade, Journal, QdiscMade, State, SysctlChange, netns};
+use crate::interfaces::is_still;
 use crate::routing::Routing;
 use crate::sysctl;
 
@@ -134,12 +135,6 @@ pub fn renamed(instance: &mut Instance) -> anyhow::Result<()> {
 
 fn name(ifindex: u32) -> Option<String> {
     if_indextoname(ifindex).ok()?.into_string().ok()
-}
-
-/// Whether the interface of this index still has this name: indices of devices
-/// that are gone may be given again.
-pub(crate) fn is_still(ifname: &str, ifindex: u32) -> bool {
-    if_nametoindex(ifname) == Ok(ifindex)
 }
 
 /// Removes a filter that we made. It is known by its place and the name of its

@@ -9,7 +9,7 @@ use std::os::fd::AsFd as _;
 use std::path::Path;
 
 use aya::programs::links::{FdLink, LinkError};
-use aya::programs::tc::{NlOptions, TcAttachOptions, TcAttachType, TcError, TcHandle, qdisc_add_clsact};
+use aya::programs::tc::{NlOptions, TcAttachOptions, TcAttachType, TcError, TcHandle};
 use aya::programs::{LinkOrder, ProgramError};
 use serde::Serialize;
 use tproxy_common::abi::program;
@@ -17,6 +17,7 @@ use tproxy_common::abi::program;
 use crate::clsact::Filter;
 use crate::failure::Failure;
 use crate::instance::state::FilterMade;
+use crate::interfaces::is_still;
 use crate::plan::Role;
 use crate::tun::Tun;
 
@@ -112,6 +113,14 @@ pub struct Target<'a> {
     pub ifindex: u32,
 }
 
+impl Target<'_> {
+    /// aya attaches by name, and that may be another interface's by now. Links detach what they
+    /// hold when they are dropped.
+    fn is_there(&self) -> Result<(), &'static str> {
+        if is_still(self.interface, self.ifindex) { Ok(()) } else { Err("it is gone") }
+    }
+}
+
 impl Datapath {
     /// Attaches one of the [`programs`] of an interface. `journal` is told of a
     /// clsact filter before it is made.
@@ -169,6 +178,7 @@ impl Datapath {
         let options = TcAttachOptions::TcxOrder(LinkOrder::default());
         let id = program.attach_with_options(target.interface, direction.into(), options)?;
         let link: FdLink = program.take_link(id)?.try_into().map_err(|error: LinkError| error)?;
+        target.is_there()?;
         // bpffs takes no dots, which VLAN names have: the index names the interface.
         pin_anew(link, &bpffs::links(pin).join(format!("{}_{name}", target.ifindex)))
     }
@@ -200,8 +210,10 @@ impl Datapath {
                 TcAttachOptions::Netlink(options),
             ) {
                 Ok(id) => {
+                    let link = program.take_link(id)?;
+                    target.is_there()?;
                     // The filter is to stay when this process goes.
-                    std::mem::forget(program.take_link(id)?);
+                    std::mem::forget(link);
                     return Ok(());
                 }
                 Err(error) if errno(&error) == Some(libc::EEXIST) => {}
@@ -220,9 +232,6 @@ impl Datapath {
     pub fn attach_handshakes(&mut self, tun: &Tun, hook: Hook) -> Result<(), AttachError> {
         let choose = |ebpf: &mut aya::Ebpf| -> Result<(), AnyError> {
             tun.choose_queue_by(queue_program(ebpf)?.fd()?.as_fd())?;
-            if hook == Hook::Clsact {
-                add_clsact(&tun.link.name)?;
-            }
             Ok(())
         };
         choose(&mut self.ebpf).map_err(|source| admit_failed(&tun.link.name, hook, source))?;
@@ -305,13 +314,4 @@ fn errno(error: &ProgramError) -> Option<i32> {
         ProgramError::TcError(TcError::IoError(error)) => error.raw_os_error(),
         _ => None,
     }
-}
-
-/// Makes the clsact qdisc of an interface; it must not be there.
-///
-/// # Errors
-///
-/// As the kernel says.
-pub fn add_clsact(interface: &str) -> Result<(), TcError> {
-    qdisc_add_clsact(interface)
 }

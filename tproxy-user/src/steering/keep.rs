@@ -5,12 +5,13 @@ use std::time::Instant;
 use tproxy_common::abi::program;
 
 use crate::clsact;
-use crate::datapath::attach::{Direction, Hook, Target, add_clsact, programs};
+use crate::datapath::attach::{Direction, Hook, Target, programs};
 use crate::datapath::bpffs;
 use crate::instance::Instance;
+use crate::interfaces::is_still;
 use crate::plan::{PlannedInterface, Sysctl};
 use crate::routing::Routing;
-use crate::{sysctl, tun, undo};
+use crate::{sysctl, tun};
 
 use super::upkeep::Kind;
 use super::{Attached, Steering};
@@ -53,10 +54,17 @@ impl Steering {
         outcomes.push(self.keep_groups(self.plan.notes_groups));
         outcomes.push(self.keep_tun().await);
         for interface in self.plan.interfaces.clone() {
-            // Gone since the plan was made: notice of that is under way. Its programs go a
-            // moment before it does.
-            if undo::is_still(&interface.name, interface.index) {
-                outcomes.push(self.keep_programs(&interface, instance).await);
+            let (name, index) = (&*interface.name, interface.index);
+            // Gone since the plan was made: notice of that is under way.
+            if !is_still(name, index) {
+                continue;
+            }
+            let kept = self.keep_programs(&interface, instance).await;
+            // Or meanwhile: its programs go a moment before it does.
+            if kept.is_err() && !is_still(name, index) {
+                self.detach(name, index, instance).await;
+            } else {
+                outcomes.push(kept);
             }
         }
         let mut failed = outcomes.into_iter().filter_map(Result::err);
@@ -123,7 +131,7 @@ impl Steering {
             self.upkeep.found(&part);
         } else if let Some(kind) = self.upkeep.may_make(&part, Instant::now()) {
             if hook == Hook::Clsact && !clsact::has_clsact(&self.handle, link.index).await? {
-                add_clsact(&link.name)?;
+                clsact::add_clsact(&self.handle, link.index).await?;
             }
             let attached = self.datapath.attach_admit(&link.name, hook).map_err(Into::into);
             self.upkeep.made(&part, kind, attached, |stats| &stats.programs_put_back)?;
@@ -153,8 +161,8 @@ impl Steering {
             let part = format!("{} at {}", side.1, interface.name);
             let Some(kind) = self.upkeep.may_make(&part, Instant::now()) else { continue };
             let attached = self.attach(interface, side, hook, instance).await;
-            if attached.is_err() && !undo::is_still(&interface.name, interface.index) {
-                return Ok(());
+            if attached.is_err() && !is_still(&interface.name, interface.index) {
+                return attached;
             }
             self.upkeep.made(&part, kind, attached, |stats| &stats.programs_put_back)?;
         }

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use aya::Pod;
 use aya::maps::{HashMap, Map, MapData, MapError, PerCpuArray};
+use aya::programs::tc::qdisc_add_clsact;
 use aya::programs::{CgroupSock, ProgramError, SchedClassifier, TcAttachType, TestRun as _, TestRunOptions};
 use nix::errno::Errno;
 use tproxy_common::abi::{
@@ -20,7 +21,6 @@ use tproxy_common::policy::Line;
 use tproxy_common::wire::Packet;
 use tproxy_user::config::Kernel as Version;
 use tproxy_user::config::Scope;
-use tproxy_user::datapath::attach::add_clsact;
 use tproxy_user::datapath::features::Features;
 use tproxy_user::datapath::group::BESIDE_OTHERS;
 use tproxy_user::datapath::load::Datapath;
@@ -289,7 +289,7 @@ impl Kernel {
     /// Attaches a program to an interface.
     pub(crate) fn attach(&mut self, program: &str, interface: &str, side: TcAttachType) {
         // In a new namespace there is no qdisc yet; tcx does not need one.
-        add_clsact(interface).expect("a qdisc");
+        qdisc_add_clsact(interface).expect("a qdisc");
         let classifier = self.loaded(program);
         classifier.attach(interface, side).expect("attached");
     }

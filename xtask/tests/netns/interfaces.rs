@@ -23,12 +23,16 @@ pub(crate) const SCENARIOS: Scenarios = &[
         comes_back(lab, family, "--iface lan --own-traffic", WAN)
     }),
     ("H5_glob_takes_a_new_interface", new_interface),
+    ("H5_interfaces_that_stay_for_a_moment", |lab, family| short_lived(lab, family, "")),
     ("H5_renamed_interface", renamed),
     ("H5_interface_goes_down_and_up", down_and_up),
     ("H5_bridge_port_comes_and_goes", bridge_port),
     ("H5_captured_interface_joins_a_bridge", joins_bridge),
     ("clsact_H5_named_interface_comes_back", |lab, family| {
         comes_back(lab, family, "--iface lan --attach clsact", LAN)
+    }),
+    ("clsact_H5_interfaces_that_stay_for_a_moment", |lab, family| {
+        short_lived(lab, family, "--attach clsact")
     }),
     ("clsact_H5_renamed_interface", |lab, family| renamed_with(lab, family, "--attach clsact")),
     ("clsact_H5_renamed_while_not_captured", renamed_while_not_captured),
@@ -209,6 +213,27 @@ fn new_interface(lab: &Lab, family: Family) -> Result<()> {
     LAN.plug(lab)?;
     expect_capture(lab, family, &proxy)?;
     expect_no_repair(&proxy)
+}
+
+/// Interfaces, as containers bring them, that go while they are looked at or attached to.
+fn short_lived(lab: &Lab, family: Family, flags: &str) -> Result<()> {
+    const COUNT: usize = 40;
+    needs_proxy()?;
+    let _service = service(lab, family)?;
+    let before = Snapshot::take(lab)?;
+    let proxy = start_proxy(lab, &format!("--iface lan --iface brief* {flags}"))?;
+    for round in 0..COUNT {
+        // From none to a quarter of a second: the programs are attached within.
+        let stay = Duration::from_millis(10) * u32::try_from(round % 25)?;
+        lab.router.ip_batch("link add brief0 type veth peer name brief1\nlink set brief0 up\n")?;
+        std::thread::sleep(stay);
+        lab.router.ip_batch("link del brief0\n")?;
+    }
+    expect_capture(lab, family, &proxy)?;
+    expect_no_remains(lab, &proxy)?;
+    expect_no_repair(&proxy)?;
+    proxy.terminate(Duration::from_secs(10))?;
+    Snapshot::take(lab)?.expect_same_of_the_proxy(&before)
 }
 
 fn renamed(lab: &Lab, family: Family) -> Result<()> {
