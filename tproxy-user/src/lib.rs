@@ -43,4 +43,5 @@ pub mod telemetry;
 pub mod tun;
 pub mod undo;
 pub mod upstream;
+pub mod wire;
 pub mod worker;

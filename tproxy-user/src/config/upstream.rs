@@ -2,6 +2,7 @@
 
 mod credentials;
 mod proxy;
+mod tls;
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -13,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 pub use credentials::{Credentials, Secret};
 pub use proxy::{Host, Protocol, Proxy, Udp};
+pub use tls::Tls;
 
 /// A way to reach destinations.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -16,6 +16,7 @@ use tokio::time::Instant;
 use super::pool::Pool;
 use crate::sockopt;
 use crate::stats::Value;
+use crate::wire::Wire;
 
 /// Reads in a row before other connections get their turn.
 const ROUNDS: usize = 16;
@@ -81,8 +82,8 @@ pub(crate) struct Traffic {
 /// A closed direction is passed on as FIN once all its bytes are; the other goes
 /// on. `totals` are the worker's counters of bytes up and down.
 pub(crate) async fn copy(
-    client: &TcpStream,
-    upstream: &TcpStream,
+    client: &Wire,
+    upstream: &Wire,
     pool: &Pool,
     patience: Patience,
     traffic: &Traffic,
@@ -122,8 +123,8 @@ pub(crate) async fn copy(
                 result
             }
             // A side that has closed its direction is no longer read, but may still reset.
-            () = reset(client), if !up_open && state.dead.get().is_none() => Err(Side::Client),
-            () = reset(upstream), if !down_open && state.dead.get().is_none() => Err(Side::Upstream),
+            () = reset(client.socket()), if !up_open && state.dead.get().is_none() => Err(Side::Client),
+            () = reset(upstream.socket()), if !down_open && state.dead.get().is_none() => Err(Side::Upstream),
             ending = &mut clock => break ending,
         };
         if let Err(side) = result {
@@ -140,7 +141,7 @@ pub(crate) async fn copy(
     };
     if let Ending::Reset(side) = ending {
         let other = if side == Side::Client { upstream } else { client };
-        flush(other, state.grace_ends.get()).await;
+        flush(other.socket(), state.grace_ends.get()).await;
     }
     ending
 }
@@ -224,8 +225,8 @@ impl State {
 
 /// One direction of a connection.
 struct Direction<'a> {
-    from: &'a TcpStream,
-    to: &'a TcpStream,
+    from: &'a Wire,
+    to: &'a Wire,
     /// The side of `from`.
     source: Side,
     pool: &'a Pool,
@@ -244,7 +245,7 @@ impl Direction<'_> {
             let mut more = true;
             for _ in 0..ROUNDS {
                 match self.from.try_read(&mut buffer) {
-                    Ok(0) => return self.pass_fin(),
+                    Ok(0) => return self.pass_fin().await,
                     Ok(read) => self.write(&buffer[..read]).await?,
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                         more = false;
@@ -261,13 +262,15 @@ impl Direction<'_> {
         }
     }
 
-    fn pass_fin(&self) -> Result<(), Side> {
+    async fn pass_fin(&self) -> Result<(), Side> {
         // A socket whose error was reported already reads as closed: no FIN for that, or
         // a response cut short would look complete.
         if self.state.dead.get() == Some(self.source) {
             return Err(self.source);
         }
-        sockopt::send_fin(self.to).map_err(|_| self.source.other())?;
+        while self.blocks(self.to.try_close())? {
+            self.writable().await?;
+        }
         self.state.half_close();
         Ok(())
     }
@@ -287,7 +290,19 @@ impl Direction<'_> {
                 Err(_) => return Err(self.source.other()),
             }
         }
+        while self.blocks(self.to.try_flush())? {
+            self.writable().await?;
+        }
         Ok(())
+    }
+
+    /// Whether what was tried at the destination is to be tried again.
+    fn blocks(&self, outcome: io::Result<()>) -> Result<bool, Side> {
+        match outcome {
+            Ok(()) => Ok(false),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(true),
+            Err(_) => Err(self.source.other()),
+        }
     }
 
     /// Waits for room to write, and meanwhile for a reset of the source: a reader
@@ -296,7 +311,7 @@ impl Direction<'_> {
         loop {
             tokio::select! {
                 result = self.to.writable() => return result.map_err(|_| self.source.other()),
-                () = reset(self.from), if self.state.dead.get().is_none() => self.state.died(self.source),
+                () = reset(self.from.socket()), if self.state.dead.get().is_none() => self.state.died(self.source),
             }
         }
     }

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::io::AsyncWriteExt as _;
-use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout};
 
 use super::Worker;
@@ -20,6 +19,7 @@ use crate::upstream::destination::Destination;
 use crate::upstream::direct::Direct;
 use crate::upstream::outbound::{Errand, Outbound};
 use crate::upstream::{ConnectError, Reason};
+use crate::wire::Wire;
 
 /// The next hop of a flow.
 #[derive(Clone, Debug)]
@@ -154,7 +154,7 @@ impl Exit {
         worker: &Worker,
         ends: (ClientAddr, OrigDst),
         name: Option<&str>,
-    ) -> Result<(TcpStream, Hop), ConnectError> {
+    ) -> Result<(Wire, Hop), ConnectError> {
         let Self { legs, mut socket } = self;
         let end = Instant::now() + worker.shared.timeouts.connect;
         let mut left = u32::try_from(legs.others.len()).unwrap_or(u32::MAX).saturating_add(1);
@@ -164,7 +164,7 @@ impl Exit {
             let patience = end.saturating_duration_since(Instant::now()) / left;
             left -= 1;
             match leg.connect(worker, socket.take(), (ends, name), patience).await {
-                Ok(stream) => return Ok((stream, leg.hop)),
+                Ok(wire) => return Ok((wire, leg.hop)),
                 Err(error) if error.reason == Reason::Proxy && left > 0 => {
                     worker.stats().connect_failed_over.inc();
                     tracing::debug!("{} to {} by {}: {error}; trying another", ends.0, ends.1, leg.hop);
@@ -185,7 +185,7 @@ impl Leg {
         socket: Option<Result<UpstreamSocket, ConnectError>>,
         ((client, destination), name): ((ClientAddr, OrigDst), Option<&str>),
         patience: Duration,
-    ) -> Result<TcpStream, ConnectError> {
+    ) -> Result<Wire, ConnectError> {
         let (socket, stats) = (socket.transpose()?, worker.stats());
         match &self.hop {
             Hop::Straight(to) => {
@@ -197,7 +197,7 @@ impl Leg {
                         let sent = stream.write_all(&header).await;
                         sent.map_err(|source| SocketError { call: "write", source })?;
                     }
-                    Ok(stream)
+                    Ok(Wire::Plain(stream))
                 };
                 timeout(patience, attempt).await.unwrap_or_else(|_| Err(Direct::too_slow()))
             }

@@ -212,7 +212,7 @@ async fn serve(
         _ = &mut claimed => return,
     };
     let (upstream_side, hop) = match connected {
-        Ok((stream, hop)) => (Connection::new(stream), hop),
+        Ok((wire, hop)) => (Connection::new(wire), hop),
         Err(error) => {
             failed(&worker, handshakes, &open.handshake, &error);
             open.forget(handshakes);

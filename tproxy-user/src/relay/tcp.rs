@@ -23,6 +23,7 @@ use super::route::Way;
 use crate::addr::{ClientAddr, OrigDst};
 use crate::limits::ClientSlot;
 use crate::sockopt;
+use crate::wire::Wire;
 
 /// Connections accepted in a row before those already open get their turn.
 const BATCH: usize = 32;
@@ -140,7 +141,7 @@ fn admit(
         return sockopt::reset_on_close(&stream);
     }
     let mut stream = match TcpStream::from_std(stream) {
-        Ok(stream) => Connection::new(stream),
+        Ok(stream) => Connection::new(Wire::Plain(stream)),
         Err(error) => {
             stats.accept_exhausted.inc();
             return worker.shared.report_exhaustion("cannot wait for a connection", &error);
@@ -180,7 +181,7 @@ async fn serve(
     let mut name = None;
     if exit.as_ref().is_none_or(Exit::asks_by_name) {
         stats.tcp_asked.inc();
-        name = match ask::name(&client_side).await {
+        name = match ask::name(client_side.socket()).await {
             Ok(name) => name,
             Err(_) => return record.ends(End::ClientGone),
         };
@@ -198,10 +199,10 @@ async fn serve(
     let Some(exit) = exit else { return record.ends(End::Rejected) };
     let connected = tokio::select! {
         connected = exit.connect(&worker, (client, destination), name.as_deref()) => connected,
-        () = reset(&client_side) => return record.ends(End::ClientGone),
+        () = reset(client_side.socket()) => return record.ends(End::ClientGone),
     };
     let (upstream_side, hop) = match connected {
-        Ok((stream, hop)) => (Connection::new(stream), hop),
+        Ok((wire, hop)) => (Connection::new(wire), hop),
         Err(error) => {
             if let Some(error) = error.exhaustion() {
                 worker.shared.report_exhaustion("cannot connect", error);
@@ -235,13 +236,13 @@ pub(super) async fn relay(
 /// it was [closed](Self::close): an end that was not agreed on must not look like one.
 #[derive(Debug)]
 pub(super) struct Connection {
-    stream: TcpStream,
+    wire: Wire,
     closed: bool,
 }
 
 impl Connection {
-    pub(super) fn new(stream: TcpStream) -> Self {
-        Self { stream, closed: false }
+    pub(super) fn new(wire: Wire) -> Self {
+        Self { wire, closed: false }
     }
 
     fn close(mut self) {
@@ -250,17 +251,17 @@ impl Connection {
 }
 
 impl Deref for Connection {
-    type Target = TcpStream;
+    type Target = Wire;
 
-    fn deref(&self) -> &TcpStream {
-        &self.stream
+    fn deref(&self) -> &Wire {
+        &self.wire
     }
 }
 
 impl Drop for Connection {
     fn drop(&mut self) {
         if !self.closed {
-            sockopt::reset_on_close(&self.stream);
+            sockopt::reset_on_close(self.wire.socket());
         }
     }
 }

@@ -50,7 +50,8 @@ pub fn request(to: Destination<'_>, credentials: Option<&Credentials>) -> Vec<u8
 /// A request that asks a server, by its URL, for nothing but an answer (RFC 9110, section 9.3.7).
 #[must_use]
 pub fn options(url: &str, credentials: Option<&Credentials>) -> Vec<u8> {
-    let (authorization, host) = (authorization(credentials), url.trim_start_matches("http://"));
+    let (authorization, host) =
+        (authorization(credentials), url.split_once("://").map_or(url, |(_, host)| host));
     format!(
         "OPTIONS * HTTP/1.1\r\nHost: {host}\r\nMax-Forwards: 0\r\n{authorization}Connection: close\r\n\r\n"
     )

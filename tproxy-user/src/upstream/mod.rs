@@ -108,6 +108,12 @@ pub enum Cause {
     /// An HTTP server.
     #[error(transparent)]
     Http(#[from] http::Violation),
+    /// Either side of TLS.
+    #[error("{}", told(.0))]
+    Tls(rustls::Error),
+    /// This host, which trusts nobody.
+    #[error("{0}")]
+    Trust(String),
     /// The kernel, of a connection that there was.
     #[error(transparent)]
     Io(#[from] io::Error),
@@ -125,6 +131,17 @@ pub enum Cause {
         /// What the resolver answered.
         source: io::Error,
     },
+}
+
+/// What is wrong with TLS, and what helps.
+fn told(error: &rustls::Error) -> String {
+    match error {
+        rustls::Error::InvalidCertificate(rustls::CertificateError::UnknownIssuer) => {
+            "its certificate is signed by nobody who is trusted: name who signed it with ca_file".to_owned()
+        }
+        rustls::Error::InvalidMessage(_) => format!("it does not speak TLS: {error}"),
+        _ => format!("TLS: {error}"),
+    }
 }
 
 impl Cause {

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use rustls::ClientConfig;
 use tokio::net::TcpStream;
 
 use super::destination::Destination;
@@ -14,10 +15,11 @@ use super::health::{Change, Health};
 use super::socks5::Command;
 use super::{Cause, ConnectError, Reason, tunnel};
 use crate::addr::{ClientAddr, UpstreamAddr};
-use crate::config::upstream::{Check, CheckBy, Host, Proxy};
+use crate::config::upstream::{Check, CheckBy, Host, Proxy, Tls};
 use crate::limits::Alarm;
 use crate::sockopt::UpstreamSocket;
 use crate::stats::WorkerStats;
+use crate::wire::{Wire, tls};
 
 /// How long the addresses of a name are used before it is looked up again.
 const FRESH: Duration = Duration::from_secs(30);
@@ -48,6 +50,8 @@ pub struct Outbound {
     proxy: Arc<Proxy>,
     /// The server through which it is reached.
     via: Option<Arc<Self>>,
+    /// What TLS handshakes with it are made with.
+    tls: Option<Result<Arc<ClientConfig>, String>>,
     found: Mutex<Found>,
     /// Held by who looks the name up.
     looking: tokio::sync::Mutex<()>,
@@ -73,7 +77,9 @@ impl Outbound {
     #[must_use]
     pub fn new(proxy: Arc<Proxy>, via: Option<Arc<Self>>) -> Self {
         let (found, looking, health, failing, no_udp, latency) = Default::default();
-        Self { proxy, via, found, looking, health, failing, no_udp, latency }
+        // Now, while files can be read.
+        let tls = proxy.tls.as_ref().map(Tls::client);
+        Self { proxy, via, tls, found, looking, health, failing, no_udp, latency }
     }
 
     /// The server, as it is configured.
@@ -168,10 +174,10 @@ impl Outbound {
         errand: Errand<'_>,
         socket: Option<UpstreamSocket>,
         to: Destination<'_>,
-    ) -> Result<TcpStream, ConnectError> {
-        let mut stream = self.reach(errand, socket).await?;
-        self.judge(tunnel::connect(&mut stream, &self.proxy, to).await)?;
-        Ok(stream)
+    ) -> Result<Wire, ConnectError> {
+        let wire = self.reach(errand, socket).await?;
+        self.judge(tunnel::connect(&wire, &self.proxy, to).await)?;
+        Ok(wire)
     }
 
     /// Has the server carry datagrams: the connection that they are carried as long as, the
@@ -179,13 +185,13 @@ impl Outbound {
     ///
     /// # Errors
     /// As [`connect`](Self::connect).
-    pub async fn associate(&self, errand: Errand<'_>) -> Result<(TcpStream, SocketAddr), ConnectError> {
-        let mut stream = self.reach(errand, None).await?;
-        let server = stream.peer_addr().map_err(|source| ConnectError::of_proxy(Cause::Io(source)))?;
+    pub async fn associate(&self, errand: Errand<'_>) -> Result<(Wire, SocketAddr), ConnectError> {
+        let wire = self.reach(errand, None).await?;
+        let server = wire.socket().peer_addr().map_err(|source| ConnectError::of_proxy(Cause::Io(source)))?;
         // Some servers mind the family. Which port it will be is not known, nor what NAT makes of it.
         let from = if server.is_ipv6() { ([0; 16], 0).into() } else { ([0; 4], 0).into() };
         let command = Command::UdpAssociate(from);
-        let asked = tunnel::socks5(&mut stream, &self.proxy, command).await;
+        let asked = tunnel::socks5(&wire, &self.proxy, command).await;
         if let Err(error) = &asked
             && error.source.is_unsupported()
         {
@@ -197,18 +203,14 @@ impl Outbound {
             Some(relay) if !relay.ip().is_unspecified() => relay,
             bound => SocketAddr::new(server.ip(), bound.map_or(server.port(), |relay| relay.port())),
         };
-        Ok((stream, relay))
+        Ok((wire, relay))
     }
 
     /// A connection to the server, at the first of its addresses that has it.
-    async fn reach(
-        &self,
-        errand: Errand<'_>,
-        socket: Option<UpstreamSocket>,
-    ) -> Result<TcpStream, ConnectError> {
+    async fn reach(&self, errand: Errand<'_>, socket: Option<UpstreamSocket>) -> Result<Wire, ConnectError> {
         match self.reach_any(errand, socket).await {
             // It has its part still to do.
-            Ok(stream) => Ok(stream),
+            Ok(wire) => Ok(wire),
             Err(error) => self.judge(Err(error)),
         }
     }
@@ -217,12 +219,12 @@ impl Outbound {
         &self,
         errand: Errand<'_>,
         mut socket: Option<UpstreamSocket>,
-    ) -> Result<TcpStream, ConnectError> {
+    ) -> Result<Wire, ConnectError> {
         let mut tried = 0;
         loop {
             tried += 1;
             match self.reach_one(errand, socket.take()).await {
-                Ok(stream) => return Ok(stream),
+                Ok(wire) => return Ok(wire),
                 Err(error) if error.reason == Reason::Exhausted => return Err(error),
                 Err(error) => {
                     let addresses = {
@@ -242,10 +244,10 @@ impl Outbound {
         &self,
         errand: Errand<'_>,
         socket: Option<UpstreamSocket>,
-    ) -> Result<TcpStream, ConnectError> {
+    ) -> Result<Wire, ConnectError> {
         let begun = Instant::now();
-        let stream = match &self.via {
-            None => self.reach_straight(errand, socket).await?,
+        let wire = match &self.via {
+            None => Wire::Plain(self.reach_straight(errand, socket).await?),
             Some(via) => {
                 let to = match &self.proxy.host {
                     Host::Address(ip) => Destination::Address(SocketAddr::new(*ip, self.proxy.port)),
@@ -255,9 +257,18 @@ impl Outbound {
                 Box::pin(via.connect(errand, socket, to)).await?
             }
         };
+        let wire = self.secure(wire).await?;
         let took = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
         self.latency.store(took.saturating_add(1), Ordering::Relaxed);
-        Ok(stream)
+        Ok(wire)
+    }
+
+    /// Has a TLS handshake where the server wants one.
+    async fn secure(&self, wire: Wire) -> Result<Wire, ConnectError> {
+        let (Some(tls), Some(client)) = (&self.proxy.tls, &self.tls) else { return Ok(wire) };
+        let client = client.clone().map_err(|why| ConnectError::of_proxy(Cause::Trust(why)))?;
+        let session = tls::Session::connect(wire, client, tls.name.clone()).await.map_err(tunnel::broken)?;
+        Ok(Wire::Tls(Box::new(session)))
     }
 
     async fn reach_straight(
@@ -306,13 +317,11 @@ impl Outbound {
     pub async fn check(&self, check: &Check, direct: &Direct, stats: &WorkerStats) {
         let errand = Errand { direct, client: NOBODY.into(), stats };
         let attempt = async {
-            let mut stream = self.reach_any(errand, None).await?;
+            let wire = self.reach_any(errand, None).await?;
             match check.by {
                 CheckBy::Connect => Ok(()),
-                CheckBy::Handshake => tunnel::greet(&mut stream, &self.proxy).await,
-                CheckBy::Request(to) => {
-                    tunnel::connect(&mut stream, &self.proxy, Destination::Address(to)).await
-                }
+                CheckBy::Handshake => tunnel::greet(&wire, &self.proxy).await,
+                CheckBy::Request(to) => tunnel::connect(&wire, &self.proxy, Destination::Address(to)).await,
             }
         };
         let outcome =

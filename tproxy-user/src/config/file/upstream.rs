@@ -12,7 +12,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::error::Mistake;
-use crate::config::upstream::{self, Credentials, Proxy, Udp};
+use crate::config::upstream::{self, Credentials, Proxy, Tls, Udp};
 pub use check::Check;
 pub use group::Group;
 
@@ -25,7 +25,8 @@ const LONGEST: u64 = 4096;
 pub struct Upstream {
     /// What rules call it.
     pub name: String,
-    /// What it speaks and where it is, such as <socks5://10.0.0.2:1080> or <http://proxy.example.org:3128>.
+    /// What it speaks and where it is, such as <socks5://10.0.0.2:1080>, <http://proxy.example.org:3128>
+    /// or, inside TLS, <https://proxy.example.org:443>.
     pub url: String,
     /// The user that it knows.
     pub username: Option<String>,
@@ -35,6 +36,11 @@ pub struct Upstream {
     pub password_env: Option<String>,
     /// The systemd credential that has it (`LoadCredential=`).
     pub password_credential: Option<String>,
+    /// A file with certificates, in PEM form, of whom is trusted to have signed that of an https://
+    /// server, instead of those whom the system trusts; relative to the config file.
+    pub ca_file: Option<PathBuf>,
+    /// The name or address that its certificate has, where that is not the host of the URL.
+    pub server_name: Option<String>,
     /// UDP flows that it cannot carry: reject (the default), pass, direct.
     pub udp: Option<Udp>,
     /// Ask it for destinations by their names, where the client's first bytes tell them (TLS server
@@ -130,7 +136,9 @@ impl Upstreams {
             return Ok(upstream::Upstream::Direct);
         }
         if text.contains("://") {
-            return Proxy::parse(text).map(|proxy| upstream::Upstream::Proxy(proxy.into()));
+            let proxy = Proxy::parse(text)?;
+            proxy.tls.as_ref().map(Tls::client).transpose()?;
+            return Ok(upstream::Upstream::Proxy(proxy.into()));
         }
         let name = upstream::name(text)?;
         if let Some(known) = self.0.iter().find(|known| known.name() == name) {
@@ -161,10 +169,33 @@ impl Upstream {
                 "a user has a password: name it with password_file, password_env or password_credential";
             return Err(("username", message.to_owned()));
         }
+        self.resolve_tls(&mut proxy, directory)?;
         proxy.udp = self.udp.unwrap_or_default();
         let check = self.check.as_ref().map(Check::resolve).transpose().map_err(|why| ("check", why))?;
         let (names, pipelined) = (self.names.unwrap_or_default(), self.pipelined.unwrap_or_default());
         Ok(Proxy { name: name.into(), names, pipelined, check, ..proxy })
+    }
+
+    /// Adds what is written about TLS.
+    fn resolve_tls(&self, proxy: &mut Proxy, directory: &Path) -> Result<(), (&'static str, String)> {
+        let Some(tls) = &mut proxy.tls else {
+            let of_none = |key: &'static str| Err((key, "it is of an https:// server alone".to_owned()));
+            return match (&self.ca_file, &self.server_name) {
+                (None, None) => Ok(()),
+                (Some(_), _) => of_none("ca_file"),
+                (None, Some(_)) => of_none("server_name"),
+            };
+        };
+        if let Some(name) = &self.server_name {
+            tls.name = Tls::name(name).map_err(|why| ("server_name", why))?;
+        }
+        if let Some(file) = &self.ca_file {
+            let path = directory.join(file);
+            let pem = std::fs::read(&path).map_err(|error| error.to_string());
+            let read = pem.and_then(|pem| Tls::authorities(&pem));
+            tls.authorities = Some(read.map_err(|why| ("ca_file", format!("{}: {why}", path.display())))?);
+        }
+        tls.client().map(drop).map_err(|why| ("url", why))
     }
 
     /// The password, and the key that names it.
@@ -314,6 +345,30 @@ mod tests {
     }
 
     #[test]
+    fn authorities_come_from_a_file() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let own = rcgen::generate_simple_self_signed(["exit".to_owned()]).expect("a certificate");
+        let with = |content: &str| {
+            std::fs::write(directory.path().join("ca.pem"), content).expect("written");
+            let upstream =
+                Upstream { ca_file: Some("ca.pem".into()), ..written("exit", "https://10.0.0.2:443") };
+            upstream.resolve(directory.path())
+        };
+        let tls = with(&own.cert.pem()).expect("valid").tls.expect("https");
+        assert_eq!(tls.name.to_str(), "10.0.0.2");
+        assert_eq!(tls.authorities.as_deref(), Some(&[own.cert.der().clone()][..]));
+        for (content, expected) in [
+            (String::new(), "there is none"),
+            (own.signing_key.serialize_pem(), "there is none"),
+            (own.cert.pem().replace("END", "BEGIN"), "expected certificates in PEM form"),
+            (own.cert.pem().replace("MII", "AAA"), "a certificate cannot be used"),
+        ] {
+            let (key, message) = with(&content).expect_err(expected);
+            assert!(key == "ca_file" && message.contains(expected), "{key}: {message}");
+        }
+    }
+
+    #[test]
     fn mistakes_are_told_with_their_key() {
         let exit = written("exit", "socks5://10.0.0.2");
         let user = Upstream { username: Some("u".to_owned()), ..exit.clone() };
@@ -330,6 +385,18 @@ mod tests {
             (
                 vec![Upstream { via: Some("direct".to_owned()), ..exit.clone() }],
                 "upstream[0].via: 'direct': expected the name of an [[upstream]]",
+            ),
+            (
+                vec![Upstream { ca_file: Some("ca".into()), ..exit.clone() }],
+                "upstream[0].ca_file: it is of an https:// server alone",
+            ),
+            (
+                vec![Upstream { ca_file: Some("ca".into()), ..written("a", "https://h:443") }],
+                "upstream[0].ca_file: /nowhere/ca: No such file",
+            ),
+            (
+                vec![Upstream { server_name: Some("-".into()), ..written("a", "https://h:443") }],
+                "upstream[0].server_name: '-': expected a name or an address",
             ),
             (vec![user.clone()], "upstream[0].username: a user has a password"),
             (vec![file.clone()], "upstream[0].password_file: cannot read /nowhere/pw"),

@@ -8,7 +8,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use url::Url;
 
-use super::{Check, Credentials};
+use super::{Check, Credentials, Tls};
 
 /// A proxy server.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -21,6 +21,8 @@ pub struct Proxy {
     pub host: Host,
     /// The port that it listens on.
     pub port: u16,
+    /// It is spoken to inside TLS; `None`: as it is.
+    pub tls: Option<Tls>,
     /// What it knows this client by.
     pub credentials: Option<Credentials>,
     /// What becomes of UDP flows, where it cannot carry them.
@@ -72,11 +74,11 @@ impl Proxy {
     /// # Errors
     /// What was expected. The text is not repeated, for it may have a password.
     pub fn parse(text: &str) -> Result<Self, String> {
-        const EXPECTED: &str = "expected socks5://HOST[:PORT] or http://HOST:PORT";
+        const EXPECTED: &str = "expected socks5://HOST[:PORT], http://HOST:PORT or https://HOST:PORT";
         let url = Url::parse(text).map_err(|error| format!("{error}; {EXPECTED}"))?;
         let protocol = match url.scheme() {
             "socks5" | "socks5h" => Protocol::Socks5,
-            "http" => Protocol::Http,
+            "http" | "https" => Protocol::Http,
             other => return Err(format!("'{other}' is no protocol of an upstream; {EXPECTED}")),
         };
         if !matches!(url.path(), "" | "/") || url.query().is_some() || url.fragment().is_some() {
@@ -89,9 +91,10 @@ impl Proxy {
             // The port that IANA has registered for SOCKS.
             (None, Protocol::Socks5) => 1080,
             // That of web servers is rarely a proxy's, and the parser does not tell whether it was written.
-            (None, Protocol::Http) if text.trim_end_matches('/').ends_with(":80") => 80,
             (None, Protocol::Http) => {
-                return Err("name the port, such as http://HOST:3128".to_owned());
+                let written = text.trim_end_matches('/');
+                let usual = url.port_or_known_default().filter(|port| written.ends_with(&format!(":{port}")));
+                usual.ok_or_else(|| format!("name the port, such as {}://HOST:3128", url.scheme()))?
             }
         };
         let credentials = match (url.username(), url.password()) {
@@ -100,12 +103,14 @@ impl Proxy {
                 Some(Credentials::new(&decoded(username)?, &decoded(password.unwrap_or_default())?)?)
             }
         };
-        let name = "".into();
+        let (name, host) = ("".into(), Host::parse(host)?);
+        let tls = if url.scheme() == "https" { Some(Tls::of(&host)?) } else { None };
         let proxy = Self {
             name,
             protocol,
-            host: Host::parse(host)?,
+            host,
             port,
+            tls,
             credentials,
             udp: Udp::default(),
             via: None,
@@ -126,7 +131,8 @@ impl Proxy {
     /// Without user and password.
     #[must_use]
     pub fn url(&self) -> String {
-        format!("{}://{}:{}", self.protocol, self.host, self.port)
+        let secure = if self.tls.is_some() { "s" } else { "" };
+        format!("{}{secure}://{}:{}", self.protocol, self.host, self.port)
     }
 }
 
@@ -196,6 +202,8 @@ mod tests {
             ("socks5h://exit.example.org:1", "socks5://exit.example.org:1"),
             ("http://proxy.example.org:80/", "http://proxy.example.org:80"),
             ("http://u:p%40@10.0.0.2:3128", "http://10.0.0.2:3128"),
+            ("https://proxy.example.org:443", "https://proxy.example.org:443"),
+            ("https://[2001:db8::2]:8443/", "https://[2001:db8::2]:8443"),
         ] {
             assert_eq!(proxy(text).to_string(), shown);
         }
@@ -214,6 +222,8 @@ mod tests {
             ("socks5://h:1/x", "behind the host"),
             ("socks5://a_b%20:1", "neither an address nor a name"),
             ("http://h", "name the port"),
+            ("https://h", "name the port, such as https://HOST"),
+            ("https://h:80x", "invalid port"),
             ("socks5://:secret@h", "1 to 255 bytes"),
             ("socks5://u:a%0ab@h", "control characters"),
         ] {

@@ -23,14 +23,15 @@ async fn between<T>(
 ) -> (T, Ending, Traffic) {
     let (client, client_side) = connection().await;
     let (server, upstream_side) = connection().await;
+    let (client_side, upstream_side) = (Wire::Plain(client_side), Wire::Plain(upstream_side));
     let (pool, traffic) = (Pool::default(), Traffic::default());
     let totals = (Value::default(), Value::default());
     let copying = async {
         let totals = (&totals.0, &totals.1);
         let ending = copy(&client_side, &upstream_side, &pool, patience, &traffic, totals).await;
         if ending != Ending::Closed {
-            sockopt::reset_on_close(&client_side);
-            sockopt::reset_on_close(&upstream_side);
+            sockopt::reset_on_close(client_side.socket());
+            sockopt::reset_on_close(upstream_side.socket());
         }
         drop((client_side, upstream_side));
         ending

@@ -5,8 +5,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::rc::Rc;
 
-use tokio::io::Interest;
-use tokio::net::{TcpStream, UdpSocket};
+use tokio::net::UdpSocket;
 use tokio::task::spawn_local;
 use tokio::time::timeout;
 
@@ -21,6 +20,7 @@ use crate::relay::route::Route;
 use crate::relay::waiting::Waiting;
 use crate::upstream::ConnectError;
 use crate::upstream::outbound::{Errand, Outbound};
+use crate::wire::Wire;
 
 /// Datagrams of a flow that wait: a QUIC client's first flight, some DNS questions.
 const DATAGRAMS: usize = 16;
@@ -33,7 +33,7 @@ const BYTES: usize = 8 << 20;
 pub(super) struct Association {
     relay: UpstreamAddr,
     /// It does so as long as this is open.
-    control: TcpStream,
+    control: Wire,
 }
 
 impl Association {
@@ -46,7 +46,7 @@ impl Association {
     pub(super) async fn closed(&self) {
         let mut nothing = [0; 64];
         loop {
-            if self.control.ready(Interest::READABLE).await.is_err() {
+            if self.control.readable().await.is_err() {
                 return;
             }
             match self.control.try_read(&mut nothing) {
