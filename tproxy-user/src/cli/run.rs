@@ -167,7 +167,7 @@ pub struct SourceArgs {
                   _ => SourceMode::Client,
               }))]
     pub source: SourceMode,
-    /// How captured flows reach their destinations: direct, or through socks5://HOST[:PORT] or http://HOST:PORT
+    /// How captured flows reach their destinations: direct, or through socks5://HOST[:PORT], http://HOST:PORT or https://HOST:PORT
     ///
     /// Or the name of an upstream of the config file. Repeatable: the first that works. A proxy server is asked for the original
     /// destination, which then sees that server's address. HTTP carries TCP alone: UDP is refused.

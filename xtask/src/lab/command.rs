@@ -26,6 +26,7 @@ pub struct Cmd {
     place: Option<Namespace>,
     program: OsString,
     args: Vec<OsString>,
+    variables: Vec<(OsString, OsString)>,
     stdin: Option<Vec<u8>>,
     timeout: Duration,
 }
@@ -101,6 +102,7 @@ impl Cmd {
             place: None,
             program: program.as_ref().into(),
             args: Vec::new(),
+            variables: Vec::new(),
             stdin: None,
             timeout: TIMEOUT,
         }
@@ -123,6 +125,13 @@ impl Cmd {
     #[must_use]
     pub fn args<I: IntoIterator<Item: AsRef<OsStr>>>(mut self, args: I) -> Self {
         self.args.extend(args.into_iter().map(|arg| arg.as_ref().into()));
+        self
+    }
+
+    /// Sets a variable of its environment.
+    #[must_use]
+    pub fn env(mut self, name: impl AsRef<OsStr>, value: impl AsRef<OsStr>) -> Self {
+        self.variables.push((name.as_ref().into(), value.as_ref().into()));
         self
     }
 
@@ -159,7 +168,7 @@ impl Cmd {
         let mut command = Command::new(&self.program);
         command.args(&self.args).stdin(stdin).stdout(stdout).stderr(stderr).process_group(0);
         // What programs print must not depend on the developer's language.
-        command.env("LC_ALL", "C");
+        command.env("LC_ALL", "C").envs(self.variables.iter().map(|(name, value)| (name, value)));
         let child = match &self.place {
             Some(namespace) => namespace.enter(|| command.spawn())?,
             None => command.spawn(),

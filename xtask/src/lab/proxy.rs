@@ -41,6 +41,9 @@ pub fn is_direct() -> bool {
     std::env::var_os(DIRECT).is_some()
 }
 
+/// The file of a lab that has the certificates of whom its system trusts.
+pub const AUTHORITIES: &str = "authorities.pem";
+
 /// How a proxy is to be started.
 #[derive(Debug)]
 pub struct Launch<'lab> {
@@ -105,6 +108,8 @@ impl<'lab> Launch<'lab> {
                 self.lab.router.cmd("sh").arg("-c").arg(script).arg(binary)
             }
         };
+        // Of the lab's system: not those of this host.
+        let command = command.env("SSL_CERT_FILE", self.lab.dir().join(AUTHORITIES)).env("SSL_CERT_DIR", "");
         Ok(command.args(&self.args).arg("--pin").arg(&self.pin))
     }
 

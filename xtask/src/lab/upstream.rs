@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
 
 use anyhow::Result;
 
@@ -67,16 +68,21 @@ pub fn tinyproxy(lab: &Lab, namespace: &Namespace, at: SocketAddr, with_user: bo
     bound(Daemon::start(lab, "tinyproxy", &command)?, namespace, at)
 }
 
-/// A squid, which speaks HTTP at this address.
+/// A squid, which speaks HTTP at this address; inside TLS where there is a file with its
+/// certificate and key.
 ///
 /// # Errors
 /// Where it does not start.
-pub fn squid(lab: &Lab, namespace: &Namespace, at: SocketAddr) -> Result<Daemon> {
+pub fn squid(lab: &Lab, namespace: &Namespace, at: SocketAddr, pem: Option<&Path>) -> Result<Daemon> {
+    let port = pem.map_or_else(
+        || format!("http_port {at}"),
+        |pem| format!("https_port {at} tls-cert={}", pem.display()),
+    );
     let dir = lab.dir().join("squid");
     fs::create_dir_all(&dir)?;
     let here = dir.display();
     let config = format!(
-        "http_port {at}\nhttp_access allow all\ncache deny all\ncache_mem 8 MB\npid_filename none\n\
+        "{port}\nhttp_access allow all\ncache deny all\ncache_mem 8 MB\npid_filename none\n\
          access_log none\ncache_log /dev/null\ncoredump_dir {here}\ncache_effective_user proxy\n\
          shutdown_lifetime 1 seconds\npinger_enable off\nmax_filedescriptors 4096\nnetdb_filename none\nmemory_cache_shared off\ncollapsed_forwarding off\n"
     );
@@ -132,6 +138,28 @@ pub fn haproxy_that_is_told(lab: &Lab, namespace: &Namespace, at: SocketAddr) ->
     fs::write(&path, config)?;
     let command = namespace.cmd("haproxy").arg("-db").arg("-f").arg(&path);
     bound(Daemon::start(lab, "haproxy", &command)?, namespace, at)
+}
+
+/// A `HAProxy` that is inside TLS, at this address, what another server is without.
+///
+/// # Errors
+/// Where it does not start.
+pub fn haproxy_with_tls(
+    lab: &Lab,
+    namespace: &Namespace,
+    at: SocketAddr,
+    pem: &Path,
+    behind: SocketAddr,
+) -> Result<Daemon> {
+    let config = format!(
+        "defaults\n mode tcp\n timeout client 60s\n timeout connect 10s\n timeout server 60s\n\
+         frontend secure\n bind {at} ssl crt {}\n default_backend plain\n backend plain\n server one {behind}\n",
+        pem.display()
+    );
+    let path = lab.dir().join("haproxy-tls.cfg");
+    fs::write(&path, config)?;
+    let command = namespace.cmd("haproxy").arg("-db").arg("-f").arg(&path);
+    bound(Daemon::start(lab, "haproxy-tls", &command)?, namespace, at)
 }
 
 /// A shadowsocks client, which speaks SOCKS5 at this address over TCP and UDP, and its server.

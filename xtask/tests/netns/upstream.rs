@@ -2,6 +2,7 @@
 
 mod announce;
 mod failing;
+mod secure;
 mod ways;
 
 use std::fs;
@@ -22,7 +23,7 @@ use crate::common::{Scenarios, at, needs_proxy};
 use crate::policy::ConfigFile;
 
 pub(crate) const SCENARIOS: &[Scenarios] =
-    &[BY_SERVER, ways::SCENARIOS, failing::SCENARIOS, announce::SCENARIOS];
+    &[BY_SERVER, ways::SCENARIOS, failing::SCENARIOS, announce::SCENARIOS, secure::SCENARIOS];
 
 /// For both families at once.
 pub(crate) const ONCE: Scenarios = ways::ONCE;
@@ -47,7 +48,7 @@ const BY_SERVER: Scenarios = &[
     ("socks5_tcp_by_microsocks", microsocks),
     ("http_tcp_by_tinyproxy", tinyproxy),
     ("http_tcp_by_squid", |lab, family| {
-        carries_tcp(lab, family, &upstream::squid(lab, &lab.server, exit(family))?, HTTP)
+        carries_tcp(lab, family, &upstream::squid(lab, &lab.server, exit(family), None)?, HTTP)
     }),
 ];
 

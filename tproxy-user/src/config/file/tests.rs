@@ -378,6 +378,8 @@ fn the_sample_has_every_key_of_the_schema_and_no_other() {
     std::fs::write(directory.path().join("networks.txt"), "10.0.0.0/8").expect("written");
     std::fs::write(directory.path().join("names.txt"), "example.org").expect("written");
     std::fs::write(directory.path().join("exit.pw"), "secret").expect("written");
+    let authority = rcgen::generate_simple_self_signed(["authority".to_owned()]).expect("a certificate");
+    std::fs::write(directory.path().join("ca.pem"), authority.cert.pem()).expect("written");
     // These are not in the environment of tests.
     let sample_here = sample()
         .replace("password_env = \"WEB_PASSWORD\"", "password_file = \"exit.pw\"")

@@ -72,7 +72,7 @@ fn failing(lab: &Lab, family: Family) -> Result<()> {
 }
 
 /// Connects and waits for the end, which has to be a reset; how long it took.
-fn expect_reset(lab: &Lab, to: SocketAddr) -> Result<Duration> {
+pub(super) fn expect_reset(lab: &Lab, to: SocketAddr) -> Result<Duration> {
     lab.client.enter(|| -> Result<Duration> {
         let began = Instant::now();
         let ended =
