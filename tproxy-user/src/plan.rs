@@ -3,15 +3,15 @@
 pub mod prefixes;
 mod print;
 
-use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use tproxy_common::abi::LpmKey;
 
 use crate::cli::is_glob;
-use crate::config::rule::Conditions;
-use crate::config::upstream::Upstream;
+use crate::config::rule::{Action, Conditions};
+use crate::config::upstream::{Host as Server, Upstream};
 use crate::config::{Config, Handshake, Key, Mark, Scope, SourceMode, Steer, rule};
 use crate::failure::Failure;
 use crate::interfaces::{Host, Interface};
@@ -174,6 +174,7 @@ impl Plan {
             plan.notes_groups =
                 config.capture.own_traffic && plan.policy.iter().any(|rule| !rule.conditions.gids.is_empty());
             plan.warn_of_idle_rules(config);
+            plan.warn_of_servers_here(config, host);
         }
         Ok(plan)
     }
@@ -254,6 +255,35 @@ impl Plan {
                     "rule {number} never matches: it asks how a flow arrives, and this host's own traffic, which alone is captured, does not; name capture.interfaces or leave the rule out"
                 ));
             }
+        }
+    }
+
+    /// Proxy servers whose own connections would come back to them: on this host, with its own
+    /// traffic captured, and no rule that knows who sends.
+    fn warn_of_servers_here(&mut self, config: &Config, host: &Host) {
+        let rules = &config.capture.rules;
+        let knows_who_sends = rules.iter().any(|rule| {
+            let Conditions { uids, gids, cgroups, marks, .. } = &rule.conditions;
+            !(uids.is_empty() && gids.is_empty() && cgroups.is_empty() && marks.is_empty())
+        });
+        if !config.capture.own_traffic || knows_who_sends {
+            return;
+        }
+        let by_rules = rules.iter().filter_map(|rule| match &rule.action {
+            Action::Proxy(upstream) => upstream.as_ref(),
+            _ => None,
+        });
+        let here = |ip: IpAddr| host.local.iter().any(|network| network.contains(&ip));
+        let servers: BTreeSet<String> = by_rules
+            .chain([&config.upstream])
+            .flat_map(Upstream::nearest)
+            .filter(|proxy| matches!(proxy.host, Server::Address(ip) if here(ip)))
+            .map(ToString::to_string)
+            .collect();
+        for server in servers {
+            self.warnings.push(format!(
+                "the upstream {server} is on this host, whose own traffic is captured: what it sends comes back to it, unless it is left out (--not-to) or a rule lets it pass, such as [[rule]] uid = \"its user\" action = \"pass\""
+            ));
         }
     }
 

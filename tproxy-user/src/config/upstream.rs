@@ -111,18 +111,23 @@ impl Upstream {
         }
     }
 
-    /// Whether its server is given by a name.
+    /// The servers that this host connects to, for what goes by it: the first of each chain.
+    #[must_use]
+    pub fn nearest(&self) -> Vec<&Proxy> {
+        match self {
+            Self::Direct => Vec::new(),
+            Self::Proxy(proxy) => {
+                let chain = std::iter::successors(Some(&**proxy), |proxy| proxy.via.as_deref());
+                chain.last().into_iter().collect()
+            }
+            Self::Group(group) => group.members.iter().flat_map(Self::nearest).collect(),
+        }
+    }
+
+    /// Whether a server of these is given by a name; the last of a chain finds the others by their names.
     #[must_use]
     pub fn has_name(&self) -> bool {
-        match self {
-            Self::Direct => false,
-            // The last of a chain finds the others by their names.
-            Self::Proxy(proxy) => match &proxy.via {
-                None => matches!(proxy.host, Host::Name(_)),
-                Some(via) => Self::Proxy(Arc::clone(via)).has_name(),
-            },
-            Self::Group(group) => group.members.iter().any(Self::has_name),
-        }
+        self.nearest().iter().any(|proxy| matches!(proxy.host, Host::Name(_)))
     }
 
     /// Whether the kernel is to forward UDP flows, because it cannot carry them.

@@ -127,6 +127,27 @@ fn rules_that_never_match_are_told() {
 }
 
 #[test]
+fn a_proxy_server_whose_traffic_comes_back_is_told() {
+    let told = |flags: &str, rules: Vec<rule::Rule>| {
+        let mut config = config(flags);
+        config.capture.rules = rules.into();
+        let warnings = Plan::new(&config, &host()).expect("plan").warnings;
+        warnings.iter().filter(|told| told.contains("is on this host")).count()
+    };
+    let (here, there) = ("--upstream socks5://127.0.0.1", "--upstream socks5://10.9.9.9");
+    assert_eq!(told(&format!("--own-traffic {here}"), vec![]), 1);
+    assert_eq!(told(&format!("--own-traffic {there} {here}"), vec![]), 1);
+    assert_eq!(told(&format!("--own-traffic {there}"), vec![]), 0);
+    assert_eq!(told(&format!("--iface eth0 {here}"), vec![]), 0);
+    let sender = Conditions { uids: vec![(1000, 1000)], ..Conditions::default() };
+    let passes = rule::Rule { conditions: sender, action: rule::Action::Pass };
+    assert_eq!(told(&format!("--own-traffic {here}"), vec![passes]), 0);
+    let upstream = config(&format!("--own-traffic {here}")).upstream;
+    let sends = rule::Rule { conditions: Conditions::default(), action: rule::Action::Proxy(Some(upstream)) };
+    assert_eq!(told("--own-traffic", vec![sends]), 1);
+}
+
+#[test]
 fn bad_interfaces_are_explained() {
     let host = host();
     for (flags, explained) in [("--iface lo", "--own-traffic"), ("--iface eth1", "--iface br0")] {

@@ -284,10 +284,7 @@ impl Flows {
     /// The client's part of the limits for a new flow; room is made for it.
     fn admit(&self, client: ClientAddr) -> Option<ClientSlot> {
         let shared = &self.worker.shared;
-        let Some(slot) = shared.clients.admit(client.ip()) else {
-            self.worker.stats().client_limit_udp.inc();
-            return None;
-        };
+        let slot = shared.admit(client, &self.worker.stats().client_limit_udp)?;
         let most = shared.flows_per_worker.max(1);
         if self.opening.len() >= most {
             // Those cannot make room: each waits for a server.

@@ -163,9 +163,7 @@ fn arrived(worker: &Rc<Worker>, handshakes: &Handshakes, packet: Box<[u8]>) {
     let Some(legs) = Legs::of(worker, route.way, syn.client, syn.destination) else {
         return handshakes.refuse(Refusal::Reset, &syn, &packet, worker);
     };
-    let Some(slot) = shared.clients.admit(syn.client.ip()) else {
-        stats.client_limit_tcp.inc();
-        tracing::debug!("{} has its share of connections (--max-per-client): refused", syn.client);
+    let Some(slot) = shared.admit(syn.client, &stats.client_limit_tcp) else {
         return handshakes.refuse(Refusal::Reset, &syn, &packet, worker);
     };
     let Some(permit) = room(worker, handshakes) else { return stats.handshake_full.inc() };

@@ -36,13 +36,13 @@ use std::sync::Arc;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
-use crate::addr::UpstreamAddr;
+use crate::addr::{ClientAddr, UpstreamAddr};
 use crate::config::upstream::SendProxy;
 use crate::config::{Config, Limits, SourceMode, Timeouts};
-use crate::limits::{self, Alarm, ClientLimits, Reserve};
+use crate::limits::{self, Alarm, ClientLimits, ClientSlot, Reserve};
 use crate::listener::WorkerListeners;
 use crate::sockopt::{self, OwnMark, UpstreamSocket};
-use crate::stats::{Stats, WorkerStats};
+use crate::stats::{Stats, Value, WorkerStats};
 use crate::upstream::direct::Direct;
 use crate::upstream::{ConnectError, Reason};
 use pool::Pool;
@@ -66,6 +66,7 @@ pub struct Shared {
     own: OwnAddresses,
     exhausted: Alarm,
     full: Alarm,
+    client_full: Alarm,
 }
 
 impl Shared {
@@ -101,12 +102,33 @@ impl Shared {
             own: OwnAddresses::new(listeners),
             exhausted: Alarm::default(),
             full: Alarm::default(),
+            client_full: Alarm::default(),
         })
     }
 
     /// The mark of the proxy's sockets.
     pub(crate) fn mark(&self) -> OwnMark {
         self.direct.mark
+    }
+
+    /// The client's part of the limits, for one more; where it has all of it that is counted, and said once.
+    fn admit(&self, client: ClientAddr, limit: &Value) -> Option<ClientSlot> {
+        let slot = self.clients.admit(client.ip());
+        if slot.is_some() {
+            if self.client_full.clear() {
+                tracing::info!("no client has more than its share of connections any more");
+            }
+            return slot;
+        }
+        limit.inc();
+        if self.client_full.raise() {
+            tracing::warn!(
+                "{} has its share of connections and UDP flows, further ones are refused (--max-per-client {}; `status` counts)",
+                client.ip(),
+                self.limits.per_client
+            );
+        }
+        None
     }
 
     /// Logs once that descriptors or memory are used up.

@@ -156,10 +156,7 @@ fn admit(
         }
         stats.handshake_late.inc();
     }
-    let Some(slot) = worker.shared.clients.admit(client.ip()) else {
-        stats.client_limit_tcp.inc();
-        return tracing::debug!("{client} has its share of connections (--max-per-client): refused");
-    };
+    let Some(slot) = worker.shared.admit(client, &stats.client_limit_tcp) else { return };
     let Some(permit) = permit.or_else(|| worker.try_permit()) else { return };
     let record = Record::new(worker, Protocol::Tcp, client, destination, route.rule);
     // Before another is accepted, which would take the descriptor.

@@ -156,6 +156,8 @@ fn fair_share(lab: &Lab, family: Family) -> Result<()> {
         Ok(proxy.counter("client_limit_udp")? >= 100 - SHARE)
     })?;
     ensure!(udp_flows(&proxy)? <= SHARE, "the client has {} flows", udp_flows(&proxy)?);
+    let told = proxy.daemon.log().matches(&format!("{} has its share", family.client())).count();
+    ensure!(told == 1, "told {told} times; {}", proxy.daemon.describe());
     let guest = peer::udp(&lab.guest, at(family.guest(), 0))?;
     peer::exchange(&guest, to, b"and mine?").context("another client, UDP")?;
     wait_for("the end of the client's flows", Duration::from_secs(5), || Ok(udp_flows(&proxy)? == 0))?;
