@@ -265,12 +265,23 @@ pub struct Config {
     pub log: Log,
     /// The line about each ended connection.
     pub access_log: AccessLog,
-    /// Where it was written: the config file, and what its rules name.
+    /// Where it was written: the config file, and what its rules and upstreams name.
     pub files: Vec<PathBuf>,
     /// A change of these files reloads.
     pub watch: bool,
     /// Kernel to take this one for when features are chosen; `None`: the one that runs.
     pub assume_kernel: Option<Kernel>,
+}
+
+impl Config {
+    /// The upstreams that flows can go by: of rules, and where none says otherwise.
+    pub fn upstreams(&self) -> impl Iterator<Item = &upstream::Upstream> {
+        let of_rules = self.capture.rules.iter().filter_map(|rule| match &rule.action {
+            rule::Action::Proxy(upstream) => upstream.as_ref(),
+            _ => None,
+        });
+        of_rules.chain([&self.upstream])
+    }
 }
 
 impl Mark {

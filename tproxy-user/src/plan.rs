@@ -10,7 +10,7 @@ use std::sync::Arc;
 use tproxy_common::abi::LpmKey;
 
 use crate::cli::is_glob;
-use crate::config::rule::{Action, Conditions};
+use crate::config::rule::Conditions;
 use crate::config::upstream::{Host as Server, Upstream};
 use crate::config::{Config, Handshake, Key, Mark, Scope, SourceMode, Steer, rule};
 use crate::failure::Failure;
@@ -269,13 +269,9 @@ impl Plan {
         if !config.capture.own_traffic || knows_who_sends {
             return;
         }
-        let by_rules = rules.iter().filter_map(|rule| match &rule.action {
-            Action::Proxy(upstream) => upstream.as_ref(),
-            _ => None,
-        });
         let here = |ip: IpAddr| host.local.iter().any(|network| network.contains(&ip));
-        let servers: BTreeSet<String> = by_rules
-            .chain([&config.upstream])
+        let servers: BTreeSet<String> = config
+            .upstreams()
             .flat_map(Upstream::nearest)
             .filter(|proxy| matches!(proxy.host, Server::Address(ip) if here(ip)))
             .map(ToString::to_string)

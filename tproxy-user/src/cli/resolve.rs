@@ -6,7 +6,6 @@ use std::path::PathBuf;
 use tproxy_common::abi::{DEFAULT_MAX_FLOWS, MAX_WORKERS};
 
 use super::{LoggingArgs, RunArgs};
-use crate::config::rule::Action;
 use crate::config::upstream::Upstream;
 use crate::config::{Capture, Config, Handshake, Limits, Log, Scope, Steer, Steering, Timeouts};
 use crate::failure::Failure;
@@ -47,13 +46,12 @@ pub fn config(args: &RunArgs) -> Result<Config, Failure> {
         .upstreams
         .find_all(&args.source.upstream)
         .map_err(|why| Failure::usage(format_args!("--upstream (source.upstream): {why}")))?;
-    require_addresses(args, &upstream)?;
     check_marks(args)?;
     let (on_ip4, on_ip6) = listen_addresses(&steering.on_ip, steering.steer)?;
     // Neither flag and both mean the same: both families.
     let (v4, v6) = (capture.v4 || !capture.v6, capture.v6 || !capture.v4);
     let tcp = capture.proto.iter().any(|proto| proto == "tcp");
-    Ok(Config {
+    let mut config = Config {
         capture: Capture {
             interfaces: capture.interfaces.clone(),
             scope: Scope {
@@ -105,20 +103,19 @@ pub fn config(args: &RunArgs) -> Result<Config, Failure> {
         pin: steering.pin.clone(),
         log: Log::default(),
         access_log: args.source.access_log,
-        files: files(args),
+        files: Vec::new(),
         watch: args.watch,
         assume_kernel: steering.assume_kernel,
-    })
+    };
+    require_addresses(&config)?;
+    config.files = files(args.config.as_ref(), &config);
+    Ok(config)
 }
 
 /// Who looks a proxy server's name up asks a DNS server, which would be captured in its turn.
-fn require_addresses(args: &RunArgs, default: &Upstream) -> Result<(), Failure> {
-    let by_rules = args.capture.rules.iter().filter_map(|rule| match &rule.action {
-        Action::Proxy(upstream) => upstream.as_ref(),
-        _ => None,
-    });
-    let named = by_rules.chain([default]).find(|upstream| upstream.has_name());
-    match named.filter(|_| args.capture.own_traffic) {
+fn require_addresses(config: &Config) -> Result<(), Failure> {
+    let named = config.upstreams().find(|upstream| upstream.has_name());
+    match named.filter(|_| config.capture.own_traffic) {
         Some(upstream) => Err(Failure::usage(format_args!(
             "the upstream {upstream} is given by a name, and with --own-traffic the question for its address would be captured: give its address"
         ))),
@@ -134,13 +131,14 @@ pub fn logged(args: &RunArgs, logging: &LoggingArgs) -> Result<Config, Failure> 
     Ok(Config { log: logging.into(), ..config(args)? })
 }
 
-fn files(args: &RunArgs) -> Vec<PathBuf> {
-    let of_rules = args.capture.rules.iter().flat_map(|rule| {
+fn files(file: Option<&PathBuf>, config: &Config) -> Vec<PathBuf> {
+    let of_rules = config.capture.rules.iter().flat_map(|rule| {
         let conditions = &rule.conditions;
         let networks = conditions.from.files.iter().chain(&conditions.to.files).map(|file| file.path.clone());
         networks.chain(conditions.domains.files.iter().map(|file| file.path.clone()))
     });
-    let mut files: Vec<_> = args.config.iter().cloned().chain(of_rules).collect();
+    let of_upstreams = config.upstreams().flat_map(Upstream::servers).flat_map(|server| server.files.clone());
+    let mut files: Vec<_> = file.cloned().into_iter().chain(of_rules).chain(of_upstreams).collect();
     files.sort_unstable();
     files.dedup();
     files

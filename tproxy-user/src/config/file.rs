@@ -38,7 +38,7 @@ use value::{
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default, expecting = "a table")]
 pub struct File {
-    /// Reload when this file changes, or a file of networks that it names (--watch).
+    /// Reload when this file changes, or one that it names (--watch).
     pub watch: Option<bool>,
     /// Which packets are captured.
     #[serde(skip_serializing_if = "is_default")]

@@ -111,23 +111,27 @@ impl Upstream {
         }
     }
 
-    /// The servers that this host connects to, for what goes by it: the first of each chain.
+    /// The servers that it may need, those of chains as well.
     #[must_use]
-    pub fn nearest(&self) -> Vec<&Proxy> {
+    pub fn servers(&self) -> Vec<&Proxy> {
         match self {
             Self::Direct => Vec::new(),
             Self::Proxy(proxy) => {
-                let chain = std::iter::successors(Some(&**proxy), |proxy| proxy.via.as_deref());
-                chain.last().into_iter().collect()
+                std::iter::successors(Some(&**proxy), |proxy| proxy.via.as_deref()).collect()
             }
-            Self::Group(group) => group.members.iter().flat_map(Self::nearest).collect(),
+            Self::Group(group) => group.members.iter().flat_map(Self::servers).collect(),
         }
+    }
+
+    /// Those of them that this host itself connects to: the first of each chain.
+    pub fn nearest(&self) -> impl Iterator<Item = &Proxy> {
+        self.servers().into_iter().filter(|proxy| proxy.via.is_none())
     }
 
     /// Whether a server of these is given by a name; the last of a chain finds the others by their names.
     #[must_use]
     pub fn has_name(&self) -> bool {
-        self.nearest().iter().any(|proxy| matches!(proxy.host, Host::Name(_)))
+        self.nearest().any(|proxy| matches!(proxy.host, Host::Name(_)))
     }
 
     /// Whether the kernel is to forward UDP flows, because it cannot carry them.

@@ -170,6 +170,8 @@ impl Upstream {
             return Err(("username", message.to_owned()));
         }
         self.resolve_tls(&mut proxy, directory)?;
+        let files = [&self.password_file, &self.ca_file].into_iter().flatten();
+        proxy.files = files.map(|file| directory.join(file)).collect();
         proxy.udp = self.udp.unwrap_or_default();
         let check = self.check.as_ref().map(Check::resolve).transpose().map_err(|why| ("check", why))?;
         let (names, pipelined) = (self.names.unwrap_or_default(), self.pipelined.unwrap_or_default());

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::net::IpAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use schemars::JsonSchema;
@@ -35,6 +36,8 @@ pub struct Proxy {
     pub names: bool,
     /// How it is found out whether it works; `None`: by the flows that go through it.
     pub check: Option<Check>,
+    /// What was read for it: password, certificates.
+    pub files: Vec<PathBuf>,
 }
 
 /// What a proxy server speaks.
@@ -117,6 +120,7 @@ impl Proxy {
             pipelined: false,
             names: false,
             check: None,
+            files: Vec::new(),
         };
         Ok(Self { name: proxy.url().into(), ..proxy })
     }

@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use xtask::lab::daemon::wait_for;
 use xtask::lab::pace;
 use xtask::lab::peer::{self, TcpServer, UdpServer};
 use xtask::lab::proxy::Launch;
@@ -23,6 +24,7 @@ pub(super) const SCENARIOS: Scenarios = &[
     ("socks5_of_own_traffic", own_traffic),
     ("socks5_password_in_a_url_is_hidden", url_with_password),
     ("socks5_pipelined_by_dante", pipelined),
+    ("upstream_password_file_is_watched", watched_password),
     ("upstream_behind_another", chain),
     ("upstream_behind_rules_of_others_and_reload", behind_rules),
     ("udp_that_the_upstream_does_not_carry", without_udp),
@@ -271,6 +273,30 @@ fn url_with_password(lab: &Lab, family: Family) -> Result<()> {
     ensure!(!told.iter().any(|text| text.contains(password)), "the password is told: {told:#?}");
     let check = Launch::new(lab, &format!("check {flags}")).command()?.run()?;
     ensure!(!check.stdout.contains(password) && check.stdout.contains("socks5://"), "{}", check.describe());
+    Ok(())
+}
+
+/// A password that is mended in its file is used at once, where files are watched.
+fn watched_password(lab: &Lab, family: Family) -> Result<()> {
+    needs_proxy()?;
+    let _exit = upstream::microsocks(lab, &lab.server, exit(family), true)?;
+    let _web = server::web(lab, &lab.server, &[80])?;
+    let password = lab.dir().join("password");
+    fs::write(&password, "not it")?;
+    let config = format!(
+        "watch = true\n[source]\nupstream = 'exit'\n[[upstream]]\nname = 'exit'\nurl = 'socks5://{}'\n\
+         username = '{}'\npassword_file = 'password'\n",
+        exit(family),
+        USER.0
+    );
+    let proxy = ConfigFile::new(lab, &config)?.launch(lab, "--iface lan").start()?;
+    let page = url(family.anywhere(80), 80, "/");
+    let page = || lab.client.cmd("curl").args(["-sS", "-m", &pace::seconds(10), &page]).run();
+    ensure!(page()?.code() != 0, "it gets through with a wrong password");
+    fs::write(&password, USER.1)?;
+    wait_for("the password to be used", Duration::from_secs(4), || Ok(page()?.code() == 0))
+        .with_context(|| proxy.daemon.describe())?;
+    ensure!(!proxy.daemon.log().contains(USER.1), "the password is told: {}", proxy.daemon.log());
     Ok(())
 }
 
