@@ -22,7 +22,7 @@ pub struct RunArgs {
     /// `tproxy-user schema` prints what it may have.
     #[arg(short, long, value_name = "FILE", help_heading = "Configuration")]
     pub config: Option<PathBuf>,
-    /// Reload when the config file changes, or a file of networks that it names
+    /// Reload when the config file changes, or one that it names
     #[arg(long, help_heading = "Configuration")]
     pub watch: bool,
     /// The `Capture` group.

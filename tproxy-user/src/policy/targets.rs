@@ -40,12 +40,13 @@ struct Inner {
     used: RwLock<Vec<u16>>,
     rules: AtomicBool,
     bind: AtomicBool,
+    names: AtomicBool,
 }
 
 impl Default for Inner {
     fn default() -> Self {
-        let (used, rules, bind) = Default::default();
-        Self { targets: RwLock::new(vec![Target::Direct]), used, rules, bind }
+        let (used, rules, bind, names) = Default::default();
+        Self { targets: RwLock::new(vec![Target::Direct]), used, rules, bind, names }
     }
 }
 
@@ -90,6 +91,7 @@ impl Targets {
         *self.0.used.write().unwrap_or_else(PoisonError::into_inner) = used;
         let mut targets = self.0.targets.write().unwrap_or_else(PoisonError::into_inner);
         targets[0] = Target::through(default, &targets);
+        self.0.names.store(targets.iter().any(Target::asks_by_name), Ordering::Relaxed);
         Ok(())
     }
 
@@ -130,6 +132,12 @@ impl Targets {
         self.0.bind.load(Ordering::Relaxed)
     }
 
+    /// Whether some server may be asked for destinations by their names.
+    #[must_use]
+    pub fn ask_by_name(&self) -> bool {
+        self.0.names.load(Ordering::Relaxed)
+    }
+
     /// The target with this number.
     #[must_use]
     pub fn get(&self, number: u16) -> Option<Target> {
@@ -164,6 +172,16 @@ impl Target {
             (Self::Proxy(outbound), Upstream::Proxy(proxy)) => outbound.proxy() == &**proxy,
             (Self::Group(pool), Upstream::Group(group)) => pool.group() == &**group,
             _ => false,
+        }
+    }
+
+    /// Whether a server of it is asked for destinations by their names.
+    #[must_use]
+    pub fn asks_by_name(&self) -> bool {
+        match self {
+            Self::Direct | Self::Address(_) => false,
+            Self::Proxy(outbound) => outbound.proxy().names,
+            Self::Group(pool) => pool.members().iter().flatten().any(|outbound| outbound.proxy().names),
         }
     }
 

@@ -35,6 +35,7 @@ use super::receive::{Received, Receiver};
 use super::record::{End, Protocol, Record};
 use super::route::{Route, Way};
 use super::send::send;
+use super::sniff::quic;
 use super::udp::BATCH;
 use super::waiting::Queue;
 use crate::addr::{ClientAddr, OrigDst};
@@ -70,6 +71,8 @@ type Key = (ClientAddr, Lane);
 enum Lane {
     /// By the upstream of this number, wherever to.
     Upstream(u16),
+    /// By the upstream of this number to this destination, of which the name is known.
+    Named(u16, OrigDst),
     /// Diverted, from this destination.
     Diverted(OrigDst),
 }
@@ -130,34 +133,66 @@ impl Flows {
         let Some(destination) = datagram.destination else {
             return stats.udp_no_destination.inc();
         };
-        let client = ClientAddr::from(datagram.sender);
-        let routes = &self.worker.shared.routes;
-        // A system call: not for each datagram where it would tell the same.
-        let route = if routes.bind() { routes.of(UDP, client, destination, stats) } else { Route::DEFAULT };
-        if route.way == Way::Ask {
-            return self.ask((client, destination), datagram, payload, dont_fragment);
+        let key = (ClientAddr::from(datagram.sender), destination);
+        let route = self.route(key);
+        if self.wants_name(key, route.way, payload) {
+            return self.ask(key, datagram, payload, dont_fragment);
         }
-        self.forward_by(route, (client, destination), datagram, payload, dont_fragment);
+        self.forward_by((route, None), key, datagram, payload, dont_fragment);
     }
 
-    /// Sends a datagram the way that is known, in its flow or a new one.
+    /// The way of a datagram.
+    fn route(&self, (client, destination): (ClientAddr, OrigDst)) -> Route {
+        let routes = &self.worker.shared.routes;
+        // A system call: not for each datagram where it would tell the same.
+        if routes.bind() {
+            return routes.of(UDP, client, destination, self.worker.stats());
+        }
+        Route::DEFAULT
+    }
+
+    /// Whether it is to be looked what name a datagram's flow is for: its way depends on it, or a
+    /// server wants to know.
+    fn wants_name(&self, (client, destination): (ClientAddr, OrigDst), way: Way, payload: &[u8]) -> bool {
+        match way {
+            Way::Ask => true,
+            Way::Proxy(number) if self.worker.shared.routes.ask_by_name(way) => {
+                quic::may_open(payload) && !self.has((client, Lane::Named(number, destination)))
+            }
+            _ => false,
+        }
+    }
+
+    /// Whether there is such a flow, or will be once a server carries it.
+    fn has(&self, key: Key) -> bool {
+        self.table.borrow().contains(&key) || self.opening.waits(&key)
+    }
+
+    /// Sends a datagram the way that is known, in its flow or a new one; of a flow for this name,
+    /// where that is known.
     fn forward_by(
         self: &Rc<Self>,
-        route: Route,
+        (route, name): (Route, Option<&str>),
         (client, destination): (ClientAddr, OrigDst),
         datagram: &Received,
         payload: &[u8],
         dont_fragment: bool,
     ) {
         let lane = match route.way {
+            Way::Proxy(number) if self.worker.shared.routes.ask_by_name(route.way) => {
+                let named = Lane::Named(number, destination);
+                let by_name = name.is_some() || self.has((client, named));
+                if by_name { named } else { Lane::Upstream(number) }
+            }
             Way::Proxy(number) => Lane::Upstream(number),
             Way::Divert(_) => Lane::Diverted(destination),
             Way::Reject => return self.refuse(client, destination, payload),
             Way::Drop | Way::Ask => return,
         };
         let known = self.table.borrow_mut().get(&(client, lane)).map(Rc::clone);
-        let known = known
-            .or_else(|| self.begin((client, lane), destination, route, datagram, payload, dont_fragment));
+        let known = known.or_else(|| {
+            self.begin((client, lane), destination, (route, name), datagram, payload, dont_fragment)
+        });
         if let Some(flow) = known {
             self.send(&flow, destination, datagram, payload, dont_fragment);
         }
@@ -168,7 +203,7 @@ impl Flows {
         self: &Rc<Self>,
         (client, lane): Key,
         destination: OrigDst,
-        route: Route,
+        (route, name): (Route, Option<&str>),
         datagram: &Received,
         payload: &[u8],
         dont_fragment: bool,
@@ -177,13 +212,13 @@ impl Flows {
         let route = self.rule_of(route, client, destination);
         let Leg { direct, hop, send_proxy } = legs.first()?;
         let Hop::Straight(to) = hop else {
-            self.associate((client, lane), legs, route, datagram, payload, dont_fragment);
+            self.associate((client, lane), legs, (route, name), datagram, payload, dont_fragment);
             return None;
         };
         let slot = self.admit(client)?;
         let socket = self.available(direct.udp(client, *to, self.worker.stats()), client)?;
         let exit = match lane {
-            Lane::Upstream(_) => Exit::Straight(*send_proxy),
+            Lane::Upstream(_) | Lane::Named(..) => Exit::Straight(*send_proxy),
             Lane::Diverted(_) => Exit::Target(*to, destination, *send_proxy),
         };
         Some(self.open((client, lane), exit, socket, slot, self.record(client, destination, route)))

@@ -82,6 +82,12 @@ impl Routes {
         self.rules.targets.bind()
     }
 
+    /// Whether a server by this way may want to know the name of a destination.
+    pub(crate) fn ask_by_name(&self, way: Way) -> bool {
+        self.rules.targets.ask_by_name()
+            && matches!(way, Way::Proxy(number) if self.upstream(number).asks_by_name())
+    }
+
     /// The way of a flow. One that the table has lost in a flood has none where rules bind: it
     /// may be one that does not go to its destination.
     pub(crate) fn of(

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use super::destination::Destination;
 use super::http;
-use super::socks5::datagram;
+use super::socks5::datagram::{self, Sender};
 use super::socks5::{Command, Handshake, LONGEST, Step};
 use crate::config::upstream::Credentials;
 
@@ -50,14 +50,15 @@ pub fn socks5(bytes: &[u8]) {
 /// Where what is read is not what would be written, or lies outside.
 pub fn datagram(bytes: &[u8]) {
     let Some((sender, at)) = datagram::parse(bytes) else { return };
-    let header = datagram::header(sender);
+    assert!(at <= bytes.len() && bytes[2] == 0, "outside, or a fragment");
+    let Sender::Address(sender) = sender else { return };
+    let header = datagram::header(Destination::Address(sender));
     // Reserved bytes may be anything, and an IPv4 address may come as IPv6.
     if header.len() == at {
         assert_eq!(header[3..], bytes[3..at]);
     } else {
         assert_eq!((header.len(), at), (10, datagram::LONGEST));
     }
-    assert_eq!(bytes[2], 0, "a fragment");
 }
 
 /// The answer of an HTTP server to CONNECT and to OPTIONS, as it comes byte by byte.

@@ -177,18 +177,22 @@ pub fn shadowsocks(lab: &Lab, namespace: &Namespace, at: SocketAddr) -> Result<[
     Ok([server, bound(Daemon::start(lab, "ss-local", &local)?, namespace, at)?])
 }
 
-/// A v2ray, which speaks SOCKS5 at this address over TCP and UDP.
+/// A v2ray, which speaks SOCKS5 at this address over TCP and UDP, and for which these names have
+/// these addresses.
 ///
 /// # Errors
 /// Where it does not start.
-pub fn v2ray(lab: &Lab, namespace: &Namespace, at: SocketAddr) -> Result<Daemon> {
+pub fn v2ray(lab: &Lab, namespace: &Namespace, at: SocketAddr, hosts: &[(&str, IpAddr)]) -> Result<Daemon> {
+    let hosts: serde_json::Map<_, _> =
+        hosts.iter().map(|(name, ip)| ((*name).to_owned(), ip.to_string().into())).collect();
     let config = serde_json::json!({
         "log": {"loglevel": "warning"},
         "inbounds": [{
             "protocol": "socks", "listen": at.ip(), "port": at.port(),
             "settings": {"auth": "noauth", "udp": true, "ip": at.ip()}
         }],
-        "outbounds": [{"protocol": "freedom"}]
+        "dns": {"hosts": hosts},
+        "outbounds": [{"protocol": "freedom", "settings": {"domainStrategy": "UseIP"}}]
     });
     let path = lab.dir().join("v2ray.json");
     fs::write(&path, config.to_string())?;

@@ -208,7 +208,7 @@ fn learned(lab: &Lab, family: Family, diverted: bool) -> Result<()> {
 }
 
 /// Datagrams that open QUIC connections to example.com: a whole one, and one in two parts.
-fn initials() -> Result<Vec<Vec<u8>>> {
+pub(crate) fn initials() -> Result<Vec<Vec<u8>>> {
     let byte = |pair: &[u8]| Ok(u8::from_str_radix(std::str::from_utf8(pair)?, 16)?);
     let line = |line: &str| line.as_bytes().chunks(2).map(byte).collect();
     include_str!("domains/initials.txt").lines().map(line).collect()

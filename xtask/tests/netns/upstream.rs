@@ -2,6 +2,7 @@
 
 mod announce;
 mod failing;
+mod named;
 mod secure;
 mod ways;
 
@@ -22,8 +23,14 @@ use xtask::lab::{Family, Lab, server, url};
 use crate::common::{Scenarios, at, needs_proxy};
 use crate::policy::ConfigFile;
 
-pub(crate) const SCENARIOS: &[Scenarios] =
-    &[BY_SERVER, ways::SCENARIOS, failing::SCENARIOS, announce::SCENARIOS, secure::SCENARIOS];
+pub(crate) const SCENARIOS: &[Scenarios] = &[
+    BY_SERVER,
+    ways::SCENARIOS,
+    failing::SCENARIOS,
+    announce::SCENARIOS,
+    secure::SCENARIOS,
+    named::SCENARIOS,
+];
 
 /// For both families at once.
 pub(crate) const ONCE: Scenarios = ways::ONCE;
@@ -41,7 +48,7 @@ const BY_SERVER: Scenarios = &[
         udp(lab, family, &local, Kind { sizes: &[0, 1, 512, 1300], ..SOCKS5 })
     }),
     ("socks5_by_v2ray", |lab, family| {
-        let v2ray = upstream::v2ray(lab, &lab.server, exit(family))?;
+        let v2ray = upstream::v2ray(lab, &lab.server, exit(family), &[])?;
         carries_tcp(lab, family, &v2ray, SOCKS5)?;
         udp(lab, family, &v2ray, Kind { sizes: &[1, 512, 1400, 1472], ..SOCKS5 })
     }),

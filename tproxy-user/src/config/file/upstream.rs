@@ -43,8 +43,8 @@ pub struct Upstream {
     pub server_name: Option<String>,
     /// UDP flows that it cannot carry: reject (the default), pass, direct.
     pub udp: Option<Udp>,
-    /// Ask it for destinations by their names, where the client's first bytes tell them (TLS server
-    /// name, HTTP host), so that it looks them up; TCP alone.
+    /// Ask it for destinations by their names, where the client's first bytes tell them (TLS or QUIC
+    /// server name, HTTP host), so that it looks them up.
     pub names: Option<bool>,
     /// Another upstream, defined above, through which this one is reached. Carries TCP alone.
     pub via: Option<String>,

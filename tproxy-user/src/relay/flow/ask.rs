@@ -8,7 +8,7 @@ use tproxy_common::abi::UDP;
 use super::Flows;
 use crate::addr::{ClientAddr, OrigDst};
 use crate::relay::receive::Received;
-use crate::relay::route::Route;
+use crate::relay::route::{Route, Way};
 use crate::relay::waiting::{self, Told, Waiting};
 
 impl Flows {
@@ -23,7 +23,7 @@ impl Flows {
         match self.waiting.add(key, datagram, payload, dont_fragment) {
             Told::Name(name, before) => {
                 let route = self.decide(key, name.as_deref(), &before);
-                self.forward_by(route, key, datagram, payload, dont_fragment);
+                self.forward_by((route, name.as_deref()), key, datagram, payload, dont_fragment);
             }
             Told::Waits(Some(number)) => self.wait(key, number),
             Told::Waits(None) => {}
@@ -54,10 +54,13 @@ impl Flows {
             stats.udp_named.inc();
         }
         let (client, destination) = key;
-        let route = self.worker.shared.routes.decide(UDP, client, destination, name, stats);
+        let mut route = self.route(key);
+        if route.way == Way::Ask {
+            route = self.worker.shared.routes.decide(UDP, client, destination, name, stats);
+        }
         tracing::debug!("{client} to {destination}: for {name:?}, so {:?}", route.way);
         for one in waiting {
-            self.forward_by(route, key, &one.datagram, &one.payload, one.dont_fragment);
+            self.forward_by((route, name), key, &one.datagram, &one.payload, one.dont_fragment);
         }
         route
     }

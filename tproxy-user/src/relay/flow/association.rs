@@ -9,7 +9,7 @@ use tokio::net::UdpSocket;
 use tokio::task::spawn_local;
 use tokio::time::timeout;
 
-use super::exit::Exit;
+use super::exit::{Exit, Named};
 use super::{Flows, Key};
 use crate::addr::{ClientAddr, OrigDst, UpstreamAddr};
 use crate::config::upstream::Udp;
@@ -71,7 +71,7 @@ impl Opening {
         self.flows.borrow().len()
     }
 
-    fn waits(&self, key: &Key) -> bool {
+    pub(super) fn waits(&self, key: &Key) -> bool {
         self.flows.borrow().contains_key(key)
     }
 
@@ -108,7 +108,7 @@ impl Flows {
         self: &Rc<Self>,
         key: Key,
         legs: Vec<Leg>,
-        route: Route,
+        (route, name): (Route, Option<&str>),
         datagram: &Received,
         payload: &[u8],
         dont_fragment: bool,
@@ -129,9 +129,9 @@ impl Flows {
         // Else the server is being asked already.
         let Some(slot) = slot else { return };
         let record = self.record(client, destination, route);
-        let flows = Rc::clone(self);
+        let (flows, name) = (Rc::clone(self), name.map(Box::from));
         drop(spawn_local(async move {
-            let found = flows.first_of(legs, (client, destination)).await;
+            let found = flows.first_of(legs, (client, destination), name).await;
             let waited = flows.opening.end(&key);
             let (exit, socket) = match found {
                 Ok((exit, socket, hop)) => {
@@ -162,6 +162,7 @@ impl Flows {
         &self,
         legs: Vec<Leg>,
         (client, destination): (ClientAddr, OrigDst),
+        name: Option<Box<str>>,
     ) -> Result<(Exit, UdpSocket, Hop), ConnectError> {
         let stats = self.worker.stats();
         let mut failed = Err(Outbound::too_slow());
@@ -179,7 +180,12 @@ impl Flows {
                 Ok((control, relay)) => {
                     let relay = UpstreamAddr::from(relay);
                     let socket = direct.udp(client, relay, stats)?;
-                    return Ok((Exit::Relay(Association { relay, control }), socket, hop));
+                    let association = Association { relay, control };
+                    let exit = match name.filter(|_| outbound.proxy().names) {
+                        Some(name) => Exit::Named(association, Named::new(name, destination)),
+                        None => Exit::Relay(association),
+                    };
+                    return Ok((exit, socket, hop));
                 }
                 Err(error) => {
                     tracing::debug!("a flow of {client} by {hop}: {error}");

@@ -30,7 +30,7 @@ impl Flows {
                         Exit::Straight(_) => Some((destination, error)),
                         Exit::Target(_, asked, _) => error.of_target(asked.ip()).map(|error| (*asked, error)),
                         // It is about the server, which its client does not know.
-                        Exit::Relay(_) => None,
+                        Exit::Relay(_) | Exit::Named(..) => None,
                     };
                     if let Some((destination, error)) = told
                         && self.may_report()

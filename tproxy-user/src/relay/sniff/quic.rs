@@ -12,6 +12,12 @@ use super::{MOST, Sniffed, tls};
 /// The longest datagram that is looked at, and held back meanwhile.
 pub const LONGEST: usize = 4096;
 
+/// Whether a datagram may be one that opens a connection.
+#[must_use]
+pub fn may_open(datagram: &[u8]) -> bool {
+    Packet::split(datagram).is_some_and(|(packet, _)| packet.is_initial())
+}
+
 /// What a client's first datagrams have told so far.
 #[derive(Debug, Default)]
 pub struct Initials {

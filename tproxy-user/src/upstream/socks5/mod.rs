@@ -168,14 +168,7 @@ fn request(command: Command<'_>) -> Option<Vec<u8>> {
         Command::Nothing => return None,
     };
     let mut request = vec![VERSION, command, 0];
-    match destination {
-        Destination::Address(address) => write_address(&mut request, address),
-        Destination::Name(name, port) => {
-            request.extend([address::NAME, u8::try_from(name.len()).unwrap_or(u8::MAX)]);
-            request.extend(name.bytes().take(usize::from(u8::MAX)));
-            request.extend(port.to_be_bytes());
-        }
-    }
+    write_destination(&mut request, destination);
     Some(request)
 }
 
@@ -187,6 +180,17 @@ fn password(credentials: &Credentials) -> Vec<u8> {
         message.extend(text.bytes().take(usize::from(u8::MAX)));
     }
     message
+}
+
+fn write_destination(to: &mut Vec<u8>, destination: Destination<'_>) {
+    match destination {
+        Destination::Address(address) => write_address(to, address),
+        Destination::Name(name, port) => {
+            to.extend([address::NAME, u8::try_from(name.len()).unwrap_or(u8::MAX)]);
+            to.extend(name.bytes().take(usize::from(u8::MAX)));
+            to.extend(port.to_be_bytes());
+        }
+    }
 }
 
 fn write_address(to: &mut Vec<u8>, address: SocketAddr) {
