@@ -47,9 +47,11 @@ pub(crate) const NETNS: &[Need] = &[
 /// What the comparison with iptables runs.
 pub(crate) const BENCH: &[Need] = &[IP, IPTABLES];
 
-/// What boots other kernels.
+/// What other kernels run in.
+pub(crate) const QEMU: Need = Need::new("qemu-system-x86_64", "qemu-system-x86", "running other kernels");
+
+/// What makes guests of other kernels.
 pub(crate) const VM: &[Need] = &[
-    Need::new("qemu-system-x86_64", "qemu-system-x86", "running other kernels"),
     Need::new("busybox", "busybox-static", "the small tools in a guest"),
     Need::new("dash", "dash", "the shell in a guest"),
     Need::new("depmod", "kmod", "finding the modules of a kernel"),

@@ -124,6 +124,31 @@ pub(crate) fn candidate(package: &str) -> Option<String> {
     parse_candidate(&String::from_utf8_lossy(&output.stdout))
 }
 
+/// What apt would install with a package, and the package itself, whatever that would remove.
+///
+/// # Errors
+/// apt does not say.
+pub(crate) fn missing_for(package: &str) -> Result<Vec<String>> {
+    let output = Command::new("apt-get")
+        .args(["install", "--print-uris", "--yes", "-q", "--no-install-recommends", package])
+        .env("LC_ALL", "C")
+        .output()?;
+    let names = parse_uris(&String::from_utf8_lossy(&output.stdout));
+    if names.is_empty() {
+        bail!("apt-get names no packages for {package}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+    Ok(names)
+}
+
+/// Names of packages in lines `'URI' NAME_VERSION_ARCHITECTURE.deb SIZE HASH`.
+fn parse_uris(lines: &str) -> Vec<String> {
+    let name = |line: &str| {
+        let file = line.strip_prefix('\'')?.split_whitespace().nth(1)?;
+        Some(file.split_once('_')?.0.to_owned())
+    };
+    lines.lines().filter_map(name).collect()
+}
+
 /// The packages whose name starts so.
 pub(crate) fn names(prefix: &str) -> Vec<String> {
     Command::new("apt-cache")
@@ -213,6 +238,13 @@ mod tests {
         assert!(find("/bin/sh").is_some());
         assert!(find("/bin/no-such-program").is_none());
         ensure(&[Need::new("sh", "dash", "this test")]).expect("nothing to install");
+    }
+
+    #[test]
+    fn packages_are_read() {
+        let lines = "Reading package lists...\nThe following packages will be REMOVED:\n  qemu-utils\n\
+                     'http://deb.example/pool/libcacard0_2.8.0-3_amd64.deb' libcacard0_1%3a2.8.0-3_amd64.deb 38212 SHA256:00\n";
+        assert_eq!(parse_uris(lines), ["libcacard0"]);
     }
 
     #[test]

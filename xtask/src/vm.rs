@@ -6,6 +6,7 @@ mod debian;
 mod guest;
 mod kernel;
 mod modules;
+mod qemu;
 mod results;
 mod root;
 mod table;
@@ -22,6 +23,7 @@ use self::archive::Archive;
 use self::debian::Unpacked;
 use self::guest::{Ended, Guest, MEMORY};
 pub(crate) use self::kernel::Kernel;
+use self::qemu::Qemu;
 use self::results::Results;
 pub(crate) use self::root::Test;
 use crate::recap::Recap;
@@ -58,6 +60,7 @@ impl Matrix<'_> {
             println!("vm: skipped: the kernels are fetched for x86-64 only");
             return Ok(Totals { skipped: 1, ..Totals::default() });
         }
+        let qemu = Qemu::ensure()?;
         packages::ensure(needs::VM)?;
         println!("\nvm: golden and netns on other kernels");
         let mut totals = Totals::default();
@@ -73,7 +76,7 @@ impl Matrix<'_> {
             }
         }
         let archive = root::common(self.tests, self.proxy)?;
-        let done = self.run_guests(&archive, ready)?;
+        let done = self.run_guests(&qemu, &archive, ready)?;
         let columns: Vec<_> =
             done.iter().map(|(kernel, _, results)| (self.heading(*kernel), results)).collect();
         if !columns.is_empty() {
@@ -99,6 +102,7 @@ impl Matrix<'_> {
     /// As many at a time as the machine has cores and memory for.
     fn run_guests(
         &self,
+        qemu: &Qemu,
         archive: &Archive,
         ready: Vec<(Kernel, Unpacked)>,
     ) -> Result<Vec<(Kernel, String, Results)>> {
@@ -110,7 +114,7 @@ impl Matrix<'_> {
         loop {
             while running.len() < places {
                 let Some((kernel, unpacked)) = waiting.next() else { break };
-                running.push((self.boot(archive.clone(), kernel, &unpacked)?, unpacked.release));
+                running.push((self.boot(qemu, archive.clone(), kernel, &unpacked)?, unpacked.release));
             }
             if running.is_empty() {
                 break;
@@ -144,13 +148,13 @@ impl Matrix<'_> {
         Ok(done)
     }
 
-    fn boot(&self, mut archive: Archive, kernel: Kernel, unpacked: &Unpacked) -> Result<Guest> {
+    fn boot(&self, qemu: &Qemu, mut archive: Archive, kernel: Kernel, unpacked: &Unpacked) -> Result<Guest> {
         let all = self.kernels.is_empty();
         modules::add(&mut archive, unpacked)?;
         root::add_run(&mut archive, self.tests, self.filters, all.then(|| kernel.selection()))?;
         let dir = workspace::target().join("vm").join(kernel.suite()).join("run");
         let (limit, processors) = if all { SHARE } else { EVERYTHING };
-        Guest::boot(kernel, unpacked, &archive.finish()?, dir, processors, limit)
+        Guest::boot(qemu.command(), kernel, unpacked, &archive.finish()?, dir, processors, limit)
     }
 
     fn judge(&self, release: &str, ended: &Ended) -> Results {

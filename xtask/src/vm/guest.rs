@@ -38,6 +38,7 @@ pub(crate) struct Ended {
 impl Guest {
     /// Boots a kernel on so many processors; `dir` gets the initramfs and what the ports print.
     pub(crate) fn boot(
+        mut qemu: Command,
         kernel: Kernel,
         unpacked: &Unpacked,
         initramfs: &[u8],
@@ -48,7 +49,6 @@ impl Guest {
         fs::create_dir_all(&dir)?;
         let initrd = dir.join("initramfs");
         fs::write(&initrd, initramfs)?;
-        let mut qemu = Command::new("qemu-system-x86_64");
         // Never KVM: inside another virtual machine it may open, and abort later.
         // la57=off: cheaper page walks. cx16=off: QEMU 7.2 returns wrong flags from
         // cmpxchg16b, so that guests crash at random. erms, fsrm: with them the kernel
@@ -83,7 +83,7 @@ impl Guest {
         }
         let log = File::create(dir.join("qemu"))?;
         qemu.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
-        let child = qemu.spawn().context("cannot run qemu-system-x86_64")?;
+        let child = qemu.spawn().context("cannot run QEMU")?;
         let signals = reclaim::supervise(child.id());
         Ok(Self { kernel, child, _signals: signals, started: Instant::now(), limit, dir })
     }
