@@ -59,9 +59,7 @@ impl Leg {
         to: UpstreamAddr,
         send_proxy: SendProxy,
     ) -> Option<Self> {
-        if worker.shared.own.takes(to) {
-            worker.stats().loops_prevented.inc();
-            tracing::debug!("{client} asked for the proxy's own listener {to}: refused");
+        if refuses_own(worker, client, to) {
             return None;
         }
         Some(Self { direct, hop: Hop::Straight(to), send_proxy })
@@ -72,11 +70,23 @@ impl Leg {
     }
 }
 
+/// Whether it is for a listener of the proxy's own, which would come back.
+fn refuses_own(worker: &Worker, client: ClientAddr, to: UpstreamAddr) -> bool {
+    let own = worker.shared.own.takes(to);
+    if own {
+        worker.stats().loops_prevented.inc();
+        tracing::debug!("{client} asked for the proxy's own listener {to}: refused");
+    }
+    own
+}
+
 impl Legs {
     /// Those of a flow; `None`: it goes nowhere, which is also where it would come back.
     pub(super) fn of(worker: &Worker, way: Way, client: ClientAddr, destination: OrigDst) -> Option<Self> {
         let shared = &worker.shared;
         let only = match way {
+            // A server that is asked for it may be on this host.
+            Way::Proxy(_) if refuses_own(worker, client, destination.into()) => None,
             Way::Proxy(number) => match shared.routes.upstream(number) {
                 Target::Proxy(outbound) => Some(Leg::through(worker, outbound)),
                 Target::Group(pool) => {

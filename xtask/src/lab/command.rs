@@ -167,8 +167,12 @@ impl Cmd {
     pub(crate) fn start(&self, stdin: Stdio, stdout: File, stderr: File) -> Result<Child> {
         let mut command = Command::new(&self.program);
         command.args(&self.args).stdin(stdin).stdout(stdout).stderr(stderr).process_group(0);
-        // What programs print must not depend on the developer's language.
-        command.env("LC_ALL", "C").envs(self.variables.iter().map(|(name, value)| (name, value)));
+        // What programs print must not depend on the developer's language, nor their way on his proxy.
+        command.env("LC_ALL", "C");
+        for setting in ["http_proxy", "https_proxy", "all_proxy", "HTTPS_PROXY", "ALL_PROXY"] {
+            command.env_remove(setting);
+        }
+        command.envs(self.variables.iter().map(|(name, value)| (name, value)));
         let child = match &self.place {
             Some(namespace) => namespace.enter(|| command.spawn())?,
             None => command.spawn(),
@@ -251,9 +255,12 @@ pub(crate) fn kill_group(child: &mut Child) {
     let _ = child.wait();
 }
 
-/// A file without a name: unlike a pipe it never fills up, and a forgotten
-/// grandchild that holds it open does not keep anybody waiting.
-fn scratch() -> Result<File> {
+/// A file without a name: unlike a pipe it never fills up, a forgotten
+/// grandchild that holds it open does not keep anybody waiting, and nothing is left of it.
+///
+/// # Errors
+/// Where there is no room for temporary files.
+pub fn scratch() -> Result<File> {
     let flags = OFlag::O_TMPFILE | OFlag::O_RDWR | OFlag::O_CLOEXEC;
     let file = nix::fcntl::open(&std::env::temp_dir(), flags, Mode::S_IRUSR | Mode::S_IWUSR);
     Ok(File::from(file.context("cannot make a temporary file")?))

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::net::IpAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
@@ -23,42 +23,75 @@ pub const NAME: &str = "service.example.test";
 /// # Errors
 /// Where it does not start.
 pub fn web(lab: &Lab, namespace: &Namespace, ports: &[u16]) -> Result<Daemon> {
-    web_with_tls(lab, namespace, ports, &[])
+    start_web(lab, namespace, &with(ports, ""), "")
 }
 
-/// As [`web`], on other ports over TLS as well, with a certificate that nobody trusts.
+/// As [`web`], on other ports over TLS as well, where it speaks HTTP/2 too, with a certificate that nobody trusts.
 ///
 /// # Errors
 /// Where it does not start.
 pub fn web_with_tls(lab: &Lab, namespace: &Namespace, ports: &[u16], tls: &[u16]) -> Result<Daemon> {
+    web_with_http2(lab, namespace, ports, tls, &[])
+}
+
+/// As [`web_with_tls`], on other ports with HTTP/2 and nothing else, not encrypted.
+///
+/// # Errors
+/// Where it does not start.
+pub fn web_with_http2(
+    lab: &Lab,
+    namespace: &Namespace,
+    ports: &[u16],
+    tls: &[u16],
+    http2: &[u16],
+) -> Result<Daemon> {
+    let dir = directory(lab, namespace)?;
+    let [key, certificate, config] = ["key.pem", "certificate.pem", "openssl.cnf"].map(|name| dir.join(name));
+    // Its own may not be there.
+    fs::write(&config, "[req]\ndistinguished_name = name\n[name]\n")?;
+    Cmd::host("openssl")
+        .args(["req", "-x509", "-nodes", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"])
+        .args(["-subj", "/CN=test", "-days", "1", "-config"])
+        .arg(&config)
+        .arg("-keyout")
+        .arg(&key)
+        .arg("-out")
+        .arg(&certificate)
+        .check()?;
+    let (key, certificate) = (key.display(), certificate.display());
+    let directives = format!("ssl_certificate {certificate}; ssl_certificate_key {key};");
+    start_web(
+        lab,
+        namespace,
+        &[with(ports, ""), with(tls, "ssl http2"), with(http2, "http2")].concat(),
+        &directives,
+    )
+}
+
+/// Where a web server's own files are.
+fn directory(lab: &Lab, namespace: &Namespace) -> Result<PathBuf> {
     let dir = lab.dir().join(format!("nginx-{}", namespace.role()));
     fs::create_dir_all(&dir)?;
+    Ok(dir)
+}
+
+/// Ports with what nginx is to speak there.
+fn with(ports: &[u16], protocol: &'static str) -> Vec<(u16, &'static str)> {
+    ports.iter().map(|&port| (port, protocol)).collect()
+}
+
+fn start_web(lab: &Lab, namespace: &Namespace, ports: &[(u16, &str)], directives: &str) -> Result<Daemon> {
+    let dir = directory(lab, namespace)?;
     fs::create_dir_all(lab.dir().join("www"))?;
-    let plain = ports.iter().map(|port| (port, ""));
-    let listen: Vec<String> = plain
-        .chain(tls.iter().map(|port| (port, "ssl")))
-        .map(|(port, tls)| {
-            format!("listen {port} {tls} backlog=4096; listen [::]:{port} {tls} backlog=4096 ipv6only=on;")
+    let listen: Vec<String> = ports
+        .iter()
+        .map(|(port, protocol)| {
+            format!(
+                "listen {port} {protocol} backlog=4096; listen [::]:{port} {protocol} backlog=4096 ipv6only=on;"
+            )
         })
         .collect();
-    let mut listen = listen.concat();
-    if !tls.is_empty() {
-        let [key, certificate, config] =
-            ["key.pem", "certificate.pem", "openssl.cnf"].map(|name| dir.join(name));
-        // Its own may not be there.
-        fs::write(&config, "[req]\ndistinguished_name = name\n[name]\n")?;
-        Cmd::host("openssl")
-            .args(["req", "-x509", "-nodes", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"])
-            .args(["-subj", "/CN=test", "-days", "1", "-config"])
-            .arg(&config)
-            .arg("-keyout")
-            .arg(&key)
-            .arg("-out")
-            .arg(&certificate)
-            .check()?;
-        let (key, certificate) = (key.display(), certificate.display());
-        listen = format!("{listen} ssl_certificate {certificate}; ssl_certificate_key {key};");
-    }
+    let listen = listen.concat();
     let (here, www) = (dir.display(), lab.dir().display());
     let temporary = temporary_paths(&dir);
     let config = format!(
@@ -70,7 +103,7 @@ pub fn web_with_tls(lab: &Lab, namespace: &Namespace, ports: &[u16], tls: &[u16]
            access_log /dev/stdout seen;\n\
            default_type application/octet-stream;\n\
            server {{\n\
-             {listen}\n\
+             {listen} {directives}\n\
              location = / {{ default_type text/plain; return 200 \"$remote_addr $remote_port $server_addr $server_port\\n\"; }}\n\
              location /files/ {{ alias {www}/www/; }}\n\
            }}\n\
@@ -85,7 +118,7 @@ pub fn web_with_tls(lab: &Lab, namespace: &Namespace, ports: &[u16], tls: &[u16]
         "daemon off;",
     ]);
     let mut daemon = Daemon::start(lab, "nginx", &command)?;
-    for port in ports.iter().chain(tls) {
+    for (port, _) in ports {
         daemon.wait_bound(namespace, Protocol::Tcp, *port)?;
     }
     Ok(daemon)

@@ -21,6 +21,20 @@ pub const USER: (&str, &str) = ("alice", "open-sesame");
 /// # Errors
 /// Where it does not start.
 pub fn dante(lab: &Lab, namespace: &Namespace, at: SocketAddr, external: [IpAddr; 2]) -> Result<Daemon> {
+    dante_of(lab, namespace, at, external, "root")
+}
+
+/// As [`dante`], with connections that are a user's and its group's.
+///
+/// # Errors
+/// Where it does not start.
+pub fn dante_of(
+    lab: &Lab,
+    namespace: &Namespace,
+    at: SocketAddr,
+    external: [IpAddr; 2],
+    user: &str,
+) -> Result<Daemon> {
     let rules: String = ["0.0.0.0/0", "::/0"]
         .iter()
         .flat_map(|from| {
@@ -32,7 +46,7 @@ pub fn dante(lab: &Lab, namespace: &Namespace, at: SocketAddr, external: [IpAddr
     let [one, other] = external;
     let config = format!(
         "logoutput: stderr\ninternal: {} port = {}\nexternal: {one}\nexternal: {other}\nexternal.rotation: same-same\n\
-         clientmethod: none\nsocksmethod: none\nuser.privileged: root\nuser.unprivileged: root\n{rules}",
+         clientmethod: none\nsocksmethod: none\nuser.privileged: root\nuser.unprivileged: {user}\n{rules}",
         at.ip(),
         at.port()
     );
@@ -183,6 +197,20 @@ pub fn shadowsocks(lab: &Lab, namespace: &Namespace, at: SocketAddr) -> Result<[
 /// # Errors
 /// Where it does not start.
 pub fn v2ray(lab: &Lab, namespace: &Namespace, at: SocketAddr, hosts: &[(&str, IpAddr)]) -> Result<Daemon> {
+    v2ray_of(lab, namespace, at, "root", hosts)
+}
+
+/// As [`v2ray`], by a process of this group.
+///
+/// # Errors
+/// Where it does not start.
+pub fn v2ray_of(
+    lab: &Lab,
+    namespace: &Namespace,
+    at: SocketAddr,
+    group: &str,
+    hosts: &[(&str, IpAddr)],
+) -> Result<Daemon> {
     let hosts: serde_json::Map<_, _> =
         hosts.iter().map(|(name, ip)| ((*name).to_owned(), ip.to_string().into())).collect();
     let config = serde_json::json!({
@@ -196,6 +224,7 @@ pub fn v2ray(lab: &Lab, namespace: &Namespace, at: SocketAddr, hosts: &[(&str, I
     });
     let path = lab.dir().join("v2ray.json");
     fs::write(&path, config.to_string())?;
-    let command = namespace.cmd("v2ray").arg("-config").arg(&path);
+    let group = ["--regid", group, "--clear-groups", "v2ray"];
+    let command = namespace.cmd("setpriv").args(group).arg("-config").arg(&path);
     bound(Daemon::start(lab, "v2ray", &command)?, namespace, at)
 }

@@ -1,7 +1,10 @@
 //! Through proxy servers: SOCKS5 and HTTP, with real ones.
 
 mod announce;
+mod datagrams;
 mod failing;
+mod here;
+mod http;
 mod named;
 mod secure;
 mod ways;
@@ -25,11 +28,14 @@ use crate::policy::ConfigFile;
 
 pub(crate) const SCENARIOS: &[Scenarios] = &[
     BY_SERVER,
+    http::SCENARIOS,
+    secure::SCENARIOS,
+    datagrams::SCENARIOS,
+    named::SCENARIOS,
     ways::SCENARIOS,
     failing::SCENARIOS,
+    here::SCENARIOS,
     announce::SCENARIOS,
-    secure::SCENARIOS,
-    named::SCENARIOS,
 ];
 
 /// For both families at once.
@@ -38,19 +44,16 @@ pub(crate) const ONCE: Scenarios = ways::ONCE;
 /// What each server carries.
 const BY_SERVER: Scenarios = &[
     ("socks5_tcp_by_dante", |lab, family| carries_tcp(lab, family, &dante(lab, family)?, SOCKS5)),
-    // Over IPv6 dante 1.4.2 brings the answers of one address alone.
-    ("socks5_udp_by_dante", |lab, family| {
-        udp(lab, family, &dante(lab, family)?, Kind { hosts: family.pick(5, 1), ..SOCKS5 })
-    }),
+    ("socks5_udp_by_dante", |lab, family| udp(lab, family, &dante(lab, family)?, by_dante(family))),
     ("socks5_by_shadowsocks", |lab, family| {
         let [_server, local] = upstream::shadowsocks(lab, &lab.server, exit(family))?;
-        carries_tcp(lab, family, &local, Kind { half_closes: false, ..SOCKS5 })?;
-        udp(lab, family, &local, Kind { sizes: &[0, 1, 512, 1300], ..SOCKS5 })
+        carries_tcp(lab, family, &local, SHADOWSOCKS)?;
+        udp(lab, family, &local, SHADOWSOCKS)
     }),
     ("socks5_by_v2ray", |lab, family| {
         let v2ray = upstream::v2ray(lab, &lab.server, exit(family), &[])?;
         carries_tcp(lab, family, &v2ray, SOCKS5)?;
-        udp(lab, family, &v2ray, Kind { sizes: &[1, 512, 1400, 1472], ..SOCKS5 })
+        udp(lab, family, &v2ray, V2RAY)
     }),
     ("socks5_tcp_by_microsocks", microsocks),
     ("http_tcp_by_tinyproxy", tinyproxy),
@@ -76,6 +79,14 @@ const SIZES: &[usize] = &[0, 1, 512, 1400, 1472, 4000, 30_000, 60_000];
 const SOCKS5: Kind = Kind { scheme: "socks5", half_closes: true, sizes: SIZES, hosts: 5 };
 const HTTP: Kind = Kind { scheme: "http", half_closes: false, ..SOCKS5 };
 
+const SHADOWSOCKS: Kind = Kind { half_closes: false, sizes: &[0, 1, 512, 1300], ..SOCKS5 };
+const V2RAY: Kind = Kind { sizes: &[1, 512, 1400, 1472], ..SOCKS5 };
+
+/// Over IPv6 dante 1.4.2 brings the answers of one address alone.
+fn by_dante(family: Family) -> Kind {
+    Kind { hosts: family.pick(5, 1), ..SOCKS5 }
+}
+
 /// Where proxy servers listen.
 const PORT: u16 = 1080;
 
@@ -93,22 +104,13 @@ fn through(lab: &Lab, family: Family, scheme: &str, flags: &str) -> Result<Proxy
     Launch::new(lab, &format!("--iface lan --upstream {scheme}://{} {flags}", exit(family))).start()
 }
 
-/// A web page, a server that speaks first, and a large file each way get through, and servers
+/// Web pages, a server that speaks first, and bytes both ways at once get through, and servers
 /// see the proxy server.
 fn carries_tcp(lab: &Lab, family: Family, exit: &Daemon, kind: Kind) -> Result<()> {
     let Kind { scheme, half_closes, .. } = kind;
-    let web = server::web(lab, &lab.server, &[80])?;
+    let web = http::server(lab)?;
     let proxy = through(lab, family, scheme, "--access-log json")?;
-    for to in [family.anywhere(80), family.anywhere(81)] {
-        let page = lab.client.sh(&format!("curl -sS -m {} {}", pace::seconds(10), url(to, 80, "/")))?;
-        ensure!(
-            page.stdout.starts_with(&format!("{} ", family.server()))
-                || page.stdout.starts_with(&to.to_string()),
-            "the web server sees {page:?}; {}",
-            exit.describe()
-        );
-        ensure!(page.stdout.contains(&format!(" {to} 80")), "another server answers: {page:?}");
-    }
+    http::versions(lab, family, exit)?;
     ensure!(!web.log().contains(&family.client().to_string()), "{}", web.describe());
 
     let banner = TcpServer::start(&lab.server, at(family.anywhere(22), 22), |mut stream, _| {

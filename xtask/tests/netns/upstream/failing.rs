@@ -1,32 +1,77 @@
 //! Servers that fail, are slow, or come back.
 
 use std::io::{Read as _, Write as _};
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpStream};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
+use serde_json::Value;
 use xtask::lab::daemon::wait_for;
 use xtask::lab::pace::{self, patience};
 use xtask::lab::peer::{self, TcpServer, UdpServer};
 use xtask::lab::proxy::{Launch, Proxy};
 use xtask::lab::sockets::Protocol;
-use xtask::lab::{Family, Lab, server, upstream, url};
+use xtask::lab::{Daemon, Family, Lab, Namespace, server, upstream, url};
 
-use super::{dante, exit, through};
+use super::{PORT, dante, exit, here, through};
 use crate::common::{Scenarios, at, needs_proxy};
 use crate::policy::ConfigFile;
 
 pub(super) const SCENARIOS: Scenarios = &[
-    ("F8_socks5_server_fails", failing),
-    ("F9_datagrams_wait_for_the_socks5_server", first_flight),
+    ("F8_socks5_server_fails", |lab, family| failing(&Place::away(lab, family))),
+    ("F8_socks5_server_on_this_host_fails", |lab, family| failing(&Place::here(lab, family))),
+    ("F9_datagrams_wait_for_the_socks5_server", |lab, family| first_flight(&Place::away(lab, family))),
+    ("F9_own_datagrams_wait_for_the_server_on_this_host", |lab, family| {
+        first_flight(&Place::here(lab, family))
+    }),
     ("socks5_udp_server_comes_back", udp_comes_back),
     ("group_fails_over_and_comes_back", failover),
     ("upstream_given_twice_fails_over", given_twice),
 ];
 
+/// Where a server is, and who goes through it.
+struct Place<'lab> {
+    lab: &'lab Lab,
+    family: Family,
+    server: &'lab Namespace,
+    exit: SocketAddr,
+    client: &'lab Namespace,
+}
+
+impl<'lab> Place<'lab> {
+    /// A server elsewhere, and a client whose traffic is captured.
+    fn away(lab: &'lab Lab, family: Family) -> Self {
+        Self { lab, family, server: &lab.server, exit: exit(family), client: &lab.client }
+    }
+
+    /// A server on the proxy's host, and that host itself.
+    fn here(lab: &'lab Lab, family: Family) -> Self {
+        Self { lab, family, server: &lab.router, exit: here::exit(family), client: &lab.router }
+    }
+
+    fn is_here(&self) -> bool {
+        self.server.role() == self.lab.router.role()
+    }
+
+    /// Starts a proxy that sends all through the server, but for what that sends.
+    fn start(&self, flags: &str) -> Result<Proxy> {
+        needs_proxy()?;
+        let (rule, own) = if self.is_here() { (here::BY_USER, "--own-traffic") } else { ("", "") };
+        let flags = format!("--iface lan {own} --upstream socks5://{} {flags}", self.exit);
+        ConfigFile::new(self.lab, rule)?.launch(self.lab, &flags).start()
+    }
+
+    fn dante(&self, port: u16) -> Result<Daemon> {
+        let Self { lab, server, exit, .. } = *self;
+        let external = Family::ALL.map(if self.is_here() { Family::uplink } else { Family::server });
+        upstream::dante_of(lab, server, at(exit.ip(), port), external, here::USER)
+    }
+}
+
 /// A server that does not do its part: its clients are reset at once, or after the connect
 /// time-out, the log says why, and once it does its part it is used again.
-fn failing(lab: &Lab, family: Family) -> Result<()> {
+fn failing(place: &Place) -> Result<()> {
     const SAYS: [(&[u8], &str); 5] = [
         (b"", "it closes the connection instead of an answer"),
         (b"\x05", "it closes the connection instead of an answer"),
@@ -34,46 +79,47 @@ fn failing(lab: &Lab, family: Family) -> Result<()> {
         (b"\x05\x00\x05\x00\x00\x07\x00", "it answers with an address of kind 7"),
         (b"\x05\x00\x05\x02\x00\x01\0\0\0\0\0\0", "it answers: not allowed by its rules"),
     ];
+    let (lab, family) = (place.lab, place.family);
     let _web = server::web(lab, &lab.server, &[80])?;
     let to = at(family.anywhere(80), 80);
     for (answer, reason) in SAYS {
-        let proxy = through(lab, family, "socks5", "--connect-timeout 3s")?;
-        let faulty = TcpServer::start(&lab.server, exit(family), move |mut stream, _| {
+        let proxy = place.start("--connect-timeout 3s")?;
+        let faulty = TcpServer::start(place.server, place.exit, move |mut stream, _| {
             let mut asked = [0; 64];
             // What it is told is not its business; that its client goes before it has said all is none either.
             let _ = stream.read(&mut asked).and_then(|_| stream.write_all(answer));
             let _ = stream.set_read_timeout(Some(Duration::from_millis(200)));
             while stream.read(&mut asked).is_ok_and(|length| length > 0) {}
         })?;
-        let took = expect_reset(lab, to)?;
+        let took = expect_reset(place.client, to)?;
         ensure!(took < patience(Duration::from_secs(2)), "{reason}: it took {took:?}");
         ensure!(proxy.daemon.log().contains(reason), "not told: {reason}; {}", proxy.daemon.describe());
         ensure!(proxy.counter("connect_proxy_failed")? == 1, "{reason}: not counted");
         drop(faulty);
         proxy.terminate(Duration::from_secs(15))?;
     }
-    let proxy = through(lab, family, "socks5", "--connect-timeout 1s")?;
-    expect_reset(lab, to)?;
+    let proxy = place.start("--connect-timeout 1s")?;
+    expect_reset(place.client, to)?;
     ensure!(proxy.daemon.log().contains("Connection refused"), "{}", proxy.daemon.describe());
-    let silent = TcpServer::start(&lab.server, exit(family), |mut stream, _| {
+    let silent = TcpServer::start(place.server, place.exit, |mut stream, _| {
         let _ = stream.read(&mut [0; 64]);
         std::thread::sleep(Duration::from_secs(4));
     })?;
-    let took = expect_reset(lab, to)?;
+    let took = expect_reset(place.client, to)?;
     ensure!(took >= Duration::from_millis(900), "before its time: {took:?}");
     ensure!(took < patience(Duration::from_secs(3)), "it took {took:?}");
     let up = |proxy: &Proxy| Ok::<_, anyhow::Error>(proxy.status()?["upstreams"][0]["up"].clone());
     ensure!(up(&proxy)? == false, "a server that does not answer is up");
     drop(silent);
-    let _dante = dante(lab, family)?;
-    let page = lab.client.sh(&format!("curl -sS -m {} {}", pace::seconds(10), url(to.ip(), 80, "/")))?;
+    let _dante = place.dante(PORT)?;
+    let page = place.client.sh(&format!("curl -sS -m {} {}", pace::seconds(10), url(to.ip(), 80, "/")))?;
     ensure!(page.stdout.contains(" 80\n"), "{page:?}");
     Ok(())
 }
 
 /// Connects and waits for the end, which has to be a reset; how long it took.
-pub(super) fn expect_reset(lab: &Lab, to: SocketAddr) -> Result<Duration> {
-    lab.client.enter(|| -> Result<Duration> {
+pub(super) fn expect_reset(client: &Namespace, to: SocketAddr) -> Result<Duration> {
+    client.enter(|| -> Result<Duration> {
         let began = Instant::now();
         let ended =
             peer::try_connect(None, to, peer::PATIENCE).and_then(|mut stream| stream.read(&mut [0; 16]));
@@ -85,12 +131,13 @@ pub(super) fn expect_reset(lab: &Lab, to: SocketAddr) -> Result<Duration> {
 }
 
 /// Datagrams that come while the server is being asked wait for it.
-fn first_flight(lab: &Lab, family: Family) -> Result<()> {
-    let _dante =
-        upstream::dante(lab, &lab.server, at(family.server(), 1081), Family::ALL.map(Family::server))?;
+fn first_flight(place: &Place) -> Result<()> {
+    const BEHIND: u16 = 1081;
+    let (lab, family) = (place.lab, place.family);
+    let _dante = place.dante(BEHIND)?;
     // Before it a server that is slow to answer.
-    let (namespace, behind) = (lab.server.clone(), at(family.server(), 1081));
-    let _slow = TcpServer::start(&lab.server, exit(family), move |stream, _| {
+    let (namespace, behind) = (place.server.clone(), at(place.exit.ip(), BEHIND));
+    let _slow = TcpServer::start(place.server, place.exit, move |stream, _| {
         std::thread::sleep(Duration::from_millis(300));
         let Ok(Ok(onward)) = namespace.enter(|| peer::try_connect(None, behind, peer::PATIENCE)) else {
             return;
@@ -103,8 +150,8 @@ fn first_flight(lab: &Lab, family: Family) -> Result<()> {
         });
     })?;
     let _echo = UdpServer::echo(&lab.server, at(family.anywhere(7), 7))?;
-    let proxy = through(lab, family, "socks5", "")?;
-    let socket = peer::udp(&lab.client, at(family.client(), 4000))?;
+    let proxy = place.start("")?;
+    let socket = peer::udp(place.client, at(family.unspecified(), 4000))?;
     for number in 0..10_u8 {
         socket.send_to(&[number; 100], at(family.anywhere(7), 7))?;
     }
@@ -134,9 +181,12 @@ fn udp_comes_back(lab: &Lab, family: Family) -> Result<()> {
     Ok(())
 }
 
-/// The first of a group dies under load: no new connection is lost, the open ones end at once, and
-/// it is used again once it is back. Datagrams go over as well.
+/// The first of a group dies under load: no new connection is lost, the open ones end at once and are
+/// told, and it is used again once it is back.
 fn failover(lab: &Lab, family: Family) -> Result<()> {
+    const DOWNLOADS: usize = 100;
+    // An interval and a time-out.
+    const CHECKED: Duration = Duration::from_secs(2);
     needs_proxy()?;
     let second = at(family.server(), 1081);
     // By the port where it listens the servers tell through whom a connection comes.
@@ -144,7 +194,12 @@ fn failover(lab: &Lab, family: Family) -> Result<()> {
     let first = dante(lab, family)?;
     let _second = upstream::microsocks(lab, &lab.server, second, false)?;
     let _web = server::web(lab, &lab.server, &[80])?;
-    let _echo = TcpServer::echo(&lab.server, at(family.anywhere(7), 7))?;
+    let to = at(family.anywhere(9), 9);
+    let _streams = TcpServer::start(&lab.server, to, |mut stream, _| {
+        while stream.write_all(&[b'x'; 4096]).is_ok() {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    })?;
     let config = format!(
         "[source]\nupstream = 'exits'\n[log]\naccess = 'json'\n\
          [[upstream]]\nname = 'one'\nurl = 'socks5://{}'\ncheck = {{ interval = '1s', timeout = '1s', fall = 2, rise = 2 }}\n\
@@ -155,33 +210,44 @@ fn failover(lab: &Lab, family: Family) -> Result<()> {
     let proxy = ConfigFile::new(lab, &config)?.launch(lab, "--iface lan").start()?;
     let page = url(family.anywhere(80), 80, "/");
     let get = || lab.client.cmd("curl").args(["-sS", "-m", &pace::seconds(5), &page]).check();
-    let ended_by = |name: &str| {
+    let lines = |name: &str| -> Vec<Value> {
         let log = proxy.daemon.log();
-        log.lines().filter(|line| line.contains(&format!("\"upstream\":\"{name}\""))).count()
+        let lines = log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        lines.filter(|line| line["upstream"] == name).collect()
     };
+    let ended_by = |name: &str| lines(name).len();
     get()?;
-    ensure!((ended_by("one"), ended_by("two")) == (1, 0), "{}", proxy.daemon.describe());
+    wait_for("it is told", Duration::from_secs(1), || Ok((ended_by("one"), ended_by("two")) == (1, 0)))
+        .with_context(|| proxy.daemon.describe())?;
 
-    let mut open = Vec::new();
-    for _ in 0..20 {
-        let to = at(family.anywhere(7), 7);
-        open.push(lab.client.enter(|| peer::try_connect(None, to, peer::PATIENCE))??);
+    let downloads: Vec<TcpStream> = lab
+        .client
+        .try_enter(|| (0..DOWNLOADS).map(|_| peer::try_connect(None, to, peer::PATIENCE)).collect())?;
+    let (arrived, last) = read_until(&downloads, || {
+        let began = Instant::now();
+        drop(first);
+        get().with_context(|| proxy.daemon.describe())?;
+        ensure!(began.elapsed() < patience(CHECKED), "a new connection takes {:?}", began.elapsed());
+        Ok(())
+    })?;
+    ensure!(last < patience(Duration::from_secs(2)), "the last download ended after {last:?}");
+    let clients = downloads.iter().map(TcpStream::local_addr).collect::<std::io::Result<Vec<_>>>()?;
+    drop(downloads);
+    wait_for("all downloads are told", Duration::from_secs(5), || Ok(ended_by("one") > DOWNLOADS))?;
+    for (client, arrived) in clients.iter().zip(arrived) {
+        let told: Vec<Value> =
+            lines("one").into_iter().filter(|line| line["client"] == client.to_string()).collect();
+        let [line] = &told[..] else { bail!("one download is told {} times: {told:?}", told.len()) };
+        let end = line["end"].as_str().unwrap_or_default();
+        ensure!(["closed", "upstream-reset"].contains(&end), "{line}");
+        ensure!(line["destination"] == to.to_string(), "{line}");
+        ensure!(line["bytes_down"].as_u64() >= Some(arrived), "{line}");
     }
-    for stream in &mut open {
-        stream.write_all(b"x")?;
-        stream.read_exact(&mut [0; 1])?;
-    }
-    let began = Instant::now();
-    drop(first);
-    for (number, stream) in open.iter_mut().enumerate() {
-        let ended = stream.read(&mut [0; 1]);
-        ensure!(ended.is_err() || ended.is_ok_and(|length| length == 0), "connection {number} goes on");
-    }
-    ensure!(began.elapsed() < patience(Duration::from_secs(2)), "they ended after {:?}", began.elapsed());
-    for _ in 0..10 {
+    for _ in 0..9 {
         get().with_context(|| proxy.daemon.describe())?;
     }
-    ensure!(ended_by("two") == 10, "{}", proxy.daemon.describe());
+    wait_for("ten by the second", Duration::from_secs(1), || Ok(ended_by("two") == 10))
+        .with_context(|| proxy.daemon.describe())?;
     wait_for("the first is told to be down", patience(Duration::from_secs(5)), || {
         Ok(proxy.daemon.log().contains("upstream one") && proxy.daemon.log().contains("is down"))
     })?;
@@ -202,8 +268,43 @@ fn failover(lab: &Lab, family: Family) -> Result<()> {
     })?;
     let before = ended_by("one");
     get()?;
-    ensure!(ended_by("one") == before + 1, "it is not used again: {}", proxy.daemon.describe());
-    Ok(())
+    wait_for("it is used again", Duration::from_secs(1), || Ok(ended_by("one") > before))
+        .with_context(|| proxy.daemon.describe())
+}
+
+/// Reads all streams while bytes come by each, then does what ends them (as does dropping it); how many bytes came,
+/// and how long the last went on.
+fn read_until(streams: &[TcpStream], end: impl FnOnce() -> Result<()>) -> Result<(Vec<u64>, Duration)> {
+    let counts: Vec<_> = streams.iter().map(|_| AtomicU64::new(0)).collect();
+    let arrived = || -> Vec<u64> { counts.iter().map(|count| count.load(Ordering::Relaxed)).collect() };
+    let last = std::thread::scope(|scope| -> Result<Duration> {
+        // Here, so that it is dropped whatever goes wrong, before the readers are waited for.
+        let end = end;
+        let readers: Vec<_> = streams
+            .iter()
+            .zip(&counts)
+            .map(|(mut stream, count)| {
+                scope.spawn(move || {
+                    let mut buffer = vec![0; 1 << 14];
+                    while let Ok(length @ 1..) = stream.read(&mut buffer) {
+                        count.fetch_add(length as u64, Ordering::Relaxed);
+                    }
+                    Instant::now()
+                })
+            })
+            .collect();
+        for _ in 0..3 {
+            let before = arrived();
+            wait_for("bytes by each stream", Duration::from_secs(5), || {
+                Ok(arrived().iter().zip(&before).all(|(now, before)| now > before))
+            })?;
+        }
+        let began = Instant::now();
+        end()?;
+        let ended = readers.into_iter().map(|reader| reader.join().expect("no panic"));
+        Ok(ended.max().map_or(Duration::ZERO, |ended| ended.duration_since(began)))
+    })?;
+    Ok((arrived(), last))
 }
 
 /// Of two upstreams on the command line the second is taken where the first is not there.

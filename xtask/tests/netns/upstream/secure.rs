@@ -38,7 +38,7 @@ const HTTPS: Kind = Kind { scheme: "https", ..HTTP };
 
 /// Makes an authority, whom the system trusts from now on, and a certificate of it for these
 /// names and addresses; the file that has it with its key.
-fn certified(lab: &Lab, names: &[&str]) -> Result<PathBuf> {
+pub(super) fn certified(lab: &Lab, names: &[&str]) -> Result<PathBuf> {
     let key = KeyPair::generate()?;
     let mut params = CertificateParams::new([])?;
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -149,7 +149,7 @@ fn fails(lab: &Lab, family: Family) -> Result<()> {
             // Its client may be gone.
             let _ = stream.read(&mut [0; 4096]).and_then(|_| stream.write_all(answer));
         })?;
-        let took = super::failing::expect_reset(lab, at(family.anywhere(80), 80))?;
+        let took = super::failing::expect_reset(&lab.client, at(family.anywhere(80), 80))?;
         ensure!(took < pace::patience(Duration::from_secs(2)), "{reason}: it took {took:?}");
         ensure!(proxy.daemon.log().contains(reason), "not told: {reason}; {}", proxy.daemon.describe());
         ensure!(proxy.counter("connect_proxy_failed")? == 1, "{reason}: not counted");
