@@ -24,6 +24,9 @@ use crate::wire::{Wire, tls};
 /// How long the addresses of a name are used before it is looked up again.
 const FRESH: Duration = Duration::from_secs(30);
 
+/// How long they are used although none of them works.
+const AGAIN: Duration = Duration::from_secs(1);
+
 /// How long a server that does not carry datagrams is not asked again.
 const NO_UDP: Duration = Duration::from_mins(1);
 
@@ -227,12 +230,10 @@ impl Outbound {
                 Ok(wire) => return Ok(wire),
                 Err(error) if error.reason == Reason::Exhausted => return Err(error),
                 Err(error) => {
-                    let addresses = {
-                        let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
-                        found.turn += 1;
-                        found.addresses.len()
-                    };
-                    if tried >= addresses {
+                    let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+                    found.turn += 1;
+                    if tried >= found.addresses.len() {
+                        found.expire();
                         return Err(ConnectError::of_proxy(error.source));
                     }
                 }
@@ -345,6 +346,11 @@ impl Found {
     fn address(&self) -> Option<UpstreamAddr> {
         let address = self.addresses.get(self.turn.checked_rem(self.addresses.len())?)?;
         Some((*address).into())
+    }
+
+    /// None of the addresses works: they may be others by now.
+    fn expire(&mut self) {
+        self.since = self.since.filter(|since| since.elapsed() < AGAIN);
     }
 
     fn replace(&mut self, addresses: Vec<SocketAddr>) {

@@ -372,9 +372,12 @@ fn joins_bridge(lab: &Lab, family: Family) -> Result<()> {
     wait_for("the log to tell of the bridge", SOON, || {
         Ok(proxy.daemon.log().contains("it is a port of the bridge br0"))
     })?;
-    expect_capture(lab, family, &proxy).context("through the bridge")?;
     let on_bridge = |flow: &FlowRecord| flow.iface.as_deref() == Some("br0") && flow.action == "proxy";
-    ensure!(proxy.flows()?.iter().any(on_bridge), "no flow was captured on the bridge");
+    // Until it is let go the port captures still, before the bridge has the packets.
+    wait_for("flows to be captured on the bridge", SOON, || {
+        expect_capture(lab, family, &proxy)?;
+        Ok(proxy.flows()?.iter().any(on_bridge))
+    })?;
     let rules = lab.router.sh(&format!("ip {} rule show", family.flag()))?.stdout;
     ensure!(!rules.contains("iif lan "), "a rule for a bridge port is left:\n{rules}");
     lab.router.ip_batch("link del br0\n")?;

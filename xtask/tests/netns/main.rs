@@ -139,7 +139,7 @@ fn main() -> ExitCode {
     let once: &[Scenarios] =
         if selection.is_some() { &[] } else { &[policy::ONCE, group::ONCE, reload::ONCE, upstream::ONCE] };
     let all =
-        if selection.is_some() { anywhere.to_vec() } else { [anywhere, here, upstream::SCENARIOS].concat() };
+        if selection.is_some() { anywhere.to_vec() } else { [upstream::SCENARIOS, anywhere, here].concat() };
     let wanted = |name: &str| {
         let matches = |filter: &String| if arguments.exact { name == filter } else { name.contains(filter) };
         filters.is_empty() || filters.iter().any(matches)

@@ -6,6 +6,7 @@ mod failing;
 mod here;
 mod http;
 mod named;
+mod record;
 mod secure;
 mod ways;
 
@@ -27,6 +28,8 @@ use crate::common::{Scenarios, at, needs_proxy};
 use crate::policy::ConfigFile;
 
 pub(crate) const SCENARIOS: &[Scenarios] = &[
+    // First, since they wait.
+    record::SCENARIOS,
     BY_SERVER,
     http::SCENARIOS,
     secure::SCENARIOS,
