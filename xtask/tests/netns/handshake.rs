@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
 use xtask::lab::daemon::wait_for;
 use xtask::lab::load::{Load, LoadServer};
-use xtask::lab::pace::patience;
+use xtask::lab::pace::{self, patience};
 use xtask::lab::peer::{self, TcpServer};
 use xtask::lab::proxy::{Launch, binary};
 use xtask::lab::{Family, Lab, server};
@@ -252,7 +252,8 @@ fn server_speaks_first(lab: &Lab, family: Family) -> Result<()> {
 fn thousand(lab: &Lab, family: Family) -> Result<()> {
     const CONNECTIONS: u64 = 1000;
     let server = LoadServer::start(&lab.server, at(family.unspecified(), PORT), family.client())?;
-    let running = start(lab, FAITHFUL)?;
+    // Clients of a slow machine repeat what they have no time to look at, and are not to be too late.
+    let running = start(lab, &format!("{FAITHFUL} --connect-timeout {}s", pace::seconds(10)))?;
     let load = Load {
         targets: vec![at(family.anywhere(1), PORT), at(family.anywhere(2), PORT)],
         concurrency: 128,
