@@ -6,7 +6,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustls::ClientConfig;
 use tokio::net::TcpStream;
 
 use super::destination::Destination;
@@ -15,7 +14,7 @@ use super::health::{Change, Health};
 use super::socks5::Command;
 use super::{Cause, ConnectError, Reason, tunnel};
 use crate::addr::{ClientAddr, UpstreamAddr};
-use crate::config::upstream::{Check, CheckBy, Host, Proxy, Tls};
+use crate::config::upstream::{Check, CheckBy, Host, Proxy};
 use crate::limits::Alarm;
 use crate::sockopt::UpstreamSocket;
 use crate::stats::WorkerStats;
@@ -53,8 +52,6 @@ pub struct Outbound {
     proxy: Arc<Proxy>,
     /// The server through which it is reached.
     via: Option<Arc<Self>>,
-    /// What TLS handshakes with it are made with.
-    tls: Option<Result<Arc<ClientConfig>, String>>,
     found: Mutex<Found>,
     /// Held by who looks the name up.
     looking: tokio::sync::Mutex<()>,
@@ -80,9 +77,7 @@ impl Outbound {
     #[must_use]
     pub fn new(proxy: Arc<Proxy>, via: Option<Arc<Self>>) -> Self {
         let (found, looking, health, failing, no_udp, latency) = Default::default();
-        // Now, while files can be read.
-        let tls = proxy.tls.as_ref().map(Tls::client);
-        Self { proxy, via, tls, found, looking, health, failing, no_udp, latency }
+        Self { proxy, via, found, looking, health, failing, no_udp, latency }
     }
 
     /// The server, as it is configured.
@@ -266,8 +261,9 @@ impl Outbound {
 
     /// Has a TLS handshake where the server wants one.
     async fn secure(&self, wire: Wire) -> Result<Wire, ConnectError> {
-        let (Some(tls), Some(client)) = (&self.proxy.tls, &self.tls) else { return Ok(wire) };
-        let client = client.clone().map_err(|why| ConnectError::of_proxy(Cause::Trust(why)))?;
+        let Some(tls) = &self.proxy.tls else { return Ok(wire) };
+        // It was made when the configuration was read.
+        let client = tls.client().map_err(|why| ConnectError::of_proxy(Cause::Trust(why)))?;
         let session = tls::Session::connect(wire, client, tls.name.clone()).await.map_err(tunnel::broken)?;
         Ok(Wire::Tls(Box::new(session)))
     }

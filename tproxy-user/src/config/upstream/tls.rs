@@ -1,7 +1,7 @@
 //! TLS towards a proxy server.
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, ServerName};
@@ -10,12 +10,13 @@ use rustls::{ClientConfig, RootCertStore};
 use super::Host;
 
 /// Whom a server is to prove to be, and to whom.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone)]
 pub struct Tls {
     /// The name, or the address, that its certificate is to have.
     pub name: ServerName<'static>,
-    /// Who may have signed that; `None`: those whom the system trusts.
-    pub authorities: Option<Arc<[CertificateDer<'static>]>>,
+    authorities: Option<Arc<[CertificateDer<'static>]>>,
+    /// What follows from the authorities, once it was asked for.
+    client: OnceLock<Arc<ClientConfig>>,
 }
 
 impl Tls {
@@ -28,7 +29,7 @@ impl Tls {
             Host::Address(ip) => ServerName::from(*ip),
             Host::Name(name) => Self::name(name)?,
         };
-        Ok(Self { name, authorities: None })
+        Ok(Self { name, authorities: None, client: OnceLock::new() })
     }
 
     /// A name, or an address, that a certificate can have.
@@ -51,11 +52,21 @@ impl Tls {
         Ok(all.into())
     }
 
-    /// What handshakes are made with.
+    /// Who may have signed the certificate; else those whom the system trusts.
+    #[must_use]
+    pub fn signed_by(self, authorities: Arc<[CertificateDer<'static>]>) -> Self {
+        Self { name: self.name, authorities: Some(authorities), client: OnceLock::new() }
+    }
+
+    /// What handshakes are made with. Reads the system's certificates, where it is those, the
+    /// first time.
     ///
     /// # Errors
     /// The system trusts nobody.
     pub fn client(&self) -> Result<Arc<ClientConfig>, String> {
+        if let Some(client) = self.client.get() {
+            return Ok(Arc::clone(client));
+        }
         let roots = match &self.authorities {
             Some(authorities) => store(authorities)?,
             None => system()?,
@@ -66,9 +77,17 @@ impl Tls {
         let mut config = config.with_root_certificates(roots).with_no_client_auth();
         // CONNECT is said in HTTP/1.1, and a server is not to choose another.
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
-        Ok(Arc::new(config))
+        Ok(Arc::clone(self.client.get_or_init(|| Arc::new(config))))
     }
 }
+
+impl PartialEq for Tls {
+    fn eq(&self, other: &Self) -> bool {
+        (&self.name, &self.authorities) == (&other.name, &other.authorities)
+    }
+}
+
+impl Eq for Tls {}
 
 fn store(authorities: &[CertificateDer<'static>]) -> Result<RootCertStore, String> {
     let mut roots = RootCertStore::empty();
@@ -99,6 +118,9 @@ fn system() -> Result<RootCertStore, String> {
 impl fmt::Debug for Tls {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let authorities = self.authorities.as_ref().map(|all| all.len());
-        f.debug_struct("Tls").field("name", &self.name).field("authorities", &authorities).finish()
+        f.debug_struct("Tls")
+            .field("name", &self.name)
+            .field("authorities", &authorities)
+            .finish_non_exhaustive()
     }
 }

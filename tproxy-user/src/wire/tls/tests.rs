@@ -16,7 +16,7 @@ type Server = StreamOwned<ServerConnection, TcpStream>;
 /// how it is reached.
 fn server(part: impl FnOnce(Server) + Send + 'static) -> (std::net::SocketAddr, Tls, JoinHandle<()>) {
     let own = rcgen::generate_simple_self_signed(["proxy.example.org".to_owned()]).expect("a certificate");
-    let authorities = Some(Tls::authorities(own.cert.pem().as_bytes()).expect("a certificate"));
+    let authorities = Tls::authorities(own.cert.pem().as_bytes()).expect("a certificate");
     let key = PrivatePkcs8KeyDer::from(own.signing_key.serialize_der());
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let config = ServerConfig::builder_with_provider(provider)
@@ -32,7 +32,7 @@ fn server(part: impl FnOnce(Server) + Send + 'static) -> (std::net::SocketAddr, 
         part(StreamOwned::new(ServerConnection::new(Arc::new(config)).expect("valid"), stream));
     });
     let tls = Proxy::parse("https://proxy.example.org:443").expect("a URL").tls.expect("https");
-    (address, Tls { authorities, ..tls }, serving)
+    (address, tls.signed_by(authorities), serving)
 }
 
 async fn connect(address: std::net::SocketAddr, tls: &Tls) -> io::Result<Wire> {
@@ -151,9 +151,12 @@ fn refusal(mistake: impl Fn(Tls) -> Tls) -> io::Error {
 
 #[test]
 fn a_server_proves_who_it_is() {
-    let other = refusal(|tls| Tls { name: Tls::name("other.example.org").expect("a name"), ..tls });
+    let other = refusal(|mut tls| {
+        tls.name = Tls::name("other.example.org").expect("a name");
+        tls
+    });
     assert!(other.to_string().contains("not valid for name"), "{other}");
-    let unknown = refusal(|tls| Tls { authorities: Some(somebody_else()), ..tls });
+    let unknown = refusal(|tls| tls.signed_by(somebody_else()));
     assert!(unknown.to_string().contains("UnknownIssuer"), "{unknown}");
 }
 
@@ -174,7 +177,7 @@ fn a_server_without_tls_is_told() {
         stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").expect("written");
     });
     let tls = Proxy::parse("https://proxy.example.org:443").expect("a URL").tls.expect("https");
-    let tls = Tls { authorities: Some(somebody_else()), ..tls };
+    let tls = tls.signed_by(somebody_else());
     let error = run(connect(address, &tls)).expect_err("no TLS");
     assert_eq!(error.kind(), io::ErrorKind::InvalidData);
     serving.join().expect("no panic");
