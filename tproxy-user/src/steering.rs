@@ -23,11 +23,10 @@ use crate::datapath::features::Features;
 use crate::datapath::load::Datapath;
 use crate::datapath::names::NameTable;
 use crate::failure::Failure;
-use crate::instance::state::QdiscMade;
 use crate::instance::{self, Instance};
 use crate::interfaces;
 use crate::listener::WorkerListeners;
-use crate::plan::{Plan, PlannedInterface, Role};
+use crate::plan::{Plan, Role};
 use crate::privilege;
 use crate::routing;
 use crate::rulebook::Rulebook;
@@ -266,34 +265,6 @@ impl Steering {
         for (index, attached) in stale {
             tracing::info!("{}: detached", attached.name);
             self.detach(&attached.name, index, instance).await;
-        }
-    }
-
-    async fn detach(&mut self, name: &str, index: u32, instance: &mut Instance) {
-        self.upkeep.forget(name);
-        if let Err(error) = bpffs::remove_links(&self.config.pin, index) {
-            tracing::warn!("{error}");
-        }
-        if let Err(error) = undo::detached(instance, index, &self.handle).await {
-            tracing::warn!("{name}: {error:#}");
-        }
-    }
-
-    async fn ensure_clsact(
-        &self,
-        interface: &PlannedInterface,
-        instance: &mut Instance,
-    ) -> anyhow::Result<()> {
-        match clsact::qdisc(&self.handle, interface.index).await? {
-            clsact::Qdisc::Clsact => Ok(()),
-            clsact::Qdisc::Ingress => Err(keeps_clsact_out(&interface.name).into()),
-            clsact::Qdisc::Absent => {
-                let made = QdiscMade { ifindex: interface.index, ifname: interface.name.clone() };
-                instance.record(|journal| journal.adding(made))?;
-                clsact::add_clsact(&self.handle, interface.index)
-                    .await
-                    .with_context(|| format!("cannot add a clsact qdisc to {}", interface.name))
-            }
         }
     }
 

@@ -2,19 +2,21 @@
 
 use std::time::Instant;
 
+use anyhow::Context as _;
 use tproxy_common::abi::program;
 
 use crate::clsact;
 use crate::datapath::attach::{Direction, Hook, Target, programs};
 use crate::datapath::bpffs;
 use crate::instance::Instance;
+use crate::instance::state::QdiscMade;
 use crate::interfaces::is_still;
 use crate::plan::{PlannedInterface, Sysctl};
 use crate::routing::Routing;
-use crate::{sysctl, tun};
+use crate::{sysctl, tun, undo};
 
 use super::upkeep::Kind;
-use super::{Attached, Steering};
+use super::{Attached, Steering, keeps_clsact_out};
 
 /// Where [`program::GROUP`] is.
 const CONTROL_GROUPS: &str = "the control groups";
@@ -204,5 +206,34 @@ impl Steering {
             instance.record(|journal| journal.attaching(made)).map_err(std::io::Error::other)
         })?;
         Ok(())
+    }
+
+    async fn ensure_clsact(
+        &self,
+        interface: &PlannedInterface,
+        instance: &mut Instance,
+    ) -> anyhow::Result<()> {
+        match clsact::qdisc(&self.handle, interface.index).await? {
+            clsact::Qdisc::Clsact => Ok(()),
+            clsact::Qdisc::Ingress => Err(keeps_clsact_out(&interface.name).into()),
+            clsact::Qdisc::Absent => {
+                let made = QdiscMade { ifindex: interface.index, ifname: interface.name.clone() };
+                instance.record(|journal| journal.adding(made))?;
+                clsact::add_clsact(&self.handle, interface.index)
+                    .await
+                    .with_context(|| format!("cannot add a clsact qdisc to {}", interface.name))
+            }
+        }
+    }
+
+    /// Takes off what may be at an interface, which may be gone.
+    pub(super) async fn detach(&mut self, name: &str, index: u32, instance: &mut Instance) {
+        self.upkeep.forget(name);
+        if let Err(error) = bpffs::remove_links(&self.config.pin, index) {
+            tracing::warn!("{error}");
+        }
+        if let Err(error) = undo::detached(instance, index, &self.handle).await {
+            tracing::warn!("{name}: {error:#}");
+        }
     }
 }
