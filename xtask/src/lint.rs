@@ -39,6 +39,7 @@ pub(crate) fn run(_args: &Args) -> Result<()> {
             "clippy",
             cargo(workspace::cargo("clippy").args(["--locked", "--all-targets", "--", "-D", "warnings"]))?,
         ),
+        ("what fuzz targets take of tproxy-user", fuzzed()?),
         ("eBPF programs", ebpf(&toolchain, warned)?),
         ("cargo-deny", deny()?),
     ];
@@ -61,6 +62,18 @@ pub(crate) fn run(_args: &Args) -> Result<()> {
 
 fn format(manifest: &str) -> Result<Outcome> {
     cargo(workspace::cargo("fmt").args(["--check", "--manifest-path", manifest]))
+}
+
+/// The fuzz targets compile files of tproxy-user by themselves, which nothing else does that is
+/// run for each change. Checked without the fuzzer, which is C++ and takes longer than all the rest.
+fn fuzzed() -> Result<Outcome> {
+    cargo(
+        workspace::cargo("check")
+            .args(["--locked", "--lib", "--manifest-path", FUZZ[1], "--target-dir"])
+            .arg(workspace::target().join("fuzz-check"))
+            .env("RUSTFLAGS", "--cfg fuzzing")
+            .env("CUSTOM_LIBFUZZER_PATH", "/libnone.a"),
+    )
 }
 
 fn cargo(command: &mut Command) -> Result<Outcome> {

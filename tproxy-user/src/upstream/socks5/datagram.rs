@@ -2,8 +2,8 @@
 
 use std::net::{IpAddr, SocketAddr};
 
+use super::super::destination::Destination;
 use super::{address, write_destination};
-use crate::upstream::destination::Destination;
 
 /// Bytes of the longest header with an address.
 pub const LONGEST: usize = 3 + 1 + 16 + 2;
