@@ -281,6 +281,14 @@ pub fn peek(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<usize> {
     recv(socket.as_raw_fd(), buffer, flags).map_err(Into::into)
 }
 
+/// Reads what is there. Does not wait.
+///
+/// # Errors
+/// What `recv(2)` answers; `WouldBlock` where nothing is there.
+pub fn receive(socket: &impl AsRawFd, buffer: &mut [u8]) -> io::Result<usize> {
+    recv(socket.as_raw_fd(), buffer, MsgFlags::MSG_DONTWAIT).map_err(Into::into)
+}
+
 /// Has the runtime watch a socket for something to read.
 ///
 /// # Errors

@@ -3,13 +3,13 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 
 use tokio::io::unix::AsyncFd;
-use tokio::runtime::{Builder, Runtime};
+use tokio::runtime::{Builder, LocalOptions, LocalRuntime};
 use tokio::sync::oneshot;
-use tokio::task::{LocalSet, spawn_local};
+use tokio::task::spawn_local;
 
 use crate::failure::Failure;
 use crate::listener::{Bound, WorkerListeners};
@@ -84,10 +84,9 @@ impl WorkerHandle {
     }
 }
 
-/// Everything a worker's thread starts with. Made before the thread, so that what
-/// can fail fails where somebody hears of it.
+/// Everything a worker starts with.
 struct Parts {
-    runtime: Runtime,
+    runtime: LocalRuntime,
     tcp: Vec<AsyncFd<OwnedFd>>,
     udp: Vec<AsyncFd<OwnedFd>>,
     /// The one whose datagrams have the DF bit.
@@ -112,16 +111,26 @@ pub fn spawn(
     shared: &Arc<Shared>,
     shutdown: Shutdown,
 ) -> Result<WorkerHandle, WorkerError> {
-    let parts = prepare(index, listeners, syns, shared)?;
     let shared = Arc::clone(shared);
     let (alive, over) = oneshot::channel();
+    let (tell, prepared) = mpsc::sync_channel(1);
     let thread = std::thread::Builder::new()
         .name(format!("tproxy-{index}"))
         .spawn(move || {
             let _alive = alive;
+            // In the thread, which its runtime cannot leave.
+            let parts = prepare(index, listeners, syns, &shared)?;
+            // Whoever waits for it waits still.
+            let _ = tell.send(());
             run(index, parts, shared, shutdown)
         })
         .map_err(|source| WorkerError::Start { index, source })?;
+    if prepared.recv().is_err() {
+        return Err(match thread.join() {
+            Ok(Err(error)) => error,
+            _ => WorkerError::Panicked { index },
+        });
+    }
     Ok(WorkerHandle { index, thread, over })
 }
 
@@ -144,7 +153,9 @@ fn prepare(
     let (v4, v6) = (listeners.tcp4.is_some(), listeners.tcp6.is_some());
     let refusals = syns.is_some().then(|| RefusalSender::new(v4, v6, shared.mark())).transpose();
     let refusals = refusals.map_err(explain)?;
-    let runtime = Builder::new_current_thread().enable_all().build().map_err(start)?;
+    // Its tasks wake each other without a system call, as those of a `LocalSet` do not.
+    let runtime = Builder::new_current_thread().enable_all().build_local(LocalOptions::default());
+    let runtime = runtime.map_err(start)?;
     let context = runtime.enter();
     let tcp = watched([listeners.tcp4, listeners.tcp6]).map_err(start)?;
     let udp = watched([listeners.udp4, listeners.udp6]).map_err(start)?;
@@ -162,8 +173,7 @@ fn watched<T: Into<OwnedFd>, const N: usize>(
 
 fn run(index: usize, parts: Parts, shared: Arc<Shared>, mut shutdown: Shutdown) -> Result<(), WorkerError> {
     let Parts { runtime, tcp, udp, udp_df, replies, handshakes } = parts;
-    let tasks = LocalSet::new();
-    let outcome = tasks.block_on(&runtime, async {
+    let outcome = runtime.block_on(async {
         let worker = relay::Worker::new(
             shared,
             index,
@@ -209,6 +219,6 @@ fn run(index: usize, parts: Parts, shared: Arc<Shared>, mut shutdown: Shutdown) 
         Ok(())
     });
     // What is left ends here: its sockets are reset and its records say so.
-    drop(tasks);
+    drop(runtime);
     outcome
 }

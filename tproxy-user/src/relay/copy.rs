@@ -2,8 +2,9 @@
 //!
 //! The rest of the relay sees [`copy`] alone, so how bytes move can change.
 
+mod direction;
+
 use std::cell::Cell;
-use std::io;
 use std::os::fd::AsFd;
 use std::pin::pin;
 use std::time::Duration;
@@ -13,13 +14,11 @@ use tokio::net::TcpStream;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
+use self::direction::Direction;
 use super::pool::Pool;
 use crate::sockopt;
 use crate::stats::Value;
 use crate::wire::Wire;
-
-/// Reads in a row before other connections get their turn.
-const ROUNDS: usize = 16;
 
 /// How long bytes that came before a reset may take to reach the other side. A
 /// side that takes none for this long would not read them soon either.
@@ -218,100 +217,6 @@ impl State {
             tokio::select! {
                 () = tokio::time::sleep_until(deadline) => {}
                 () = self.changed.notified() => {}
-            }
-        }
-    }
-}
-
-/// One direction of a connection.
-struct Direction<'a> {
-    from: &'a Wire,
-    to: &'a Wire,
-    /// The side of `from`.
-    source: Side,
-    pool: &'a Pool,
-    state: &'a State,
-    bytes: &'a Cell<u64>,
-    total: &'a Value,
-}
-
-impl Direction<'_> {
-    /// Copies until the source closes (its FIN is passed on) or a side dies.
-    async fn run(&self) -> Result<(), Side> {
-        loop {
-            self.from.readable().await.map_err(|_| self.source)?;
-            // Taken only now: a connection with nothing to say holds no buffer.
-            let mut buffer = self.pool.take();
-            let mut more = true;
-            for _ in 0..ROUNDS {
-                match self.from.try_read(&mut buffer) {
-                    Ok(0) => return self.pass_fin().await,
-                    Ok(read) => self.write(&buffer[..read]).await?,
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                        more = false;
-                        break;
-                    }
-                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                    Err(_) => return Err(self.source),
-                }
-            }
-            drop(buffer);
-            if more {
-                tokio::task::yield_now().await;
-            }
-        }
-    }
-
-    async fn pass_fin(&self) -> Result<(), Side> {
-        // A socket whose error was reported already reads as closed: no FIN for that, or
-        // a response cut short would look complete.
-        if self.state.dead.get() == Some(self.source) {
-            return Err(self.source);
-        }
-        while self.blocks(self.to.try_close())? {
-            self.writable().await?;
-        }
-        self.state.half_close();
-        Ok(())
-    }
-
-    async fn write(&self, mut rest: &[u8]) -> Result<(), Side> {
-        self.state.last_byte.set(Instant::now());
-        while !rest.is_empty() {
-            match self.to.try_write(rest) {
-                Ok(written) => {
-                    rest = &rest[written..];
-                    self.bytes.set(self.bytes.get() + written as u64);
-                    self.total.add(written as u64);
-                    self.state.last_byte.set(Instant::now());
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.writable().await?,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => return Err(self.source.other()),
-            }
-        }
-        while self.blocks(self.to.try_flush())? {
-            self.writable().await?;
-        }
-        Ok(())
-    }
-
-    /// Whether what was tried at the destination is to be tried again.
-    fn blocks(&self, outcome: io::Result<()>) -> Result<bool, Side> {
-        match outcome {
-            Ok(()) => Ok(false),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(true),
-            Err(_) => Err(self.source.other()),
-        }
-    }
-
-    /// Waits for room to write, and meanwhile for a reset of the source: a reader
-    /// that stalls must not hide that the other end is gone.
-    async fn writable(&self) -> Result<(), Side> {
-        loop {
-            tokio::select! {
-                result = self.to.writable() => return result.map_err(|_| self.source.other()),
-                () = reset(self.from.socket()), if self.state.dead.get().is_none() => self.state.died(self.source),
             }
         }
     }

@@ -8,6 +8,7 @@ mod exit;
 mod flow;
 pub(crate) mod handshake;
 mod icmp;
+mod pipe;
 mod pool;
 pub mod raw;
 mod receive;

@@ -1,7 +1,9 @@
-//! Buffers of one worker, lent while there is data in hand.
+//! Buffers and pipes of one worker, lent while there is data in hand.
 
 use std::cell::{Cell, RefCell};
 use std::ops::{Deref, DerefMut};
+
+use super::pipe::Pipes;
 
 /// Size of a buffer in bytes. Larger ones hardly lower the cost of a byte; the
 /// second-level cache should hold a few.
@@ -17,9 +19,10 @@ const MAX_LARGE: usize = 1024;
 /// Unused buffers that are kept.
 const KEEP: usize = 16;
 
-/// Lends buffers to the tasks of one worker.
+/// Lends buffers to the tasks of one worker, and pipes.
 #[derive(Debug, Default)]
 pub(crate) struct Pool {
+    pub(crate) pipes: Pipes,
     free: RefCell<Vec<Box<[u8]>>>,
     large_out: Cell<usize>,
 }

@@ -1,5 +1,7 @@
 //! Between sockets on the loopback device, which needs no privilege.
 
+use std::io;
+
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 
@@ -23,6 +25,9 @@ async fn between<T>(
 ) -> (T, Ending, Traffic) {
     let (client, client_side) = connection().await;
     let (server, upstream_side) = connection().await;
+    for side in [&client_side, &upstream_side] {
+        socket2::SockRef::from(side).set_out_of_band_inline(true).expect("an open socket");
+    }
     let (client_side, upstream_side) = (Wire::Plain(client_side), Wire::Plain(upstream_side));
     let (pool, traffic) = (Pool::default(), Traffic::default());
     let totals = (Value::default(), Value::default());
@@ -117,4 +122,28 @@ async fn quiet_connections_end() {
     })
     .await;
     assert_eq!(ending, Ending::HalfClosed);
+}
+
+#[tokio::test]
+async fn urgent_data_passes_in_a_bulk_transfer() {
+    let data = vec![7; 1_000_000];
+    let ((), ending, _) = between(PATIENT, async |mut client, mut server| {
+        let upload = async {
+            for _ in 0..3 {
+                client.write_all(&data).await.expect("an open direction");
+                let urgent = socket2::SockRef::from(&client).send_out_of_band(b"!");
+                assert_eq!(urgent.ok(), Some(1), "there was no room");
+            }
+            // Nothing follows the last: whoever stops before it is not woken again.
+            client
+        };
+        socket2::SockRef::from(&server).set_out_of_band_inline(true).expect("an open socket");
+        let mut got = vec![0; 3 * (data.len() + 1)];
+        let (read, client) = tokio::join!(server.read_exact(&mut got), upload);
+        assert_eq!(read.ok(), Some(got.len()));
+        assert!(got.chunks(data.len() + 1).all(|part| part.ends_with(&[7, b'!'])));
+        drop(client);
+    })
+    .await;
+    assert_eq!(ending, Ending::Closed);
 }
