@@ -174,10 +174,22 @@ impl UpstreamSocket {
         self.0.bind(&source.into()).call("bind")
     }
 
-    /// The socket for a runtime to connect.
-    #[must_use]
-    pub fn into_tcp(self) -> TcpStream {
-        self.0.into()
+    /// Begins to connect, for a runtime to wait for.
+    ///
+    /// The last ACK of the handshake waits (at most 200 ms, `TCP_DELACK_MAX`) for data to go
+    /// with: one packet less where the client's first bytes are there by then. Where they are
+    /// not, [`acknowledge`] is to be called.
+    ///
+    /// # Errors
+    /// [`SocketError`] of `connect`.
+    pub fn connect(self, peer: SocketAddr) -> Result<TcpStream, SocketError> {
+        // `inet_csk_enter_pingpong_mode`, of which `tcp_rcv_synsent_state_process` makes quick
+        // acknowledgements again.
+        self.0.set_tcp_quickack(false).call("setsockopt TCP_QUICKACK")?;
+        match self.0.connect(&peer.into()) {
+            Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => Err(error).call("connect"),
+            _ => Ok(self.0.into()),
+        }
     }
 
     /// The socket for a runtime to receive from.
@@ -305,6 +317,13 @@ pub fn reset_on_close(stream: &impl AsFd) {
     let result = SockRef::from(stream).set_linger(Some(Duration::ZERO));
     if let Err(error) = result {
         tracing::trace!(%error, "SO_LINGER");
+    }
+}
+
+/// Acknowledges what waits to be acknowledged. An error means that the connection is gone.
+pub fn acknowledge(stream: &impl AsFd) {
+    if let Err(error) = SockRef::from(stream).set_tcp_quickack(true) {
+        tracing::trace!(%error, "TCP_QUICKACK");
     }
 }
 

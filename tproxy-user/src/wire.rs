@@ -2,8 +2,10 @@
 
 pub mod tls;
 
+use std::future::poll_fn;
 use std::io::{self, IoSlice};
 use std::os::fd::AsFd as _;
+use std::task::{Context, Poll};
 
 use tokio::io::Interest;
 use tokio::net::TcpStream;
@@ -41,6 +43,22 @@ impl Wire {
         }
     }
 
+    /// As [`readable`](Self::readable), for whoever waits by itself: one of a connection.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self {
+            Self::Plain(stream) => stream.poll_read_ready(cx),
+            Self::Tls(session) => session.poll_readable(cx),
+        }
+    }
+
+    /// Whether there may be something to read, without waiting for it.
+    pub async fn is_readable(&self) -> bool {
+        poll_fn(|cx| Poll::Ready(self.poll_readable(cx).is_ready())).await
+    }
+
     /// Reads what is there; 0: the other side has closed its direction.
     ///
     /// # Errors
@@ -59,6 +77,14 @@ impl Wire {
     /// As the runtime says; not those of the connection.
     pub async fn writable(&self) -> io::Result<()> {
         self.socket().writable().await
+    }
+
+    /// As [`writable`](Self::writable), for whoever waits by itself: one of a connection.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn poll_writable(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.socket().poll_write_ready(cx)
     }
 
     /// Writes as much as there is room for. It may wait here still to be [sent](Self::try_flush).

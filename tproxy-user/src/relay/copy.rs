@@ -5,14 +5,15 @@
 mod direction;
 
 use std::cell::Cell;
+use std::future::poll_fn;
 use std::os::fd::AsFd;
-use std::pin::pin;
+use std::pin::{Pin, pin};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use tokio::io::Interest;
 use tokio::net::TcpStream;
-use tokio::sync::Notify;
-use tokio::time::Instant;
+use tokio::time::{Instant, Sleep, sleep_until};
 
 use self::direction::Direction;
 use super::pool::Pool;
@@ -79,68 +80,29 @@ pub(crate) struct Traffic {
 /// Copies both ways until both directions are closed, a side resets or patience ends.
 ///
 /// A closed direction is passed on as FIN once all its bytes are; the other goes
-/// on. `totals` are the worker's counters of bytes up and down.
+/// on. The last FIN is sent when the connections are dropped. `totals` are the worker's counters of bytes up and down.
 pub(crate) async fn copy(
     client: &Wire,
     upstream: &Wire,
     pool: &Pool,
-    patience: Patience,
+    patience: &Patience,
     traffic: &Traffic,
     totals: (&Value, &Value),
 ) -> Ending {
-    let state = State::new();
-    let up = Direction {
-        from: client,
-        to: upstream,
-        source: Side::Client,
-        pool,
-        state: &state,
-        bytes: &traffic.up,
-        total: totals.0,
+    let mut copy = Copy {
+        up: Direction::new((Side::Client, client), upstream, pool, (&traffic.up, totals.0)),
+        down: Direction::new((Side::Upstream, upstream), client, pool, (&traffic.down, totals.1)),
+        patience,
+        dead: None,
+        grace_ends: Instant::now(),
     };
-    let down = Direction {
-        from: upstream,
-        to: client,
-        source: Side::Upstream,
-        pool,
-        state: &state,
-        bytes: &traffic.down,
-        total: totals.1,
-    };
-    let (mut up_runs, mut down_runs) = (pin!(up.run()), pin!(down.run()));
-    let mut clock = pin!(state.clock(patience));
-    let (mut up_open, mut down_open) = (true, true);
-    let ending = loop {
-        // The result of a direction; `Err` names the side that is dead.
-        let result = tokio::select! {
-            result = &mut up_runs, if up_open => {
-                up_open = false;
-                result
-            }
-            result = &mut down_runs, if down_open => {
-                down_open = false;
-                result
-            }
-            // A side that has closed its direction is no longer read, but may still reset.
-            () = reset(client.socket()), if !up_open && state.dead.get().is_none() => Err(Side::Client),
-            () = reset(upstream.socket()), if !down_open && state.dead.get().is_none() => Err(Side::Upstream),
-            ending = &mut clock => break ending,
-        };
-        if let Err(side) = result {
-            state.died(side);
-        }
-        match state.dead.get() {
-            None if up_open || down_open => {}
-            None => break Ending::Closed,
-            // Bytes towards the dead side are lost; those from it are still delivered.
-            Some(Side::Client) if up_open => down_open = false,
-            Some(Side::Upstream) if down_open => up_open = false,
-            Some(side) => break Ending::Reset(side),
-        }
-    };
+    let mut clock = pin!(sleep_until(copy.deadline().0));
+    let ending = poll_fn(|cx| copy.poll(clock.as_mut(), cx)).await;
+    let grace_ends = copy.grace_ends;
+    drop(copy);
     if let Ending::Reset(side) = ending {
         let other = if side == Side::Client { upstream } else { client };
-        flush(other.socket(), state.grace_ends.get()).await;
+        flush(other.socket(), grace_ends).await;
     }
     ending
 }
@@ -165,59 +127,69 @@ async fn flush(stream: &TcpStream, until: Instant) {
     }
 }
 
-/// What both directions know of each other.
-struct State {
-    last_byte: Cell<Instant>,
-    half_closed: Cell<bool>,
-    dead: Cell<Option<Side>>,
-    grace_ends: Cell<Instant>,
-    /// The clock has to look anew.
-    changed: Notify,
+/// Both directions of a connection. No futures inside of each other: thousands of
+/// connections wait here, and what they wait with is what one takes in memory.
+struct Copy<'a> {
+    up: Direction<'a>,
+    down: Direction<'a>,
+    patience: &'a Patience,
+    /// The first side that died; what follows from it does not count.
+    dead: Option<Side>,
+    grace_ends: Instant,
 }
 
-impl State {
-    fn new() -> Self {
-        let now = Instant::now();
-        Self {
-            last_byte: Cell::new(now),
-            half_closed: Cell::new(false),
-            dead: Cell::new(None),
-            grace_ends: Cell::new(now),
-            changed: Notify::new(),
+impl Copy<'_> {
+    fn poll(&mut self, mut clock: Pin<&mut Sleep>, cx: &mut Context<'_>) -> Poll<Ending> {
+        // What one direction meets may be the end of the other.
+        while self.advance(cx) {
+            match self.dead {
+                None if self.up.is_open() || self.down.is_open() => {}
+                None => return Poll::Ready(Ending::Closed),
+                // Bytes towards the dead side are lost; those from it are still delivered.
+                Some(Side::Client) if self.up.is_open() => self.down.abandon(),
+                Some(Side::Upstream) if self.down.is_open() => self.up.abandon(),
+                Some(side) => return Poll::Ready(Ending::Reset(side)),
+            }
         }
-    }
-
-    /// The first side that dies counts; what follows from it does not.
-    fn died(&self, side: Side) {
-        if self.dead.get().is_none() {
-            self.dead.set(Some(side));
-            self.grace_ends.set(Instant::now() + RESET_GRACE);
-            self.changed.notify_one();
-        }
-    }
-
-    fn half_close(&self) {
-        self.half_closed.set(true);
-        self.changed.notify_one();
-    }
-
-    /// Ends when patience does. It sleeps until the time-out that is due if no
-    /// byte comes, and looks then whether one came: bytes cost no timer.
-    async fn clock(&self, patience: Patience) -> Ending {
+        // It sleeps until the time-out that is due if no byte comes, and looks then whether
+        // one came: bytes cost no timer.
         loop {
-            let last = self.last_byte.get();
-            let (deadline, ending) = match (self.dead.get(), self.half_closed.get()) {
-                (Some(side), _) => (self.grace_ends.get(), Ending::Reset(side)),
-                (None, true) => (last + patience.half_close, Ending::HalfClosed),
-                (None, false) => (last + patience.idle, Ending::Idle),
-            };
+            let (deadline, ending) = self.deadline();
             if Instant::now() >= deadline {
-                return ending;
+                return Poll::Ready(ending);
             }
-            tokio::select! {
-                () = tokio::time::sleep_until(deadline) => {}
-                () = self.changed.notified() => {}
+            if clock.is_elapsed() || deadline < clock.deadline() {
+                clock.as_mut().reset(deadline);
             }
+            ready!(clock.as_mut().poll(cx));
+        }
+    }
+
+    /// Moves what can be moved; true where something changed for both directions.
+    fn advance(&mut self, cx: &mut Context<'_>) -> bool {
+        let before = (self.up.is_open(), self.down.is_open(), self.dead);
+        for side in [Side::Client, Side::Upstream] {
+            let (direction, other) = match side {
+                Side::Client => (&mut self.up, &self.down),
+                Side::Upstream => (&mut self.down, &self.up),
+            };
+            if let Poll::Ready(Err(side)) = direction.poll(self.dead, !other.is_open(), cx)
+                && self.dead.is_none()
+            {
+                self.dead = Some(side);
+                self.grace_ends = Instant::now() + RESET_GRACE;
+            }
+        }
+        before != (self.up.is_open(), self.down.is_open(), self.dead)
+    }
+
+    /// When patience ends, and how that ends the connection.
+    fn deadline(&self) -> (Instant, Ending) {
+        let last = self.up.last_byte().max(self.down.last_byte());
+        match self.dead {
+            Some(side) => (self.grace_ends, Ending::Reset(side)),
+            None if self.up.is_open() && self.down.is_open() => (last + self.patience.idle, Ending::Idle),
+            None => (last + self.patience.half_close, Ending::HalfClosed),
         }
     }
 }

@@ -215,7 +215,8 @@ impl Leg {
                 let name = name.filter(|_| outbound.proxy().names);
                 let to = Destination::of(destination.get(), name);
                 let errand = Errand { direct: &self.direct, client, stats };
-                let attempt = outbound.connect(errand, socket, to);
+                // In a box: it is large, and most connections do without.
+                let attempt = Box::pin(outbound.connect(errand, socket, to));
                 match timeout(patience, attempt).await {
                     Ok(outcome) => outcome,
                     Err(_) => outbound.judge(Err(Outbound::too_slow())),

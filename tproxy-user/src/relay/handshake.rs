@@ -26,9 +26,10 @@ use super::exit::{Exit, Legs};
 use super::record::{End, Protocol, Record};
 use super::refusal::{Refusal, RefusalSender};
 use super::syn::Syn;
-use super::tcp::{Connection, relay};
+use super::tcp::{Connection, Shares, relay};
 use crate::addr::{ClientAddr, OrigDst};
-use crate::limits::{Alarm, ClientSlot};
+use crate::limits::Alarm;
+use crate::sockopt;
 use crate::upstream::ConnectError;
 
 /// SYNs read in a row before other connections get their turn.
@@ -195,13 +196,13 @@ fn room(worker: &Worker, handshakes: &Handshakes) -> Option<OwnedSemaphorePermit
     worker.try_permit()
 }
 
-/// One connection from its SYN to its end. `_shares` are its parts of the limits.
+/// One connection from its SYN to its relay.
 async fn serve(
     worker: Rc<Worker>,
     (open, exit): (Open, Exit),
     record: Record,
     mut claimed: oneshot::Receiver<Connection>,
-    _shares: (OwnedSemaphorePermit, ClientSlot),
+    shares: Shares,
 ) {
     let Some(handshakes) = &worker.handshakes else { return };
     let connected = tokio::select! {
@@ -218,12 +219,14 @@ async fn serve(
         }
     };
     record.connected(hop);
+    // The client's data is a round trip away.
+    sockopt::acknowledge(upstream_side.socket());
     handshakes.let_in(&open.handshake, &worker);
     // The client has as long as the server had: its own half of the handshake
     // may be lost and repeated just as well.
     let claimed = tokio::time::timeout(worker.shared.timeouts.connect, claimed).await;
     if let Ok(Ok(client_side)) = claimed {
-        return relay(&worker, client_side, upstream_side, &record).await;
+        return relay(client_side, upstream_side, record, shares);
     }
     open.forget(handshakes);
     record.ends(End::ClientGone);

@@ -46,6 +46,7 @@ use crate::sockopt::{self, OwnMark, UpstreamSocket};
 use crate::stats::{Stats, Value, WorkerStats};
 use crate::upstream::direct::Direct;
 use crate::upstream::{ConnectError, Reason};
+use copy::Patience;
 use pool::Pool;
 
 /// What all workers of one run share. Nothing in it is locked for data.
@@ -59,6 +60,7 @@ pub struct Shared {
     /// What servers and targets are told of the client.
     send_proxy: SendProxy,
     timeouts: Timeouts,
+    patience: Patience,
     limits: Limits,
     flows_per_worker: usize,
     stats: Arc<Stats>,
@@ -95,6 +97,7 @@ impl Shared {
             as_proxy: Direct { source: SourceMode::Proxy, ..direct },
             send_proxy: config.send_proxy,
             timeouts: config.timeouts,
+            patience: Patience { idle: config.timeouts.tcp_idle, half_close: config.timeouts.half_close },
             limits: config.limits,
             flows_per_worker: (config.limits.udp_flows as usize).div_ceil(workers),
             stats,

@@ -108,6 +108,10 @@ impl Record {
         }
     }
 
+    pub(super) fn worker(&self) -> &Worker {
+        &self.worker
+    }
+
     /// There is a connection to upstream; the time since the record began is what it took.
     pub(super) fn connected(&self, upstream: Hop) {
         self.upstream.replace(Some((upstream, self.begun.elapsed())));

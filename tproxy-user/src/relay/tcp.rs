@@ -16,7 +16,7 @@ use tproxy_common::abi::TCP;
 
 use super::Worker;
 use super::ask;
-use super::copy::{Ending, Patience, copy, reset};
+use super::copy::{Ending, copy, reset};
 use super::exit::{Exit, Legs};
 use super::record::{End, Protocol, Record};
 use super::route::Way;
@@ -165,14 +165,16 @@ fn admit(
     drop(spawn_local(task));
 }
 
-/// One connection from its acceptance to its end; without an exit it is asked about first.
-/// `_shares` are its parts of the limits.
+/// The parts of the limits that one connection has.
+pub(super) type Shares = (OwnedSemaphorePermit, ClientSlot);
+
+/// One connection from its acceptance to its relay; without an exit it is asked about first.
 async fn serve(
     worker: Rc<Worker>,
     client_side: Connection,
     record: Record,
     (client, destination, mut exit): (ClientAddr, OrigDst, Option<Exit>),
-    _shares: (OwnedSemaphorePermit, ClientSlot),
+    shares: Shares,
 ) {
     let stats = worker.stats();
     let mut name = None;
@@ -208,25 +210,29 @@ async fn serve(
         }
     };
     record.connected(hop);
-    relay(&worker, client_side, upstream_side, &record).await;
+    if !client_side.is_readable().await {
+        sockopt::acknowledge(upstream_side.socket());
+    }
+    relay(client_side, upstream_side, record, shares);
 }
 
 /// Copies between the two sides until their end, which is passed on.
-pub(super) async fn relay(
-    worker: &Worker,
-    client_side: Connection,
-    upstream_side: Connection,
-    record: &Record,
-) {
-    let (timeouts, stats) = (worker.shared.timeouts, worker.stats());
-    let patience = Patience { idle: timeouts.tcp_idle, half_close: timeouts.half_close };
-    let totals = (&stats.tcp_bytes_up, &stats.tcp_bytes_down);
-    let ending = copy(&client_side, &upstream_side, &worker.pool, patience, &record.traffic, totals).await;
-    record.ends(End::Copied(ending));
-    if ending == Ending::Closed {
-        client_side.close();
-        upstream_side.close();
-    }
+///
+/// In a task of its own: the one that has made the connection takes several times the memory.
+pub(super) fn relay(client_side: Connection, upstream_side: Connection, record: Record, shares: Shares) {
+    drop(spawn_local(async move {
+        let worker = record.worker();
+        let (patience, stats) = (&worker.shared.patience, worker.stats());
+        let totals = (&stats.tcp_bytes_up, &stats.tcp_bytes_down);
+        let ending =
+            copy(&client_side, &upstream_side, &worker.pool, patience, &record.traffic, totals).await;
+        record.ends(End::Copied(ending));
+        if ending == Ending::Closed {
+            client_side.close();
+            upstream_side.close();
+        }
+        drop(shares);
+    }));
 }
 
 /// A connection that is reset when it is dropped, however that comes about, unless

@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::io::{self, IoSlice, Read as _, Write as _};
 use std::sync::Arc;
+use std::task::{Context, Poll};
 
 use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, ClientConnection};
@@ -62,11 +63,17 @@ impl Session {
     }
 
     pub(super) async fn readable(&self) -> io::Result<()> {
-        let waits = {
-            let state = self.state.borrow();
-            state.ahead.is_empty() && state.connection.wants_read()
-        };
-        if waits { self.below.readable().await } else { Ok(()) }
+        if self.waits() { self.below.readable().await } else { Ok(()) }
+    }
+
+    pub(super) fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.waits() { self.below.poll_readable(cx) } else { Poll::Ready(Ok(())) }
+    }
+
+    /// Whether there is nothing to read but what is still to come.
+    fn waits(&self) -> bool {
+        let state = self.state.borrow();
+        state.ahead.is_empty() && state.connection.wants_read()
     }
 
     pub(super) fn try_read(&self, buffer: &mut [u8]) -> io::Result<usize> {

@@ -2,14 +2,16 @@
 
 use std::cell::Cell;
 use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
 
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 
-use super::{Side, State, reset};
+use super::{Side, reset};
 use crate::relay::pipe::Pipe;
-use crate::relay::pool::Pool;
+use crate::relay::pool::{Buffer, Pool};
 use crate::sockopt;
 use crate::stats::Value;
 use crate::wire::Wire;
@@ -22,168 +24,203 @@ const ROUNDS: usize = 16;
 /// It begins with a buffer, which is cheapest for what is short. Where more is there than a buffer
 /// takes, pages are moved through a pipe instead, until no more is there.
 pub(super) struct Direction<'a> {
-    pub(super) from: &'a Wire,
-    pub(super) to: &'a Wire,
+    from: &'a Wire,
+    to: &'a Wire,
     /// The side of `from`.
-    pub(super) source: Side,
-    pub(super) pool: &'a Pool,
-    pub(super) state: &'a State,
-    pub(super) bytes: &'a Cell<u64>,
-    pub(super) total: &'a Value,
+    source: Side,
+    pool: &'a Pool,
+    /// Those of the connection, those of the worker.
+    bytes: (&'a Cell<u64>, &'a Value),
+    last_byte: Instant,
+    step: Step<'a>,
+    /// The latest read found more than a buffer takes.
+    bulk: bool,
+    /// Waits for a reset of the source while that is not read.
+    reset: Option<Pin<Box<dyn Future<Output = ()> + 'a>>>,
 }
 
-/// Why some reads in a row ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Turn {
-    /// All that was there has moved.
-    Drained,
-    /// It is another connection's turn.
-    Over,
-    /// A whole buffer was there at once: a bulk transfer.
-    Bulk,
-    /// The source has closed.
-    Closed,
+/// What a direction does next. Only with bytes in hand it holds a buffer or a pipe.
+enum Step<'a> {
+    Read,
+    Write { buffer: Buffer<'a>, at: usize, end: usize },
+    Drain(Pipe<'a>),
+    Flush,
+    Close,
+    Done,
 }
 
-impl Direction<'_> {
-    /// Moves bytes until the source closes (its FIN is passed on) or a side dies.
-    pub(super) async fn run(&self) -> Result<(), Side> {
-        let mut bulk = false;
+impl<'a> Direction<'a> {
+    pub(super) fn new(
+        (source, from): (Side, &'a Wire),
+        to: &'a Wire,
+        pool: &'a Pool,
+        bytes: (&'a Cell<u64>, &'a Value),
+    ) -> Self {
+        let last_byte = Instant::now();
+        Self { from, to, source, pool, bytes, last_byte, step: Step::Read, bulk: false, reset: None }
+    }
+
+    pub(super) const fn is_open(&self) -> bool {
+        !matches!(self.step, Step::Done)
+    }
+
+    pub(super) const fn last_byte(&self) -> Instant {
+        self.last_byte
+    }
+
+    /// What it holds is lost.
+    pub(super) fn abandon(&mut self) {
+        self.step = Step::Done;
+    }
+
+    /// Moves bytes until the source closes (its FIN is passed on) or a side dies, which one is told.
+    /// A source may die also after that, and while what came from it is still being delivered.
+    /// The `last` direction leaves its FIN to whoever closes the connections.
+    pub(super) fn poll(
+        &mut self,
+        dead: Option<Side>,
+        last: bool,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<(), Side>> {
+        let mut result = Poll::Ready(Ok(()));
+        if self.is_open() {
+            result = self.advance(dead, last, cx);
+            if result.is_ready() {
+                self.abandon();
+            }
+        }
+        // Whoever is not read, because it has closed or the destination stalls, may still reset.
+        if dead.is_some() || matches!(self.step, Step::Read) || matches!(result, Poll::Ready(Err(_))) {
+            self.reset = None;
+            return result;
+        }
+        let from = self.from;
+        let watch = self.reset.get_or_insert_with(|| Box::pin(reset(from.socket())));
+        ready!(watch.as_mut().poll(cx));
+        self.reset = None;
+        Poll::Ready(Err(self.source))
+    }
+
+    fn advance(&mut self, dead: Option<Side>, last: bool, cx: &mut Context<'_>) -> Poll<Result<(), Side>> {
+        let (source, destination) = (self.source, self.source.other());
+        let mut rounds = 0;
         loop {
-            self.from.readable().await.map_err(|_| self.source)?;
-            // Taken only now: a connection with nothing to say holds neither pipe nor buffer.
-            let pipe = if bulk { self.pool.pipes.take() } else { None };
-            let turn = match (pipe, self.from, self.to) {
-                (Some(pipe), Wire::Plain(from), Wire::Plain(to)) => self.splice(from, to, pipe).await?,
-                _ => self.copy().await?,
-            };
-            match turn {
-                Turn::Drained => bulk = false,
-                Turn::Bulk => bulk = true,
-                Turn::Over => tokio::task::yield_now().await,
-                Turn::Closed => return self.pass_fin().await,
-            }
-        }
-    }
-
-    fn is_plain(&self) -> bool {
-        matches!((self.from, self.to), (Wire::Plain(_), Wire::Plain(_)))
-    }
-
-    async fn copy(&self) -> Result<Turn, Side> {
-        let mut buffer = self.pool.take();
-        for _ in 0..ROUNDS {
-            match self.from.try_read(&mut buffer) {
-                Ok(0) => return Ok(Turn::Closed),
-                Ok(read) => {
-                    self.write(&buffer[..read]).await?;
-                    if read == buffer.len() && self.is_plain() {
-                        return Ok(Turn::Bulk);
+            match &mut self.step {
+                Step::Read => {
+                    if rounds == ROUNDS {
+                        cx.waker().wake_by_ref();
+                        return Poll::Pending;
                     }
+                    rounds += 1;
+                    ready!(self.from.poll_readable(cx)).map_err(|_| source)?;
+                    self.step = match self.read() {
+                        // A socket whose error was reported already reads as closed: no FIN for that,
+                        // or a response cut short would look complete.
+                        Ok(Step::Close) if dead == Some(source) => return Poll::Ready(Err(source)),
+                        Ok(step) => step,
+                        Err(error) if is_passing(&error) => continue,
+                        Err(_) => return Poll::Ready(Err(source)),
+                    };
+                    self.last_byte = Instant::now();
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Turn::Drained),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => return Err(self.source),
-            }
-        }
-        Ok(Turn::Over)
-    }
-
-    async fn splice(&self, from: &TcpStream, to: &TcpStream, mut pipe: Pipe<'_>) -> Result<Turn, Side> {
-        for _ in 0..ROUNDS {
-            match from.try_io(Interest::READABLE, || pipe.fill(from)) {
-                Ok(0) => return Ok(Turn::Closed),
-                Ok(_) => self.drain(&mut pipe, to).await?,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    // Urgent data stops a splice, and nothing would tell when it may go on.
-                    let mut buffer = self.pool.take();
-                    match sockopt::receive(from, &mut buffer) {
-                        Ok(0) => return Ok(Turn::Closed),
-                        Ok(read) => self.write(&buffer[..read]).await?,
-                        Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Turn::Drained),
-                        Err(_) => return Err(self.source),
-                    }
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => return Err(self.source),
-            }
-        }
-        Ok(Turn::Over)
-    }
-
-    async fn pass_fin(&self) -> Result<(), Side> {
-        // A socket whose error was reported already reads as closed: no FIN for that, or
-        // a response cut short would look complete.
-        if self.state.dead.get() == Some(self.source) {
-            return Err(self.source);
-        }
-        while self.blocks(self.to.try_close())? {
-            self.writable().await?;
-        }
-        self.state.half_close();
-        Ok(())
-    }
-
-    async fn write(&self, mut rest: &[u8]) -> Result<(), Side> {
-        self.state.last_byte.set(Instant::now());
-        while !rest.is_empty() {
-            match self.to.try_write(rest) {
-                Ok(written) => {
-                    rest = &rest[written..];
+                Step::Write { buffer, at, end } => {
+                    let written = ready!(attempt(self.to, cx, || self.to.try_write(&buffer[*at..*end])))
+                        .map_err(|_| destination)?;
+                    *at += written;
+                    let done = at == end;
                     self.count(written);
+                    if done {
+                        self.step = Step::Flush;
+                    }
                 }
-                Err(error) => self.try_again(error).await?,
-            }
-        }
-        while self.blocks(self.to.try_flush())? {
-            self.writable().await?;
-        }
-        Ok(())
-    }
-
-    async fn drain(&self, pipe: &mut Pipe<'_>, to: &TcpStream) -> Result<(), Side> {
-        self.state.last_byte.set(Instant::now());
-        while pipe.held() > 0 {
-            match to.try_io(Interest::WRITABLE, || pipe.drain(to)) {
-                Ok(written) => self.count(written),
-                Err(error) => self.try_again(error).await?,
-            }
-        }
-        Ok(())
-    }
-
-    fn count(&self, written: usize) {
-        self.bytes.set(self.bytes.get() + written as u64);
-        self.total.add(written as u64);
-        self.state.last_byte.set(Instant::now());
-    }
-
-    /// After a write failed: waits for room where there was none.
-    async fn try_again(&self, error: io::Error) -> Result<(), Side> {
-        match error.kind() {
-            io::ErrorKind::WouldBlock => self.writable().await,
-            io::ErrorKind::Interrupted => Ok(()),
-            _ => Err(self.source.other()),
-        }
-    }
-
-    /// Whether what was tried at the destination is to be tried again.
-    fn blocks(&self, outcome: io::Result<()>) -> Result<bool, Side> {
-        match outcome {
-            Ok(()) => Ok(false),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(true),
-            Err(_) => Err(self.source.other()),
-        }
-    }
-
-    /// Waits for room to write, and meanwhile for a reset of the source: a reader
-    /// that stalls must not hide that the other end is gone.
-    async fn writable(&self) -> Result<(), Side> {
-        loop {
-            tokio::select! {
-                result = self.to.writable() => return result.map_err(|_| self.source.other()),
-                () = reset(self.from.socket()), if self.state.dead.get().is_none() => self.state.died(self.source),
+                Step::Drain(pipe) => {
+                    let socket = self.to.socket();
+                    let drain = || socket.try_io(Interest::WRITABLE, || pipe.drain(socket));
+                    let written = ready!(attempt(self.to, cx, drain)).map_err(|_| destination)?;
+                    let done = pipe.held() == 0;
+                    self.count(written);
+                    if done {
+                        self.step = Step::Read;
+                    }
+                }
+                Step::Flush => {
+                    ready!(attempt(self.to, cx, || self.to.try_flush())).map_err(|_| destination)?;
+                    self.step = Step::Read;
+                }
+                Step::Close if last && matches!(self.to, Wire::Plain(_)) => return Poll::Ready(Ok(())),
+                Step::Close => {
+                    ready!(attempt(self.to, cx, || self.to.try_close())).map_err(|_| destination)?;
+                    return Poll::Ready(Ok(()));
+                }
+                Step::Done => return Poll::Ready(Ok(())),
             }
         }
     }
+
+    fn read(&mut self) -> io::Result<Step<'a>> {
+        let from = self.from;
+        if self.bulk
+            && let Some(from) = self.plain()
+            && let Some(mut pipe) = self.pool.pipes.take()
+        {
+            match from.try_io(Interest::READABLE, || pipe.fill(from)) {
+                Ok(0) => return Ok(Step::Close),
+                Ok(_) => return Ok(Step::Drain(pipe)),
+                Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error),
+                // Nothing is there; or urgent data, which stops a splice, and nothing would tell
+                // when it may go on.
+                Err(_) => return self.read_into_buffer(|buffer| sockopt::receive(from, buffer)),
+            }
+        }
+        self.read_into_buffer(|buffer| from.try_read(buffer))
+    }
+
+    fn read_into_buffer(
+        &mut self,
+        read: impl FnOnce(&mut [u8]) -> io::Result<usize>,
+    ) -> io::Result<Step<'a>> {
+        let mut buffer = self.pool.take();
+        self.bulk = false;
+        let end = read(&mut buffer)?;
+        self.bulk = end == buffer.len();
+        Ok(if end == 0 { Step::Close } else { Step::Write { buffer, at: 0, end } })
+    }
+
+    /// The socket of the source where pages can be moved from it to the destination.
+    fn plain(&self) -> Option<&'a TcpStream> {
+        match (self.from, self.to) {
+            (Wire::Plain(from), Wire::Plain(_)) => Some(from),
+            _ => None,
+        }
+    }
+
+    fn count(&mut self, written: usize) {
+        let (own, total) = self.bytes;
+        own.set(own.get() + written as u64);
+        total.add(written as u64);
+        self.last_byte = Instant::now();
+    }
+}
+
+/// Tries until it succeeds; waits for room at the destination where there is none.
+fn attempt<T>(
+    to: &Wire,
+    cx: &mut Context<'_>,
+    mut operation: impl FnMut() -> io::Result<T>,
+) -> Poll<io::Result<T>> {
+    loop {
+        match operation() {
+            Ok(done) => return Poll::Ready(Ok(done)),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                ready!(to.poll_writable(cx))?;
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Poll::Ready(Err(error)),
+        }
+    }
+}
+
+/// Whether trying again may help.
+fn is_passing(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
 }
