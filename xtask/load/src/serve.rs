@@ -89,7 +89,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         counters: Counters::default(),
         roles: Vec::new(),
         buffers: tcp::Buffers::new(),
-        sink: udp::Sink::new(args.family.bind(Type::DGRAM, SINK)?),
+        sink: udp::Sink::new(args.family.bind(Type::DGRAM, SINK)?)?,
         line: Vec::new(),
     };
     for (port, service) in [(ECHO, Service::Echo), (SINK, Service::Sink), (SOURCE, Service::Source)] {

@@ -80,8 +80,10 @@ impl Echo {
 }
 
 impl Sink {
-    pub(super) fn new(socket: Socket) -> Self {
-        Self { socket, batch: Batch::new(BATCH, 1) }
+    pub(super) fn new(socket: Socket) -> Result<Self> {
+        // What was sent as one piece (`UDP_SEGMENT`) is not cut where nobody reads it.
+        setsockopt(&socket, sockopt::UdpGroSegment, &true).context("UDP_GRO")?;
+        Ok(Self { socket, batch: Batch::new(BATCH, 1) })
     }
 
     /// Counts a batch, and lets datagrams gather in its buffer where that was all: to wake the
@@ -96,8 +98,8 @@ impl Sink {
     /// Counts a batch; tells whether there may be more.
     pub(super) fn count(&mut self, expected: Option<IpAddr>, counters: &mut Counters) -> Result<bool> {
         let count = received(self.batch.receive(&self.socket, libc::MSG_TRUNC))?;
-        counters.udp_received += count as u64;
         for index in 0..count {
+            counters.udp_received += u64::from(self.batch.merged(index));
             counters.udp_received_bytes += u64::from(self.batch.length(index));
             counters.count_foreign(expected, self.batch.sender(index));
         }
