@@ -320,6 +320,14 @@ pub fn reset_on_close(stream: &impl AsFd) {
     }
 }
 
+/// Undoes [`reset_on_close`].
+pub fn close_in_order(stream: &impl AsFd) {
+    let result = SockRef::from(stream).set_linger(None);
+    if let Err(error) = result {
+        tracing::trace!(%error, "SO_LINGER");
+    }
+}
+
 /// Acknowledges what waits to be acknowledged. An error means that the connection is gone.
 pub fn acknowledge(stream: &impl AsFd) {
     if let Err(error) = SockRef::from(stream).set_tcp_quickack(true) {

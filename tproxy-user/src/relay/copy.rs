@@ -17,6 +17,7 @@ use tokio::time::{Instant, Sleep, sleep_until};
 
 use self::direction::Direction;
 use super::pool::Pool;
+use super::quiet;
 use crate::sockopt;
 use crate::stats::Value;
 use crate::wire::Wire;
@@ -59,6 +60,15 @@ pub(crate) enum Ending {
     HalfClosed,
 }
 
+/// How copying ends for now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    /// There is no more to copy.
+    Ended(Ending),
+    /// No byte for [`quiet::AFTER`] since this one, and nothing is in hand.
+    Quiet(Instant),
+}
+
 /// How long without a byte.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Patience {
@@ -88,7 +98,7 @@ pub(crate) async fn copy(
     patience: &Patience,
     traffic: &Traffic,
     totals: (&Value, &Value),
-) -> Ending {
+) -> Outcome {
     let mut copy = Copy {
         up: Direction::new((Side::Client, client), upstream, pool, (&traffic.up, totals.0)),
         down: Direction::new((Side::Upstream, upstream), client, pool, (&traffic.down, totals.1)),
@@ -97,14 +107,13 @@ pub(crate) async fn copy(
         grace_ends: Instant::now(),
     };
     let mut clock = pin!(sleep_until(copy.deadline().0));
-    let ending = poll_fn(|cx| copy.poll(clock.as_mut(), cx)).await;
-    let grace_ends = copy.grace_ends;
-    drop(copy);
-    if let Ending::Reset(side) = ending {
+    let outcome = poll_fn(|cx| copy.poll(clock.as_mut(), cx)).await;
+    if let Outcome::Ended(Ending::Reset(side)) = outcome {
         let other = if side == Side::Client { upstream } else { client };
-        flush(other.socket(), grace_ends).await;
+        // In a box: few connections end so, and all would have room for it.
+        Box::pin(flush(other.socket(), copy.grace_ends)).await;
     }
-    ending
+    outcome
 }
 
 /// Waits until a connection has been reset (or its peer given up), however much
@@ -139,24 +148,24 @@ struct Copy<'a> {
 }
 
 impl Copy<'_> {
-    fn poll(&mut self, mut clock: Pin<&mut Sleep>, cx: &mut Context<'_>) -> Poll<Ending> {
+    fn poll(&mut self, mut clock: Pin<&mut Sleep>, cx: &mut Context<'_>) -> Poll<Outcome> {
         // What one direction meets may be the end of the other.
         while self.advance(cx) {
             match self.dead {
                 None if self.up.is_open() || self.down.is_open() => {}
-                None => return Poll::Ready(Ending::Closed),
+                None => return Poll::Ready(Outcome::Ended(Ending::Closed)),
                 // Bytes towards the dead side are lost; those from it are still delivered.
                 Some(Side::Client) if self.up.is_open() => self.down.abandon(),
                 Some(Side::Upstream) if self.down.is_open() => self.up.abandon(),
-                Some(side) => return Poll::Ready(Ending::Reset(side)),
+                Some(side) => return Poll::Ready(Outcome::Ended(Ending::Reset(side))),
             }
         }
         // It sleeps until the time-out that is due if no byte comes, and looks then whether
         // one came: bytes cost no timer.
         loop {
-            let (deadline, ending) = self.deadline();
+            let (deadline, outcome) = self.deadline();
             if Instant::now() >= deadline {
-                return Poll::Ready(ending);
+                return Poll::Ready(outcome);
             }
             if clock.is_elapsed() || deadline < clock.deadline() {
                 clock.as_mut().reset(deadline);
@@ -183,13 +192,18 @@ impl Copy<'_> {
         before != (self.up.is_open(), self.down.is_open(), self.dead)
     }
 
-    /// When patience ends, and how that ends the connection.
-    fn deadline(&self) -> (Instant, Ending) {
+    /// When patience ends, and how that ends copying.
+    fn deadline(&self) -> (Instant, Outcome) {
         let last = self.up.last_byte().max(self.down.last_byte());
         match self.dead {
-            Some(side) => (self.grace_ends, Ending::Reset(side)),
-            None if self.up.is_open() && self.down.is_open() => (last + self.patience.idle, Ending::Idle),
-            None => (last + self.patience.half_close, Ending::HalfClosed),
+            Some(side) => (self.grace_ends, Outcome::Ended(Ending::Reset(side))),
+            None if self.up.is_quiet() && self.down.is_quiet() && quiet::AFTER < self.patience.idle => {
+                (last + quiet::AFTER, Outcome::Quiet(last))
+            }
+            None if self.up.is_open() && self.down.is_open() => {
+                (last + self.patience.idle, Outcome::Ended(Ending::Idle))
+            }
+            None => (last + self.patience.half_close, Outcome::Ended(Ending::HalfClosed)),
         }
     }
 }

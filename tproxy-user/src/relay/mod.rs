@@ -10,6 +10,7 @@ pub(crate) mod handshake;
 mod icmp;
 mod pipe;
 mod pool;
+mod quiet;
 pub mod raw;
 mod receive;
 mod record;
@@ -35,7 +36,9 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use tokio::io::unix::AsyncFd;
+use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio::task::spawn_local;
 
 use crate::addr::{ClientAddr, UpstreamAddr};
 use crate::config::upstream::SendProxy;
@@ -48,6 +51,7 @@ use crate::upstream::direct::Direct;
 use crate::upstream::{ConnectError, Reason};
 use copy::Patience;
 use pool::Pool;
+use quiet::Quiet;
 
 /// What all workers of one run share. Nothing in it is locked for data.
 #[derive(Debug)]
@@ -158,6 +162,8 @@ pub(crate) struct Worker {
     /// None: handshakes are completed at once.
     pub(crate) handshakes: Option<Handshakes>,
     pool: Pool,
+    /// Keeps connections that are quiet.
+    quiet: UnboundedSender<Quiet>,
     /// For the other side of a connection that is accepted.
     reserve: Reserve,
     /// For one datagram at a time; never borrowed while a task waits.
@@ -168,7 +174,15 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
+    /// Must be called within its runtime.
     pub(crate) fn new(shared: Arc<Shared>, index: usize, handshakes: Option<Handshakes>) -> Rc<Self> {
+        let (quiet, arriving) = unbounded_channel();
+        let idle = shared.timeouts.tcp_idle;
+        spawn_local(async move {
+            if let Err(error) = quiet::keep(arriving, idle).await {
+                tracing::error!(%error, "quiet connections can no longer be kept");
+            }
+        });
         let reserve = Reserve::default();
         // From the start, so that work opens no descriptor that stays. Where that fails, the
         // first accept does, and says so.
@@ -178,6 +192,7 @@ impl Worker {
             index,
             handshakes,
             pool: Pool::default(),
+            quiet,
             reserve,
             datagram: RefCell::new(vec![0; receive::BUFFER].into()),
             draining: Cell::new(false),

@@ -16,8 +16,9 @@ use tproxy_common::abi::TCP;
 
 use super::Worker;
 use super::ask;
-use super::copy::{Ending, copy, reset};
+use super::copy::{Ending, Outcome, copy, reset};
 use super::exit::{Exit, Legs};
+use super::quiet::Quiet;
 use super::record::{End, Protocol, Record};
 use super::route::Way;
 use crate::addr::{ClientAddr, OrigDst};
@@ -224,14 +225,25 @@ pub(super) fn relay(client_side: Connection, upstream_side: Connection, record: 
         let worker = record.worker();
         let (patience, stats) = (&worker.shared.patience, worker.stats());
         let totals = (&stats.tcp_bytes_up, &stats.tcp_bytes_down);
-        let ending =
+        let outcome =
             copy(&client_side, &upstream_side, &worker.pool, patience, &record.traffic, totals).await;
-        record.ends(End::Copied(ending));
-        if ending == Ending::Closed {
-            client_side.close();
-            upstream_side.close();
+        match outcome {
+            Outcome::Ended(ending) => {
+                record.ends(End::Copied(ending));
+                if ending == Ending::Closed {
+                    client_side.close();
+                    upstream_side.close();
+                }
+                drop(shares);
+            }
+            Outcome::Quiet(last_byte) => {
+                let lot = worker.quiet.clone();
+                if let Some(quiet) = Quiet::new(client_side, upstream_side, record, shares, last_byte) {
+                    // Without those who keep it the run is over.
+                    let _ = lot.send(quiet);
+                }
+            }
         }
-        drop(shares);
     }));
 }
 
@@ -239,17 +251,25 @@ pub(super) fn relay(client_side: Connection, upstream_side: Connection, record: 
 /// it was [closed](Self::close): an end that was not agreed on must not look like one.
 #[derive(Debug)]
 pub(super) struct Connection {
-    wire: Wire,
-    closed: bool,
+    /// `None`: it is closed, or somebody else's.
+    wire: Option<Wire>,
 }
 
 impl Connection {
     pub(super) fn new(wire: Wire) -> Self {
-        Self { wire, closed: false }
+        Self { wire: Some(wire) }
     }
 
     fn close(mut self) {
-        self.closed = true;
+        self.wire = None;
+    }
+
+    /// Takes the socket from the runtime; `None` inside TLS.
+    pub(super) fn into_socket(mut self) -> Option<std::net::TcpStream> {
+        match self.wire.take() {
+            Some(Wire::Plain(stream)) => stream.into_std().ok(),
+            _ => None,
+        }
     }
 }
 
@@ -257,14 +277,17 @@ impl Deref for Connection {
     type Target = Wire;
 
     fn deref(&self) -> &Wire {
-        &self.wire
+        match &self.wire {
+            Some(wire) => wire,
+            None => unreachable!("only what consumes the connection takes it out"),
+        }
     }
 }
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        if !self.closed {
-            sockopt::reset_on_close(self.wire.socket());
+        if let Some(wire) = &self.wire {
+            sockopt::reset_on_close(wire.socket());
         }
     }
 }

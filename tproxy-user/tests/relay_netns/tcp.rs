@@ -143,6 +143,53 @@ fn closed_direction_leaves_the_other_open() {
     assert_eq!((stats.tcp_closed, stats.tcp_bytes_up, stats.tcp_bytes_down), (4, 20_000_000, 20_000_000));
 }
 
+/// T3, after a time without a byte, from either side.
+#[test]
+#[ignore = "needs root"]
+fn quiet_connection_goes_on() {
+    let lab = Lab::new("quiet");
+    let proxy = lab.proxy(config(SourceMode::Client));
+    for family in FAMILIES {
+        let listener = listen(&lab, family);
+        let pairs: Vec<_> = (0..20).map(|_| pair(&lab, family, &listener)).collect();
+        for pause in [0, 3, 3] {
+            std::thread::sleep(Duration::from_secs(pause));
+            for (number, (mut client, mut server)) in pairs.iter().map(|(a, b)| (a, b)).enumerate() {
+                // The first to speak is now the one, now the other.
+                if number % 2 == 0 {
+                    std::mem::swap(&mut client, &mut server);
+                }
+                let mut got = [0; 4];
+                client.write_all(b"ping").unwrap();
+                server.read_exact(&mut got).unwrap();
+                assert_eq!(&got, b"ping");
+                server.write_all(b"pong").unwrap();
+                client.read_exact(&mut got).unwrap();
+                assert_eq!(&got, b"pong");
+            }
+        }
+        std::thread::sleep(Duration::from_secs(3));
+        for (number, (mut client, mut server)) in pairs.into_iter().enumerate() {
+            if number % 2 == 0 {
+                std::mem::swap(&mut client, &mut server);
+            }
+            // In order, or by a reset.
+            if number % 3 == 0 {
+                reset(client);
+                let error = server.read(&mut [0]).unwrap_err();
+                assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+            } else {
+                drop(client);
+                assert_eq!(server.read(&mut [0]).unwrap(), 0);
+            }
+        }
+    }
+    proxy.wait("the end of all connections", |stats| stats.tcp_active == 0);
+    let stats = proxy.stats();
+    let resets = stats.tcp_client_resets + stats.tcp_upstream_resets;
+    assert_eq!((stats.tcp_closed, resets, stats.tcp_bytes_up, stats.tcp_bytes_down), (26, 14, 480, 480));
+}
+
 /// T4
 #[test]
 #[ignore = "needs root"]

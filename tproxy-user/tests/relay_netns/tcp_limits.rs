@@ -16,20 +16,25 @@ const PORT_RANGE: &str = "/proc/sys/net/ipv4/ip_local_port_range";
 #[test]
 #[ignore = "needs root"]
 fn quiet_connection_is_cut() {
-    let lab = Lab::new("idle");
-    let mut config = config(SourceMode::Client);
-    config.timeouts.tcp_idle = Duration::from_millis(400);
-    let proxy = lab.proxy(config);
-    let listener = listen(&lab, Family::V4);
-    let (mut client, mut server) = pair(&lab, Family::V4, &listener);
-    // A byte now and then keeps it open.
-    for _ in 0..4 {
-        std::thread::sleep(Duration::from_millis(250));
-        client.write_all(b"x").unwrap();
+    // Before and after it is set aside.
+    for idle in [Duration::from_millis(400), Duration::from_secs(3)] {
+        let lab = Lab::new("idle");
+        let mut config = config(SourceMode::Client);
+        config.timeouts.tcp_idle = idle;
+        let proxy = lab.proxy(config);
+        let listener = listen(&lab, Family::V4);
+        let (mut client, mut server) = pair(&lab, Family::V4, &listener);
+        // A byte now and then keeps it open.
+        for _ in 0..3 {
+            std::thread::sleep(idle * 3 / 4);
+            client.write_all(b"x").unwrap();
+        }
+        let last_byte = Instant::now();
+        read_until_reset(&mut client);
+        assert!(last_byte.elapsed() >= idle * 9 / 10, "{:?}", last_byte.elapsed());
+        assert_eq!(read_until_reset(&mut server), b"xxx");
+        proxy.wait("the time-out's count", |stats| stats.tcp_idle_timeouts == 1);
     }
-    read_until_reset(&mut client);
-    assert_eq!(read_until_reset(&mut server), b"xxxx");
-    proxy.wait("the time-out's count", |stats| stats.tcp_idle_timeouts == 1);
 }
 
 #[test]

@@ -64,6 +64,11 @@ impl<'a> Direction<'a> {
         !matches!(self.step, Step::Done)
     }
 
+    /// Whether it waits for a byte of a socket, and has nothing in hand.
+    pub(super) fn is_quiet(&self) -> bool {
+        matches!(self.step, Step::Read) && self.plain().is_some()
+    }
+
     pub(super) const fn last_byte(&self) -> Instant {
         self.last_byte
     }

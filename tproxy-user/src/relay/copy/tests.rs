@@ -33,7 +33,8 @@ async fn between<T>(
     let totals = (Value::default(), Value::default());
     let copying = async {
         let totals = (&totals.0, &totals.1);
-        let ending = copy(&client_side, &upstream_side, &pool, &patience, &traffic, totals).await;
+        let outcome = copy(&client_side, &upstream_side, &pool, &patience, &traffic, totals).await;
+        let Outcome::Ended(ending) = outcome else { panic!("quiet") };
         if ending != Ending::Closed {
             sockopt::reset_on_close(client_side.socket());
             sockopt::reset_on_close(upstream_side.socket());

@@ -1,0 +1,163 @@
+//! Connections on which nobody has said anything for a while, in as little memory as they can
+//! wait in: without a task, a timer and the runtime's part of two sockets.
+
+use std::io;
+use std::net::TcpStream as Socket;
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use lru::LruCache;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use tokio::io::unix::AsyncFd;
+use tokio::net::TcpStream;
+use tokio::sync::mpsc::UnboundedReceiver;
+use tokio::time::{Instant, sleep_until};
+
+use super::copy::Ending;
+use super::record::{End, Record};
+use super::tcp::{Connection, Shares, relay};
+use crate::sockopt;
+use crate::wire::Wire;
+
+/// After this time without a byte. Coming back costs a few system calls, which matter little
+/// as often as this.
+pub(super) const AFTER: Duration = Duration::from_secs(2);
+
+/// Those that come back before others are asked.
+const BATCH: usize = 64;
+
+/// A quiet connection. Dropping it resets both sides.
+#[derive(Debug)]
+pub(crate) struct Quiet {
+    client_side: Socket,
+    upstream_side: Socket,
+    record: Record,
+    shares: Shares,
+    last_byte: Instant,
+}
+
+impl Quiet {
+    /// Takes a connection from the runtime; `None` where one side is more than a socket.
+    pub(super) fn new(
+        client_side: Connection,
+        upstream_side: Connection,
+        record: Record,
+        shares: Shares,
+        last_byte: Instant,
+    ) -> Option<Self> {
+        let (client_side, upstream_side) = (client_side.into_socket()?, upstream_side.into_socket()?);
+        for side in [&client_side, &upstream_side] {
+            sockopt::reset_on_close(side);
+        }
+        Some(Self { client_side, upstream_side, record, shares, last_byte })
+    }
+
+    /// Has it relayed again.
+    fn resume(self) {
+        let back = |socket: Socket| {
+            sockopt::close_in_order(&socket);
+            TcpStream::from_std(socket).map(|stream| Connection::new(Wire::Plain(stream)))
+        };
+        match (back(self.client_side), back(self.upstream_side)) {
+            (Ok(client_side), Ok(upstream_side)) => {
+                relay(client_side, upstream_side, self.record, self.shares);
+            }
+            (Err(error), _) | (_, Err(error)) => {
+                let worker = self.record.worker();
+                worker.shared.report_exhaustion("cannot wait for a connection", &error);
+            }
+        }
+    }
+}
+
+/// The quiet connections of one worker.
+struct Lot {
+    epoll: Epoll,
+    /// By the number that their events have; the one that is quiet for longest first.
+    connections: LruCache<u64, Quiet>,
+    next: u64,
+}
+
+impl Lot {
+    fn new() -> io::Result<(Self, AsyncFd<OwnedFd>)> {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        let events = sockopt::watch(epoll.0.try_clone()?)?;
+        Ok((Self { epoll, connections: LruCache::unbounded(), next: 0 }, events))
+    }
+
+    /// Waits for either side of a connection; one that cannot be waited for is given back.
+    fn add(&mut self, quiet: Quiet) -> Result<(), Quiet> {
+        let event = EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP, self.next);
+        let added = [&quiet.client_side, &quiet.upstream_side].map(|side| self.epoll.add(side, event));
+        if let [Err(error), _] | [_, Err(error)] = added {
+            tracing::debug!(%error, "cannot wait for a quiet connection");
+            self.forget(&quiet);
+            return Err(quiet);
+        }
+        self.connections.put(self.next, quiet);
+        self.next += 1;
+        Ok(())
+    }
+
+    fn forget(&self, quiet: &Quiet) {
+        for side in [&quiet.client_side, &quiet.upstream_side] {
+            // One that is not there need not be taken away.
+            let _ = self.epoll.delete(side);
+        }
+    }
+
+    /// Takes out those on which something has happened; true where there may be more.
+    fn wake(&mut self) -> io::Result<bool> {
+        let mut events = [EpollEvent::empty(); BATCH];
+        let count = self.epoll.wait(&mut events, EpollTimeout::ZERO)?;
+        for event in &events[..count] {
+            // Both sides may have an event.
+            if let Some(quiet) = self.connections.pop(&event.data()) {
+                self.forget(&quiet);
+                quiet.resume();
+            }
+        }
+        Ok(count == BATCH)
+    }
+
+    /// When the first has been quiet for too long.
+    fn deadline(&self, idle: Duration) -> Option<Instant> {
+        self.connections.peek_lru().map(|(_, quiet)| quiet.last_byte + idle)
+    }
+
+    fn expire(&mut self) {
+        if let Some((_, quiet)) = self.connections.pop_lru() {
+            quiet.record.ends(End::Copied(Ending::Idle));
+        }
+    }
+}
+
+/// Keeps the connections that arrive until they are no longer quiet, or have been for `idle`.
+///
+/// # Errors
+/// Where the kernel has no epoll instance for them.
+pub(crate) async fn keep(mut arriving: UnboundedReceiver<Quiet>, idle: Duration) -> io::Result<()> {
+    let (mut lot, events) = Lot::new()?;
+    loop {
+        let deadline = lot.deadline(idle);
+        let expiry = async {
+            match deadline {
+                Some(deadline) => sleep_until(deadline).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            ready = events.readable() => {
+                let mut ready = ready?;
+                if !lot.wake()? {
+                    ready.clear_ready();
+                }
+            }
+            quiet = arriving.recv() => match quiet {
+                Some(quiet) => lot.add(quiet).unwrap_or_else(Quiet::resume),
+                None => return Ok(()),
+            },
+            () = expiry => lot.expire(),
+        }
+    }
+}
