@@ -1,0 +1,30 @@
+//! redsocks: it goes through a proxy server only, here one beside it.
+
+use std::fs;
+use std::net::SocketAddr;
+
+use anyhow::Result;
+use xtask::lab::sockets::Protocol;
+use xtask::lab::{Daemon, Family, Lab, upstream};
+
+use super::{PORT, Running, rules};
+use crate::bench::limits;
+
+pub(super) fn start(lab: &Lab) -> Result<Running> {
+    rules::redirect(lab)?;
+    let server = SocketAddr::new(Family::V4.loopback(), 1080);
+    let behind = upstream::microsocks(lab, &lab.router, server, false)?;
+    let config = format!(
+        "base {{ log_debug = off; log_info = off; log = \"stderr\"; daemon = off; redirector = iptables;\n\
+         redsocks_conn_max = {}; }}\n\
+         redsocks {{ local_ip = 0.0.0.0; local_port = {PORT}; ip = {}; port = {}; type = socks5; listenq = 16384; }}\n",
+        limits::connections()?,
+        server.ip(),
+        server.port()
+    );
+    let path = lab.dir().join("redsocks.conf");
+    fs::write(&path, config)?;
+    let mut daemon = Daemon::start(lab, "redsocks", &lab.router.cmd("redsocks").arg("-c").arg(&path))?;
+    daemon.wait_bound(&lab.router, Protocol::Tcp, PORT)?;
+    Ok(Running { behind: Some(behind), ..Running::of(daemon) })
+}
