@@ -88,7 +88,7 @@ impl Arena {
     }
 
     fn cpu_seconds(&self) -> Result<Option<f64>> {
-        let groups = self.running.counted();
+        let groups = self.running.all();
         if groups.is_empty() {
             return Ok(None);
         }

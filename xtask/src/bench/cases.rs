@@ -1,11 +1,13 @@
 //! What is measured, of whom, and how good it has to be.
 
+use anyhow::Result;
 use clap::ValueEnum;
 use xtask::lab::sockets::Protocol;
 
+use super::limits;
 use super::measure::Load;
 use super::peers::Peer;
-use super::series::{Better, DIRECT, IPTABLES, Metric, Of, Plot, Target};
+use super::series::{Better, DIRECT, IPTABLES, Metric, Of, Plot, Target, figure};
 
 /// A comparison.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -120,9 +122,12 @@ impl Case {
         }
     }
 
-    /// What is measured one after the other, where a program can have so many connections.
-    pub(crate) fn measures(self, most: u64) -> Vec<Measure> {
-        match self {
+    /// What is measured one after the other.
+    ///
+    /// # Errors
+    /// Where the limit of open files is not known.
+    pub(crate) fn measures(self) -> Result<Vec<Measure>> {
+        Ok(match self {
             Self::Pass => pass(),
             Self::Bulk => [(1, true), (1, false), (8, true), (8, false)].map(|load| bulk(load, BULK)).into(),
             Self::BulkPlain => [(1, true), (1, false)].map(|load| bulk(load, BULK_PLAIN)).into(),
@@ -132,6 +137,7 @@ impl Case {
                 title: "UDP requests and responses, 1,000 flows".into(),
                 load: Load::UdpExchange { flows: 1000 },
                 brief: false,
+                ours_alone: false,
                 metrics: UDP_EXCHANGE,
             }],
             Self::UdpSend => [(64, 1), (64, 1000), (1200, 1), (1200, 1000)]
@@ -142,17 +148,26 @@ impl Case {
                 title: "new UDP flows, 64 at a time".into(),
                 load: Load::UdpNew { in_flight: 64 },
                 brief: false,
+                ours_alone: false,
                 metrics: UDP_NEW,
             }],
-            Self::Memory => vec![idle(most.min(10_000), MEMORY), idle(100_000, MEMORY_OF_MANY)],
+            Self::Memory => {
+                // As many as everybody can hold here; then, as many as we can.
+                let [few, many] = [limits::piped_connections()?, limits::connections()?];
+                vec![
+                    idle(whole(few).min(10_000), MEMORY, false),
+                    idle(whole(many).min(100_000), MEMORY_OF_MANY, true),
+                ]
+            }
             Self::Start => vec![Measure {
                 title: "start of tproxy-user".into(),
                 load: Load::Start,
                 brief: true,
+                ours_alone: false,
                 metrics: START,
             }],
             Self::Policy | Self::Packet => Vec::new(),
-        }
+        })
     }
 }
 
@@ -163,14 +178,16 @@ pub(crate) struct Measure {
     pub(crate) load: Load,
     /// A third of the time is enough.
     pub(crate) brief: bool,
+    /// Not of others.
+    pub(crate) ours_alone: bool,
     /// What it yields, in this order.
     pub(crate) metrics: &'static [Metric],
 }
 
 impl Measure {
-    /// Whether it is one for this candidate; some are for ours alone.
+    /// Whether it is one for this candidate.
     pub(crate) fn is_for(&self, peer: Peer) -> bool {
-        !matches!(self.load, Load::Idle { connections } if connections > 10_000) || peer == Peer::Ebpf
+        !self.ours_alone || peer == Peer::Ebpf
     }
 }
 
@@ -201,12 +218,14 @@ fn pass() -> Vec<Measure> {
             title: "passed UDP, 64 B, 1 flow".into(),
             load: Load::UdpSend { flows: 1, size: 64 },
             brief: false,
+            ours_alone: false,
             metrics: PACKETS,
         },
         Measure {
             title: "passed TCP, 1 stream, down".into(),
             load: Load::Bulk { streams: 1, up: false, plain: false },
             brief: false,
+            ours_alone: false,
             metrics: BYTES,
         },
     ]
@@ -234,6 +253,7 @@ fn bulk((streams, up): (u32, bool), metrics: &'static [Metric]) -> Measure {
         title: format!("TCP bulk, {streams} stream{plural} {direction}{note}"),
         load: Load::Bulk { streams, up, plain },
         brief: false,
+        ours_alone: false,
         metrics,
     }
 }
@@ -259,6 +279,7 @@ fn connections() -> Measure {
         title: "new connections, 64 at a time".into(),
         load: Load::Connect { concurrency: 64 },
         brief: false,
+        ours_alone: false,
         metrics: METRICS,
     }
 }
@@ -273,6 +294,7 @@ fn alone() -> Measure {
         title: "new connections, one alone".into(),
         load: Load::Connect { concurrency: 1 },
         brief: true,
+        ours_alone: false,
         metrics: METRICS,
     }
 }
@@ -294,6 +316,7 @@ fn exchange(connections: u32, metrics: &'static [Metric]) -> Measure {
         title: format!("requests on {connections} open connection{plural}"),
         load: Load::Exchange { connections },
         brief: connections == 1,
+        ours_alone: false,
         metrics,
     }
 }
@@ -327,6 +350,7 @@ fn udp_send(size: u32, flows: u32) -> Measure {
         title: format!("UDP one way, {}", datagrams(size, flows)),
         load: Load::UdpSend { flows, size },
         brief: false,
+        ours_alone: false,
         metrics: METRICS,
     }
 }
@@ -338,6 +362,7 @@ fn udp_loss(size: u32, flows: u32) -> Measure {
         title: format!("UDP at half of the direct rate, {}", datagrams(size, flows)),
         load: Load::UdpHalf { flows, size },
         brief: true,
+        ours_alone: false,
         metrics: METRICS,
     }
 }
@@ -345,7 +370,7 @@ fn udp_loss(size: u32, flows: u32) -> Measure {
 fn datagrams(size: u32, flows: u32) -> String {
     match flows {
         1 => format!("{size} B, 1 flow"),
-        _ => format!("{size} B, {flows} flows"),
+        _ => format!("{size} B, {} flows", figure(f64::from(flows))),
     }
 }
 
@@ -354,11 +379,17 @@ const MEMORY: &[Metric] =
 
 const MEMORY_OF_MANY: &[Metric] = &[less("for each", "bytes", &[Target::Within(1024.0)], None)];
 
-fn idle(connections: u64, metrics: &'static [Metric]) -> Measure {
+/// In whole thousands.
+const fn whole(connections: u64) -> u64 {
+    connections / 1000 * 1000
+}
+
+fn idle(connections: u64, metrics: &'static [Metric], ours_alone: bool) -> Measure {
     Measure {
-        title: format!("{connections} idle connections"),
+        title: format!("{},000 idle connections", connections / 1000),
         load: Load::Idle { connections },
         brief: true,
+        ours_alone,
         metrics,
     }
 }

@@ -2,9 +2,11 @@
 
 use std::fs;
 use std::io::ErrorKind;
+use std::process::Stdio;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde::Deserialize;
+use xtask::lab::reclaim;
 
 use super::cases::Case;
 use super::results;
@@ -50,7 +52,11 @@ pub(crate) fn run(case: Case) -> Result<(Vec<Series>, bool)> {
     }
     let mut cargo = workspace::cargo("bench");
     cargo.args(["--quiet", "--package", "tproxy-user", "--bench", case.key()]);
-    let status = cargo.env("TPROXY_BENCH_JSON", &path).status()?;
+    // What it prints is shown as a table, as all the rest.
+    let mut child = cargo.env("TPROXY_BENCH_JSON", &path).stdout(Stdio::null()).spawn()?;
+    let signals = reclaim::supervise(child.id());
+    let status = child.wait()?;
+    drop(signals);
     ensure!(path.exists(), "the benchmark {} failed ({status}), see above", case.key());
     let text = fs::read_to_string(&path)?;
     let series = match case {

@@ -23,7 +23,22 @@ pub(crate) fn raise() -> Result<()> {
     }
 }
 
-/// Relayed connections that one process can have open.
+/// Sockets and pipes that one process can have open.
+fn descriptors() -> Result<u64> {
+    Ok(getrlimit(Resource::RLIMIT_NOFILE)?.0.saturating_sub(OTHERS))
+}
+
+/// UDP flows that one process can have: a socket each.
+pub(crate) fn flows() -> Result<u64> {
+    descriptors()
+}
+
+/// TCP connections that one process can relay: two sockets each.
 pub(crate) fn connections() -> Result<u64> {
-    Ok(getrlimit(Resource::RLIMIT_NOFILE)?.0.saturating_sub(OTHERS) / 2)
+    Ok(descriptors()? / 2)
+}
+
+/// The same, of one that has two pipes for each connection, idle or not, as redsocks does.
+pub(crate) fn piped_connections() -> Result<u64> {
+    Ok(descriptors()? / 6)
 }

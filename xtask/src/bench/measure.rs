@@ -10,11 +10,10 @@ use nix::sys::signal::Signal;
 use xtask::lab::Family;
 use xtask::lab::daemon::Daemon;
 use xtask::lab::proxy::Launch;
-use xtask::lab::sockets::Protocol;
 
 use super::arena::{Arena, Programs, Run, lab};
 use super::generator::{Idle, PORT, Server, Times};
-use super::peers::{Peer, tproxy_flags};
+use super::peers::tproxy_flags;
 use super::processes::Processes;
 
 /// What is done to a candidate.
@@ -56,11 +55,6 @@ pub(crate) enum Load {
 const TOLERATED: u64 = 100;
 
 impl Load {
-    /// Whether each measurement is of programs that were just started.
-    pub(crate) const fn wants_fresh(self) -> bool {
-        matches!(self, Self::Idle { .. } | Self::Start)
-    }
-
     /// Puts it on a candidate that goes on from round to round. Values are those of the measure's
     /// metrics; `None`: this candidate has no such thing. `half` is the rate for [`Load::UdpHalf`].
     pub(crate) fn measure(self, arena: &mut Arena, seconds: u64, half: u64) -> Result<Vec<Option<f64>>> {
@@ -117,15 +111,7 @@ impl Load {
                 let run = arena.run(&format!("udp-new --in-flight {in_flight}"), seconds, false)?;
                 Ok(vec![Some(rate(&run)?)])
             }
-            Self::Idle { .. } | Self::Start => unreachable!("{self:?} wants what was just started"),
-        }
-    }
-
-    /// As [`measure`](Self::measure), of a candidate that is started for it.
-    pub(crate) fn measure_fresh(self, peer: Peer, programs: &Programs) -> Result<Vec<Option<f64>>> {
-        match self {
-            Self::Idle { connections } => memory(peer, programs, connections).map(|bytes| vec![Some(bytes)]),
-            _ => start(programs),
+            Self::Idle { .. } | Self::Start => unreachable!("{self:?} is of what was just started"),
         }
     }
 }
@@ -147,21 +133,20 @@ fn rate(run: &Run) -> Result<f64> {
     Ok(float(report.completed) / report.seconds)
 }
 
-/// Bytes for each connection that is open and idle.
-fn memory(peer: Peer, programs: &Programs, connections: u64) -> Result<f64> {
-    let arena = Arena::new(peer, programs, &[Protocol::Tcp])?;
-    let resident = || Processes::of(&arena.running.counted())?.memory();
+/// Bytes for each connection that is open and idle, of a candidate that was just started.
+pub(crate) fn memory(arena: &Arena, connections: u64) -> Result<Vec<Option<f64>>> {
+    let resident = || Processes::of(&arena.running.front())?.memory();
     let before = resident()?;
-    let (_idle, held) = Idle::open(&arena.lab, &programs.tproxy_load, connections)?;
+    let (_idle, held) = Idle::open(&arena.lab, &arena.programs.tproxy_load, connections)?;
     ensure!(held.open == connections, "{} are held, {} failed", held.open, held.failed);
     // What opening them took is given back.
     thread::sleep(Duration::from_secs(1));
-    Ok(float(resident()?.saturating_sub(before)) / float(connections))
+    Ok(vec![Some(float(resident()?.saturating_sub(before)) / float(connections))])
 }
 
 /// Milliseconds from the start of `tproxy-user` until it says that it is ready, and until a
 /// client has an answer through it.
-fn start(programs: &Programs) -> Result<Vec<Option<f64>>> {
+pub(crate) fn start(programs: &Programs) -> Result<Vec<Option<f64>>> {
     let lab = lab()?;
     let _server = Server::start(&lab, &programs.tproxy_load, Family::V4.client())?;
     let launch = Launch::new(&lab, &tproxy_flags("--iface lan")?).binary(&programs.tproxy_user);

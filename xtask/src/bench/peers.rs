@@ -21,9 +21,12 @@ use crate::packages::Need;
 /// Where those listen that iptables hands connections to.
 const PORT: u16 = 15001;
 
-/// Seconds after which a UDP flow without datagrams is forgotten. The same for all that can be
-/// told: thousands of flows that one round leaves behind must not weigh on the next.
-const UDP_IDLE: u32 = 10;
+/// Seconds after which a UDP flow without datagrams is forgotten: the thousands that a round makes
+/// must not weigh on the next, nor meet the limit of open files.
+const UDP_IDLE: u32 = 2;
+
+/// The same, where it is for TCP as well, or cannot be shorter.
+const IDLE: u32 = 10;
 
 /// Who forwards or proxies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -73,11 +76,10 @@ impl Peer {
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Direct => "direct",
-            Self::Ebpf => "tproxy",
-            Self::Passing => "tproxy, passing",
+            Self::Ebpf | Self::Passing => "tproxy",
             Self::Faithful => "tproxy, faithful",
-            Self::Iptables => "iptables, same relay",
-            Self::IptablesCounting => "iptables, flows counted",
+            Self::Iptables => "iptables TPROXY, same relay",
+            Self::IptablesCounting => "iptables TPROXY, flows counted",
             Self::Haproxy => "HAProxy",
             Self::Nginx => "nginx",
             Self::Redsocks => "redsocks",
@@ -157,8 +159,8 @@ pub(crate) struct Running {
     proxy: Option<Proxy>,
     /// What connections are handed to.
     front: Option<Daemon>,
-    /// What that needs behind it. Its processor time and memory are not counted: it need not be
-    /// on the router.
+    /// What that needs behind it: a part of the work, but not of the memory, for it may as well be
+    /// on another host.
     behind: Option<Daemon>,
 }
 
@@ -167,15 +169,15 @@ impl Running {
         Self { front: Some(front), ..Self::default() }
     }
 
-    /// The process groups whose use of the machine counts.
-    pub(crate) fn counted(&self) -> Vec<u32> {
+    /// The process groups that the router hands connections to.
+    pub(crate) fn front(&self) -> Vec<u32> {
         let proxy = self.proxy.as_ref().map(|proxy| &proxy.daemon);
         proxy.into_iter().chain(&self.front).map(Daemon::pid).collect()
     }
 
     /// All process groups.
     pub(crate) fn all(&self) -> Vec<u32> {
-        self.counted().into_iter().chain(self.behind.as_ref().map(Daemon::pid)).collect()
+        self.front().into_iter().chain(self.behind.as_ref().map(Daemon::pid)).collect()
     }
 
     /// The `tproxy-user`.

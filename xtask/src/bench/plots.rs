@@ -7,17 +7,23 @@ use anyhow::{Result, anyhow};
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
-use super::series::{DIRECT, Figures, Plot, Series};
+use super::series::{DIRECT, Figures, Plot, Series, figure};
 
 /// File, title, what the axis shows, of each plot.
 const PLOTS: [(Plot, &str, &str, &str); 4] = [
     (Plot::Bulk, "bulk", "TCP bulk transfers", "Gbit/s"),
-    (Plot::Connections, "connections", "TCP connections and requests, 64 at a time", "a second"),
-    (Plot::Latency, "latency", "Latency, one at a time", "µs"),
-    (Plot::Udp, "udp", "UDP", "of direct forwarding"),
+    (Plot::Connections, "connections", "TCP connections and requests a second", RELATIVE),
+    (Plot::Latency, "latency", "TCP latency, one at a time", "µs"),
+    (Plot::Udp, "udp", "UDP datagrams a second", RELATIVE),
 ];
 
+/// Where things of several kinds are beside each other.
+const RELATIVE: &str = "of direct forwarding";
+
 const SIZE: (u32, u32) = (960, 420);
+
+/// Room for the names of the candidates.
+const LEGEND: u32 = 170;
 
 /// Colours that are told apart with any kind of colour vision (Okabe and Ito), grey for the limit.
 const COLOURS: [(&str, RGBColor); 8] = [
@@ -46,7 +52,7 @@ pub(crate) fn draw(directory: &Path, all: &[Series]) -> Result<Vec<PathBuf>> {
             continue;
         }
         let path = directory.join(format!("{file}.svg"));
-        chart(&path, title, axis, &groups, plot == Plot::Udp)
+        chart(&path, title, axis, &groups, axis == RELATIVE)
             .map_err(|error| anyhow!("cannot draw {}: {error}", path.display()))?;
         files.push(path);
     }
@@ -92,11 +98,13 @@ fn chart(
     let mut chart = ChartBuilder::on(&root)
         .caption(title, ("sans-serif", 20))
         .margin(12)
+        .margin_right(LEGEND)
         .x_label_area_size(56)
         .y_label_area_size(72)
-        .right_y_label_area_size(150)
         .build_cartesian_2d(0.0..ordinal(groups.len()), 0.0..top * 1.05)?;
-    chart.configure_mesh().disable_x_mesh().disable_x_axis().y_desc(axis).draw()?;
+    let mut mesh = chart.configure_mesh();
+    mesh.disable_x_mesh().disable_x_axis().max_light_lines(1);
+    mesh.y_desc(axis).y_label_formatter(&|height| figure(*height)).draw()?;
     let width = 0.84 / ordinal(candidates.len());
     for (place, (name, colour, bars)) in candidates.iter().enumerate() {
         let left = |group: usize| ordinal(group) + 0.08 + width * ordinal(place);
@@ -113,7 +121,7 @@ fn chart(
         });
         chart.draw_series(whiskers)?;
         let row = 48 + 20 * i32::try_from(place)?;
-        let right = i32::try_from(SIZE.0)? - 150;
+        let right = i32::try_from(SIZE.0 - LEGEND)? + 12;
         root.draw(&Rectangle::new([(right, row), (right + 12, row + 12)], colour.filled()))?;
         write(&root, name, (right + 18, row + 6), HPos::Left)?;
     }

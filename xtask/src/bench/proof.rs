@@ -5,7 +5,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use xtask::lab::sockets::{self, Entry, Protocol};
 use xtask::lab::{Family, Lab};
 
@@ -27,8 +27,9 @@ pub(crate) fn prove(peer: Peer, lab: &Lab, running: &Running, protocol: Protocol
         Protocol::Tcp => peer.relays(),
         Protocol::Udp => peer.relays_udp(),
     };
-    seen.and_then(|seen| seen.judge(peer, lab, running, protocol, relayed)).with_context(|| {
-        format!("{} is not what it should be for {}, {}", peer.name(), protocol.name(), running.describe())
+    seen.and_then(|seen| seen.judge(peer, lab, running, protocol, relayed)).map_err(|error| {
+        let (name, protocol) = (peer.name(), protocol.name());
+        anyhow!("{name} does not do its work for {protocol}: {error:#}\n{}", running.describe())
     })
 }
 
@@ -78,7 +79,7 @@ impl Seen {
             "none of its processes has the socket {source} that the server sees, among {entries:?}"
         );
         if protocol == Protocol::Tcp {
-            accepted(lab, &running.counted(), client)?;
+            accepted(lab, &running.front(), client)?;
         }
         Ok(())
     }

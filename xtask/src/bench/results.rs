@@ -81,7 +81,7 @@ fn section(conditions: &Conditions, all: &[Series], plots: &[PathBuf]) -> String
     let images: String = plots.iter().map(|plot| image(plot)).collect();
     format!(
         "`cargo xtask bench --rounds {rounds} --seconds {seconds}`, {day}, {cores} cores ({processor}), Linux {kernel}: \
-         medians of {rounds} rounds, in parentheses the least and the most.\n\n{images}\n{}",
+         medians of {rounds} rounds; where there are parentheses, they have the least and the most.\n\n{images}\n{}",
         table::markdown(all)
     )
 }

@@ -6,8 +6,7 @@ use anyhow::{Context as _, Result};
 
 use super::arena::{Arena, Programs};
 use super::cases::{Case, Measure};
-use super::limits;
-use super::measure::Load;
+use super::measure::{self, Load};
 use super::peers::Peer;
 use super::series::{Figures, Role, Series, figure};
 use super::statistics::Spread;
@@ -22,8 +21,6 @@ pub(crate) struct Comparison {
     pub(crate) rounds: u32,
     pub(crate) seconds: u64,
     pub(crate) programs: Programs,
-    /// Connections that a program can have.
-    most: u64,
     clock: Clock,
 }
 
@@ -49,22 +46,16 @@ impl Comparison {
         plan: &[(Case, Vec<Peer>)],
     ) -> Result<Self> {
         let clock = Clock { begun: Instant::now(), planned: 0.0, done: 0.0 };
-        let mut run = Self { rounds, seconds, programs, most: limits::connections()?, clock };
+        let mut run = Self { rounds, seconds, programs, clock };
         let mut planned = 0.0;
         for (case, peers) in plan {
-            let measures = case.measures(run.most);
-            for measure in measures.iter().filter(|measure| run.can(measure)) {
+            for measure in case.measures()? {
                 let peers = peers.iter().filter(|peer| measure.is_for(**peer)).map(|_| 1.0).sum::<f64>();
-                planned += peers * f64::from(rounds) * run.expected(measure);
+                planned += peers * f64::from(rounds) * run.expected(&measure);
             }
         }
         run.clock.planned = planned;
         Ok(run)
-    }
-
-    /// Whether the limit of open files lets it be measured.
-    fn can(&self, measure: &Measure) -> bool {
-        !matches!(measure.load, Load::Idle { connections } if connections > self.most)
     }
 
     fn seconds(&self, measure: &Measure) -> u64 {
@@ -85,11 +76,7 @@ impl Comparison {
         let mut all = Vec::new();
         let mut arenas: Vec<(Peer, Arena)> = Vec::new();
         let mut half = 0;
-        for measure in case.measures(self.most) {
-            if !self.can(&measure) {
-                term::say(&format!("{}: left out, a program here has {} at most", measure.title, self.most));
-                continue;
-            }
+        for measure in case.measures()? {
             if matches!(measure.load, Load::UdpHalf { .. }) && half == 0 {
                 term::say(&format!("{}: left out, for there is no direct rate", measure.title));
                 continue;
@@ -121,7 +108,7 @@ impl Comparison {
                 order.reverse();
             }
             for entrant in order.into_iter().filter(|entrant| entrant.failure.is_none()) {
-                let result = self.one(case, measure, entrant.peer, arenas, half);
+                let result = self.one(case, measure, entrant.peer, arenas, half)?;
                 self.clock.done += self.expected(measure);
                 match result {
                     Ok(values) => entrant.rounds.push(values),
@@ -142,7 +129,7 @@ impl Comparison {
         Ok(entrants)
     }
 
-    /// Measures one candidate once.
+    /// Measures one candidate once. The outer error: it cannot be started, or does not do its work.
     fn one(
         &self,
         case: Case,
@@ -150,16 +137,19 @@ impl Comparison {
         peer: Peer,
         arenas: &mut Vec<(Peer, Arena)>,
         half: u64,
-    ) -> Result<Vec<Option<f64>>> {
-        if measure.load.wants_fresh() {
-            return measure.load.measure_fresh(peer, &self.programs);
+    ) -> Result<Result<Vec<Option<f64>>>> {
+        let fresh = || Arena::new(peer, &self.programs, case.protocols());
+        match measure.load {
+            Load::Start => return Ok(measure::start(&self.programs)),
+            Load::Idle { connections } => return Ok(measure::memory(&fresh()?, connections)),
+            _ => {}
         }
         if !arenas.iter().any(|(other, _)| *other == peer) {
-            arenas.push((peer, Arena::new(peer, &self.programs, case.protocols())?));
+            arenas.push((peer, fresh()?));
         }
         let arena = arenas.iter_mut().find(|(other, _)| *other == peer);
         let (_, arena) = arena.context("no lab")?;
-        measure.load.measure(arena, self.seconds(measure), half)
+        Ok(measure.load.measure(arena, self.seconds(measure), half))
     }
 
     fn progress(&self, measure: &Measure, round: u32, entrants: &[Entrant]) -> String {

@@ -10,11 +10,10 @@ use super::{PORT, Running, rules};
 
 pub(super) fn start(lab: &Lab) -> Result<Running> {
     rules::tproxy_tcp(lab)?;
-    // By default it has a thread a core, and as many connections as files may be open, of which
-    // pipes must leave enough. 0.0.0.0 is the original destination, without a port its port.
+    // By default it has a thread a core, and as many connections as it can have open. 0.0.0.0 is
+    // the original destination, without a port its port.
     let config = format!(
-        "global\n maxpipes 64\n\
-         defaults\n mode tcp\n option splice-auto\n\
+        "defaults\n mode tcp\n option splice-auto\n\
          timeout connect 10s\n timeout client 1h\n timeout server 1h\n\
          listen original\n bind 0.0.0.0:{PORT} transparent backlog 16384\n\
          source 0.0.0.0 usesrc clientip\n server destination 0.0.0.0\n"

@@ -35,7 +35,7 @@ pub(super) fn start(lab: &Lab) -> Result<Running> {
          user root; worker_processes {workers}; error_log stderr; pid {here}/nginx.pid;\n\
          events {{ worker_connections {}; }}\n\
          stream {{ {servers} }}\n",
-        2 * limits::connections()?
+        limits::flows()?
     );
     let path = lab.dir().join("nginx.conf");
     fs::write(&path, config)?;

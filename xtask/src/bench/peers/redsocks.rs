@@ -18,7 +18,7 @@ pub(super) fn start(lab: &Lab) -> Result<Running> {
         "base {{ log_debug = off; log_info = off; log = \"stderr\"; daemon = off; redirector = iptables;\n\
          redsocks_conn_max = {}; }}\n\
          redsocks {{ local_ip = 0.0.0.0; local_port = {PORT}; ip = {}; port = {}; type = socks5; listenq = 16384; }}\n",
-        limits::connections()?,
+        limits::piped_connections()?,
         server.ip(),
         server.port()
     );

@@ -4,7 +4,7 @@ use anyhow::Result;
 use xtask::lab::sockets::Protocol;
 use xtask::lab::{Daemon, Lab};
 
-use super::{PORT, Running, rules};
+use super::{IDLE, PORT, Running, rules};
 
 const SERVER_PORT: u16 = 8388;
 
@@ -12,9 +12,8 @@ pub(super) fn start(lab: &Lab) -> Result<Running> {
     rules::redirect(lab)?;
     rules::routes(lab)?;
     rules::tproxy_udp(lab, PORT)?;
-    let server = SERVER_PORT.to_string();
-    // Its time-out is one for TCP and UDP alike.
-    let common = ["-s", "127.0.0.1", "-p", &server, "-k", "secret", "-m", "aes-128-gcm", "-u", "-t", "30"];
+    let (server, idle) = (SERVER_PORT.to_string(), IDLE.to_string());
+    let common = ["-s", "127.0.0.1", "-p", &server, "-k", "secret", "-m", "aes-128-gcm", "-u", "-t", &idle];
     let common = |program| lab.router.cmd(program).args(common).arg("--no-delay");
     let mut behind = Daemon::start(lab, "ss-server", &common("ss-server"))?;
     behind.wait_bound(&lab.router, Protocol::Tcp, SERVER_PORT)?;

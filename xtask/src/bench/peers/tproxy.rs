@@ -11,9 +11,9 @@ use crate::bench::limits;
 
 /// Flags with bounds for clients that are all of one address.
 pub(crate) fn flags(more: &str) -> Result<String> {
-    let most = limits::connections()?;
+    let (connections, flows) = (limits::connections()?, limits::flows()?);
     Ok(format!(
-        "{more} -4 --max-connections {most} --max-per-client 0 --max-udp-flows {most} \
+        "{more} -4 --max-connections {connections} --max-per-client 0 --max-udp-flows {flows} \
          --udp-timeout {UDP_IDLE}s --udp-timeout-unreplied {UDP_IDLE}s"
     ))
 }

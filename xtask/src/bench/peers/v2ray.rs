@@ -7,14 +7,13 @@ use serde_json::json;
 use xtask::lab::sockets::Protocol;
 use xtask::lab::{Daemon, Lab};
 
-use super::{PORT, Running, rules};
+use super::{IDLE, PORT, Running, rules};
 
 pub(super) fn start(lab: &Lab) -> Result<Running> {
     rules::tproxy(lab)?;
     let config = json!({
         "log": {"loglevel": "error"},
-        // One for TCP and UDP alike. An idle connection is held for as long as a measurement takes.
-        "policy": {"levels": {"0": {"connIdle": 30}}},
+        "policy": {"levels": {"0": {"connIdle": IDLE}}},
         "inbounds": [{
             "protocol": "dokodemo-door", "listen": "0.0.0.0", "port": PORT,
             "settings": {"network": "tcp,udp", "followRedirect": true},
