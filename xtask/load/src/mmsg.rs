@@ -11,9 +11,9 @@ use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
 use std::ptr;
 
-use libc::{iovec, mmsghdr, sockaddr_in, sockaddr_in6, sockaddr_storage};
+use libc::{cmsghdr, iovec, mmsghdr, sockaddr_in, sockaddr_in6, sockaddr_storage};
 
-/// Room for one `IP_PKTINFO` or `IPV6_PKTINFO`.
+/// Room for one `IP_PKTINFO`, `IPV6_PKTINFO` or `UDP_GRO`.
 #[derive(Clone, Copy)]
 #[repr(C, align(8))]
 struct Control([u8; 64]);
@@ -100,6 +100,22 @@ impl Batch {
     /// Bytes of a received datagram.
     pub(crate) fn length(&self, index: usize) -> u32 {
         self.headers[index].msg_len
+    }
+
+    /// Datagrams that the kernel has merged into a received one (`UDP_GRO`): 1 where it has not.
+    pub(crate) fn merged(&self, index: usize) -> u32 {
+        const DATA: usize = size_of::<cmsghdr>();
+        let control = &self.controls[index];
+        if self.headers[index].msg_hdr.msg_controllen <= DATA as _ {
+            return 1;
+        }
+        // SAFETY: it has room and alignment for the header, which is all integers.
+        let header = unsafe { &*ptr::from_ref(control).cast::<cmsghdr>() };
+        if (header.cmsg_level, header.cmsg_type) != (libc::SOL_UDP, libc::UDP_GRO) {
+            return 1;
+        }
+        let size = control.0[DATA..].first_chunk().map_or(0, |size| u32::from_ne_bytes(*size));
+        self.length(index).div_ceil(size.max(1))
     }
 
     /// Whom a received datagram came from.

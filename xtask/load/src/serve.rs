@@ -59,7 +59,8 @@ enum Role {
     Listener(TcpListener, Service),
     Connection(Connection),
     Echo(udp::Echo),
-    Sink(udp::Sink),
+    /// [`Server::sink`].
+    Sink,
 }
 
 struct Server {
@@ -69,6 +70,7 @@ struct Server {
     /// By descriptor.
     roles: Vec<Option<Role>>,
     buffers: tcp::Buffers,
+    sink: udp::Sink,
     /// Of stdin, the beginning of a line.
     line: Vec<u8>,
 }
@@ -87,6 +89,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         counters: Counters::default(),
         roles: Vec::new(),
         buffers: tcp::Buffers::new(),
+        sink: udp::Sink::new(args.family.bind(Type::DGRAM, SINK)?)?,
         line: Vec::new(),
     };
     for (port, service) in [(ECHO, Service::Echo), (SINK, Service::Sink), (SOURCE, Service::Source)] {
@@ -97,8 +100,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     let echo = udp::Echo::new(args.family.bind(Type::DGRAM, ECHO)?, args.family == Family::V6)?;
     server.add(Role::Echo(echo), EpollFlags::EPOLLIN)?;
-    let sink = udp::Sink::new(args.family.bind(Type::DGRAM, SINK)?);
-    server.add(Role::Sink(sink), EpollFlags::EPOLLIN)?;
+    server.add(Role::Sink, EpollFlags::EPOLLIN)?;
     let stdin = io::stdin().as_fd().try_clone_to_owned().context("stdin")?;
     server
         .add(Role::Control(stdin.into()), EpollFlags::EPOLLIN)
@@ -139,7 +141,7 @@ impl Server {
             Role::Listener(listener, _) => listener.as_fd(),
             Role::Connection(connection) => connection.as_fd(),
             Role::Echo(echo) => echo.as_fd(),
-            Role::Sink(sink) => sink.as_fd(),
+            Role::Sink => self.sink.as_fd(),
         };
         let key = usize::try_from(fd.as_raw_fd())?;
         // Level-triggered: one call for an event, and all have their turn.
@@ -163,7 +165,7 @@ impl Server {
                         }
                     }
                     Some(Role::Echo(echo)) => echo.advance(self.expected, &mut self.counters)?,
-                    Some(Role::Sink(sink)) => sink.advance(self.expected, &mut self.counters)?,
+                    Some(Role::Sink) => self.sink.advance(self.expected, &mut self.counters)?,
                     Some(Role::Listener(..)) => self.accept(key)?,
                     Some(Role::Control(stdin)) => {
                         let mut bytes = [0; 64];
@@ -205,6 +207,7 @@ impl Server {
             if line.trim_ascii() != b"read" {
                 bail!("stdin: expected `read`, not {:?}", String::from_utf8_lossy(&line));
             }
+            while self.sink.count(self.expected, &mut self.counters)? {}
             let usage = getrusage(UsageWho::RUSAGE_SELF).context("getrusage")?;
             let used = usage.user_time() + usage.system_time();
             let used = Duration::from_micros(u64::try_from(used.num_microseconds())?);

@@ -163,7 +163,21 @@ fn all_cases((family, targets, client): Family) {
 
     assert_eq!(server.counters()["foreign"], 0);
     server.end();
+    foreign_senders_are_counted(family, targets);
     failures_are_told(targets);
+}
+
+fn foreign_senders_are_counted(family: &str, targets: &str) {
+    let mut server = Running::start(&["serve", "--family", family, "--expect", "192.0.2.1"]);
+    assert_eq!(server.line(), "ready\n");
+    case(targets, "connect --concurrency 1 --limit 5");
+    assert_eq!(server.counters()["foreign"], 5);
+    case(targets, "udp-send --flows 1 --size 1 --rate 100");
+    case(targets, "udp-exchange --flows 1");
+    let told = server.counters();
+    let datagrams = number(&told["udp_received"]) + number(&told["udp_echoed"]);
+    assert_eq!(number(&told["foreign"]), 5 + datagrams);
+    server.end();
 }
 
 /// Where there is no server.

@@ -3,6 +3,8 @@
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use nix::sys::socket::{setsockopt, sockopt};
@@ -13,6 +15,9 @@ use crate::mmsg::Batch;
 
 /// Datagrams of one call.
 const BATCH: usize = 64;
+
+/// See [`Sink::advance`].
+const NAP: Duration = Duration::from_micros(500);
 
 /// Room for the longest datagram; not a power of two, as then all of a batch would share few
 /// lines of the cache.
@@ -75,18 +80,30 @@ impl Echo {
 }
 
 impl Sink {
-    pub(super) fn new(socket: Socket) -> Self {
-        Self { socket, batch: Batch::new(BATCH, 1) }
+    pub(super) fn new(socket: Socket) -> Result<Self> {
+        // What was sent as one piece (`UDP_SEGMENT`) is not cut where nobody reads it.
+        setsockopt(&socket, sockopt::UdpGroSegment, &true).context("UDP_GRO")?;
+        Ok(Self { socket, batch: Batch::new(BATCH, 1) })
     }
 
+    /// Counts a batch, and lets datagrams gather in its buffer where that was all: to wake the
+    /// server for each would cost their sender more than all the rest.
     pub(super) fn advance(&mut self, expected: Option<IpAddr>, counters: &mut Counters) -> Result<()> {
+        if !self.count(expected, counters)? {
+            thread::sleep(NAP);
+        }
+        Ok(())
+    }
+
+    /// Counts a batch; tells whether there may be more.
+    pub(super) fn count(&mut self, expected: Option<IpAddr>, counters: &mut Counters) -> Result<bool> {
         let count = received(self.batch.receive(&self.socket, libc::MSG_TRUNC))?;
-        counters.udp_received += count as u64;
         for index in 0..count {
+            counters.udp_received += u64::from(self.batch.merged(index));
             counters.udp_received_bytes += u64::from(self.batch.length(index));
             counters.count_foreign(expected, self.batch.sender(index));
         }
-        Ok(())
+        Ok(count == BATCH)
     }
 }
 
