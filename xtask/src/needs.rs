@@ -13,8 +13,6 @@ const NFT: Need = Need::new("nft", "nftables", "showing that there is no packet 
 const IPTABLES: Need =
     Need::new("iptables", "iptables", "the packet filter rules to live with, and to compare with");
 const ETHTOOL: Need = Need::new("ethtool", "ethtool", "switching segmentation offload off");
-const MICROSOCKS: Need =
-    Need::new("microsocks", "microsocks", "a SOCKS5 server with a password").service("microsocks.service");
 const SHADOWSOCKS: Need = Need::new("ss-local", "shadowsocks-libev", "a SOCKS5 server, over TCP and UDP")
     .service("shadowsocks-libev.service");
 const V2RAY: Need = Need::new("v2ray", "v2ray", "a SOCKS5 server, over TCP and UDP").service("v2ray.service");
@@ -42,7 +40,7 @@ pub(crate) const NETNS: &[Need] = &[
     ETHTOOL,
     Need::new("sysctl", "procps", "comparing sysctls before and after"),
     Need::new("danted", "dante-server", "a SOCKS5 server, over TCP and UDP").service("danted.service"),
-    MICROSOCKS,
+    Need::new("microsocks", "microsocks", "a SOCKS5 server with a password").service("microsocks.service"),
     Need::new("tinyproxy", "tinyproxy-bin", "an HTTP proxy server with a password"),
     Need::new("squid", "squid", "an HTTP proxy server").service("squid.service"),
     SHADOWSOCKS,
@@ -71,7 +69,7 @@ pub(crate) const BENCH_NGINX: &[Need] = &[
 /// redsocks, behind iptables REDIRECT.
 pub(crate) const BENCH_REDSOCKS: &[Need] = &[
     IPTABLES,
-    MICROSOCKS,
+    V2RAY,
     Need::new("redsocks", "redsocks", "a proxy to compare with").service("redsocks.service"),
 ];
 /// v2ray, behind iptables TPROXY.
