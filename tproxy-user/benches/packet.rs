@@ -1,6 +1,7 @@
 //! What a packet costs in each program, in nanoseconds: `BPF_PROG_TEST_RUN` runs the program
 //! on the same packet a million times and divides its own clock, so everything is in the cache.
-//! `cargo xtask bench packet` runs it.
+//! `cargo xtask bench --cases packet` runs it. Writes JSON as well, to the file that
+//! `TPROXY_BENCH_JSON` names.
 
 #[path = "../tests/golden/kernel.rs"]
 #[allow(dead_code, reason = "the golden tests use more of it")]
@@ -8,10 +9,12 @@ mod kernel;
 #[path = "../tests/golden/packets.rs"]
 #[allow(dead_code, reason = "the golden tests use more of it")]
 mod packets;
+mod report;
 #[path = "../tests/golden/skip.rs"]
 #[allow(dead_code, reason = "the golden tests use more of it")]
 mod skip;
 
+use serde_json::json;
 use tproxy_common::abi::{Settings, program};
 
 use kernel::{Kernel, usual};
@@ -37,8 +40,11 @@ fn main() {
         ("reply: UDP over IPv6, a known flow", program::REPLY, p::reply_of(&p::udp_v6(64))),
     ];
     println!("{:<40} {:>6}", "packet", "ns");
+    let mut results = Vec::new();
     for (name, program, packet) in cases {
         let least = (0..TURNS).map(|_| kernel.time(program, &packet, RUNS)).min().unwrap_or_default();
         println!("{name:<40} {:>6}", least.as_nanos());
+        results.push(json!({ "name": name, "ns": least.as_secs_f64() * 1e9 }));
     }
+    report::write(&results);
 }

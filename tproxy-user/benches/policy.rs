@@ -1,5 +1,6 @@
 //! What rules cost: to read, to load, and a new flow in the kernel, by their number and
-//! by that of their networks. `cargo xtask bench policy` runs it.
+//! by that of their networks. `cargo xtask bench --cases policy` runs it. Writes JSON as well,
+//! to the file that `TPROXY_BENCH_JSON` names.
 //!
 //! Each new flow is one packet through `tproxy_capture` by `BPF_PROG_TEST_RUN`, whose
 //! own clock tells the time. The sets take turns, some flows each, so that all meet the same
@@ -12,6 +13,7 @@ mod kernel;
 #[path = "../tests/golden/packets.rs"]
 #[allow(dead_code, reason = "the golden tests use more of it")]
 mod packets;
+mod report;
 #[path = "../tests/golden/skip.rs"]
 #[allow(dead_code, reason = "the golden tests use more of it")]
 mod skip;
@@ -22,6 +24,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
+use serde_json::json;
 use tproxy_common::abi::{Family, TCP, mapped, program};
 use tproxy_common::policy::Known;
 use tproxy_user::config::upstream::Upstream;
@@ -159,13 +162,18 @@ fn main() -> ExitCode {
     println!("{:<20} {:>10} {:>12} {:>12} {:>6}", "rules", "loading", "memory", "a new flow", "ratio");
     let mut fine = true;
     let mut without = None;
+    let mut results = Vec::new();
     for set in &mut sets {
         let flow = median(&mut set.flows);
         let ratio = flow.as_secs_f64() / without.get_or_insert(flow).as_secs_f64();
         let (loading, kib) = (set.loading.as_secs_f64(), set.bytes.div_ceil(1024));
         println!("{:<20} {loading:>8.3} s {kib:>8} KiB {:>9} ns {ratio:>6.2}", set.name, flow.as_nanos());
+        results.push(json!({
+            "name": set.name, "loading_seconds": loading, "bytes": set.bytes, "new_flow_ns": flow.as_secs_f64() * 1e9,
+        }));
         fine &= set.loading < LOADING && ratio < COST && set.bytes < MEMORY;
     }
+    report::write(&results);
     if fine {
         return ExitCode::SUCCESS;
     }

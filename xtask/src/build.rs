@@ -192,28 +192,33 @@ fn cargo_home() -> PathBuf {
 
 /// Builds `tproxy-user` and returns where cargo put it.
 pub(crate) fn userspace(profile: Profile) -> Result<PathBuf> {
-    let messages = workspace::target().join("log/tproxy-user.json");
+    program("tproxy-user", profile)
+}
+
+/// Builds the program of a package of the same name, and returns where cargo put it.
+pub(crate) fn program(name: &str, profile: Profile) -> Result<PathBuf> {
+    let messages = workspace::target().join(format!("log/{name}.json"));
     let mut cargo = workspace::cargo("build");
-    cargo.args(["--locked", "--package", "tproxy-user", "--bin"]);
-    cargo.args(["tproxy-user", "--message-format", "json-render-diagnostics"]);
+    cargo.args(["--locked", "--package", name, "--bin", name]);
+    cargo.args(["--message-format", "json-render-diagnostics"]);
     if profile == Profile::Release {
         cargo.arg("--release");
     }
     if let Some(parent) = messages.parent() {
         fs::create_dir_all(parent)?;
     }
-    let log = Step::new("building tproxy-user", "tproxy-user").stdout(&messages).run(&mut cargo)?;
+    let log = Step::new(&format!("building {name}"), name).stdout(&messages).run(&mut cargo)?;
     show_warnings(&log)?;
     let messages = fs::read_to_string(&messages)?;
-    executable(&messages).context("cargo built no tproxy-user")
+    executable(&messages, name).with_context(|| format!("cargo built no {name}"))
 }
 
 /// Finds the program among cargo's messages.
-fn executable(messages: &str) -> Option<PathBuf> {
+fn executable(messages: &str, name: &str) -> Option<PathBuf> {
     messages
         .lines()
         .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
-        .filter(|message| message["target"]["name"] == "tproxy-user")
+        .filter(|message| message["target"]["name"] == name)
         .find_map(|message| message["executable"].as_str().map(PathBuf::from))
 }
 
@@ -288,7 +293,7 @@ mod tests {
 {"reason":"compiler-artifact","target":{"name":"tproxy-user"},"executable":null}
 {"reason":"compiler-artifact","target":{"name":"tproxy-user"},"executable":"/t/debug/tproxy-user"}
 {"reason":"build-finished","success":true}"#;
-        assert_eq!(executable(messages), Some(PathBuf::from("/t/debug/tproxy-user")));
-        assert_eq!(executable("no json"), None);
+        assert_eq!(executable(messages, "tproxy-user"), Some(PathBuf::from("/t/debug/tproxy-user")));
+        assert_eq!(executable("no json", "tproxy-user"), None);
     }
 }

@@ -78,8 +78,12 @@ pub(crate) fn remove(name: &str) {
         .collect();
     kill_inside(&namespaces);
     for namespace in &namespaces {
-        if let Err(error) = delete(namespace) {
-            eprintln!("cannot delete namespace {}: {error}", namespace.display());
+        match delete(namespace) {
+            // Both a signal and the end of what was interrupted remove a lab.
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                eprintln!("cannot delete namespace {}: {error}", namespace.display());
+            }
+            _ => {}
         }
     }
     let mut leftovers = vec![Path::new(ROOT).join(name)];
