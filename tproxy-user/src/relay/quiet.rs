@@ -85,18 +85,17 @@ impl Lot {
         Ok((Self { epoll, connections: LruCache::unbounded(), next: 0 }, events))
     }
 
-    /// Waits for either side of a connection; one that cannot be waited for is given back.
-    fn add(&mut self, quiet: Quiet) -> Result<(), Quiet> {
+    /// Waits for either side of a connection; one that cannot be waited for is resumed.
+    fn add(&mut self, quiet: Quiet) {
         let event = EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP, self.next);
         let added = [&quiet.client_side, &quiet.upstream_side].map(|side| self.epoll.add(side, event));
         if let [Err(error), _] | [_, Err(error)] = added {
             tracing::debug!(%error, "cannot wait for a quiet connection");
             self.forget(&quiet);
-            return Err(quiet);
+            return quiet.resume();
         }
         self.connections.put(self.next, quiet);
         self.next += 1;
-        Ok(())
     }
 
     fn forget(&self, quiet: &Quiet) {
@@ -154,7 +153,7 @@ pub(crate) async fn keep(mut arriving: UnboundedReceiver<Quiet>, idle: Duration)
                 }
             }
             quiet = arriving.recv() => match quiet {
-                Some(quiet) => lot.add(quiet).unwrap_or_else(Quiet::resume),
+                Some(quiet) => lot.add(quiet),
                 None => return Ok(()),
             },
             () = expiry => lot.expire(),
