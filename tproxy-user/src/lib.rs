@@ -22,6 +22,7 @@ pub mod instance;
 pub mod interfaces;
 pub mod limits;
 pub mod listener;
+mod memory;
 pub mod netlink;
 pub mod nft;
 pub mod output;

@@ -16,6 +16,7 @@ use tokio::time::{Instant, sleep_until};
 use super::copy::Ending;
 use super::record::{End, Record};
 use super::tcp::{Connection, Shares, relay};
+use crate::memory;
 use crate::sockopt;
 use crate::wire::Wire;
 
@@ -25,6 +26,10 @@ pub(super) const AFTER: Duration = Duration::from_secs(2);
 
 /// Those that come back before others are asked.
 const BATCH: usize = 64;
+
+/// So many leave enough memory behind to give it back to the kernel; after this time, in which
+/// others may come.
+const MANY: (usize, Duration) = (1000, Duration::from_secs(1));
 
 /// A quiet connection. Dropping it resets both sides.
 #[derive(Debug)]
@@ -76,13 +81,18 @@ struct Lot {
     /// By the number that their events have; the one that is quiet for longest first.
     connections: LruCache<u64, Quiet>,
     next: u64,
+    /// Since memory was given back.
+    arrived: usize,
+    /// When it is given back again.
+    gives_back: Option<Instant>,
 }
 
 impl Lot {
     fn new() -> io::Result<(Self, AsyncFd<OwnedFd>)> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         let events = sockopt::watch(epoll.0.try_clone()?)?;
-        Ok((Self { epoll, connections: LruCache::unbounded(), next: 0 }, events))
+        let lot = Self { epoll, connections: LruCache::unbounded(), next: 0, arrived: 0, gives_back: None };
+        Ok((lot, events))
     }
 
     /// Waits for either side of a connection; one that cannot be waited for is resumed.
@@ -96,6 +106,10 @@ impl Lot {
         }
         self.connections.put(self.next, quiet);
         self.next += 1;
+        self.arrived += 1;
+        if self.arrived >= MANY.0 {
+            self.gives_back.get_or_insert_with(|| Instant::now() + MANY.1);
+        }
     }
 
     fn forget(&self, quiet: &Quiet) {
@@ -119,13 +133,25 @@ impl Lot {
         Ok(count == BATCH)
     }
 
-    /// When the first has been quiet for too long.
+    /// When something is to be done though nothing happens.
     fn deadline(&self, idle: Duration) -> Option<Instant> {
+        self.expiry(idle).into_iter().chain(self.gives_back).min()
+    }
+
+    /// When the first has been quiet for too long.
+    fn expiry(&self, idle: Duration) -> Option<Instant> {
         self.connections.peek_lru().map(|(_, quiet)| quiet.last_byte + idle)
     }
 
-    fn expire(&mut self) {
-        if let Some((_, quiet)) = self.connections.pop_lru() {
+    fn do_what_is_due(&mut self, idle: Duration) {
+        let is_due = |deadline: Option<Instant>| deadline.is_some_and(|deadline| deadline <= Instant::now());
+        if is_due(self.gives_back) {
+            memory::give_back();
+            (self.arrived, self.gives_back) = (0, None);
+        }
+        if is_due(self.expiry(idle))
+            && let Some((_, quiet)) = self.connections.pop_lru()
+        {
             quiet.record.ends(End::Copied(Ending::Idle));
         }
     }
@@ -139,7 +165,7 @@ pub(crate) async fn keep(mut arriving: UnboundedReceiver<Quiet>, idle: Duration)
     let (mut lot, events) = Lot::new()?;
     loop {
         let deadline = lot.deadline(idle);
-        let expiry = async {
+        let due = async {
             match deadline {
                 Some(deadline) => sleep_until(deadline).await,
                 None => std::future::pending().await,
@@ -156,7 +182,7 @@ pub(crate) async fn keep(mut arriving: UnboundedReceiver<Quiet>, idle: Duration)
                 Some(quiet) => lot.add(quiet),
                 None => return Ok(()),
             },
-            () = expiry => lot.expire(),
+            () = due => lot.do_what_is_due(idle),
         }
     }
 }
