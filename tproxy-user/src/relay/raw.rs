@@ -5,7 +5,7 @@
 //! server on 53), costs a descriptor for each server, and receives packets that are not
 //! its own. A raw socket has none of these: source and port are what each message says.
 
-use std::io;
+use std::io::{self, IoSlice};
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -99,7 +99,7 @@ impl Pair {
     ) -> io::Result<()> {
         // Raw sockets take the protocol where a UDP address has its port.
         to.set_port(0);
-        let (class, parts) = (class.control(source.is_ipv6()), [header, payload]);
+        let (class, parts) = (class.control(source.is_ipv6()), [header, payload].map(IoSlice::new));
         match source {
             IpAddr::V4(source) => {
                 let info = in_pktinfo {
@@ -108,13 +108,13 @@ impl Pair {
                     ipi_addr: libc::in_addr { s_addr: 0 },
                 };
                 let source = Control::new(libc::IPPROTO_IP, libc::IP_PKTINFO, info);
-                send(socket(self.v4.as_ref())?, to, parts, Controls { source, class })?;
+                send(socket(self.v4.as_ref())?, to, &parts, Controls { source, class })?;
             }
             IpAddr::V6(source) => {
                 let info =
                     in6_pktinfo { ipi6_addr: libc::in6_addr { s6_addr: source.octets() }, ipi6_ifindex: 0 };
                 let source = Control::new(libc::IPPROTO_IPV6, libc::IPV6_PKTINFO, info);
-                send(socket(self.v6.as_ref())?, to, parts, Controls { source, class })?;
+                send(socket(self.v6.as_ref())?, to, &parts, Controls { source, class })?;
             }
         }
         Ok(())

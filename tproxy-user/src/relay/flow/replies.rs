@@ -7,56 +7,71 @@ use tokio::io::Interest;
 use tokio::time::Instant;
 
 use super::{Flow, Flows};
-use crate::relay::receive::Received;
-use crate::relay::udp::BATCH;
+use crate::sockopt;
 
 /// Port of DNS servers.
 const DNS: u16 = 53;
+
+/// Replies of a flow that are taken in a row, before others get their turn.
+const FEW: usize = 16;
+
+/// Has the kernel merge the replies of a flow that gets many.
+fn take_segments(flow: &Flow) {
+    if !flow.merges.replace(true)
+        && let Err(error) = sockopt::take_segments(&flow.socket)
+    {
+        tracing::debug!("flow of {}: {error}", flow.client);
+    }
+}
 
 impl Flows {
     /// Sends what has come on to the client; true where there may be more.
     pub(super) fn bring_replies(&self, flow: &Flow) -> bool {
         let stats = self.worker.stats();
-        let mut buffer = self.worker.datagram.borrow_mut();
-        let mut receiver = self.receiver.borrow_mut();
+        let mut batch = self.batch.borrow_mut();
         self.table.borrow_mut().promote(&flow.key());
-        for _ in 0..BATCH {
-            let mut receive = || receiver.receive(flow.socket.as_fd(), &mut buffer);
-            match flow.socket.try_io(Interest::READABLE, &mut receive) {
-                Ok(Received { len, sender: server, class, .. }) => {
-                    let Some((server, at)) = flow.exit.source(server, &buffer[..len]) else { continue };
-                    let payload = &buffer[at..len];
-                    flow.last.set(Instant::now());
-                    flow.replied.set(true);
-                    // Before its client has it and connects.
-                    if server.port() == DNS
-                        && self.worker.shared.routes.learn(flow.client, server.into(), payload)
-                    {
-                        stats.names_learned.inc();
-                    }
-                    match self.replies.send(server, flow.client, class, payload) {
-                        Ok(()) => {
-                            stats.udp_datagrams_down.inc();
-                            stats.udp_bytes_down.add(payload.len() as u64);
-                            let down = &flow.record.traffic.down;
-                            down.set(down.get() + payload.len() as u64);
-                        }
-                        Err(error) if error.kind() == io::ErrorKind::WouldBlock => stats.udp_send_full.inc(),
-                        Err(error) => {
-                            stats.udp_reply_errors.inc();
-                            tracing::debug!("reply of {server} to {}: cannot send: {error}", flow.client);
-                        }
-                    }
+        let receive = || match batch.receive(flow.socket.as_fd(), FEW)? {
+            FEW.. => Ok(()),
+            // Nothing more: wait for the next one.
+            _ => Err(io::ErrorKind::WouldBlock.into()),
+        };
+        let more = match flow.socket.try_io(Interest::READABLE, receive) {
+            Ok(()) => {
+                take_segments(flow);
+                true
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => false,
+            // An error about an earlier datagram: its details are in the queue.
+            Err(_) if self.bring_errors(flow).count > 0 => true,
+            Err(error) => {
+                stats.udp_receive_errors.inc();
+                tracing::debug!("flow of {}: cannot receive: {error}", flow.client);
+                true
+            }
+        };
+        for (reply, datagram) in batch.datagrams() {
+            let Some((server, at)) = flow.exit.source(reply.sender, datagram) else { continue };
+            let payload = &datagram[at..];
+            flow.last.set(Instant::now());
+            flow.replied.set(true);
+            // Before its client has it and connects.
+            if server.port() == DNS && self.worker.shared.routes.learn(flow.client, server.into(), payload) {
+                stats.names_learned.inc();
+            }
+            match self.replies.send(server, flow.client, reply.class, payload) {
+                Ok(()) => {
+                    stats.udp_datagrams_down.inc();
+                    stats.udp_bytes_down.add(payload.len() as u64);
+                    let down = &flow.record.traffic.down;
+                    down.set(down.get() + payload.len() as u64);
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
-                // An error about an earlier datagram: its details are in the queue.
-                Err(_) if self.bring_errors(flow).count > 0 => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => stats.udp_send_full.inc(),
                 Err(error) => {
-                    stats.udp_receive_errors.inc();
-                    tracing::debug!("flow of {}: cannot receive: {error}", flow.client);
+                    stats.udp_reply_errors.inc();
+                    tracing::debug!("reply of {server} to {}: cannot send: {error}", flow.client);
                 }
             }
         }
-        true
+        more
     }
 }
