@@ -1,10 +1,10 @@
-//! Sends packets with control messages: one system call, no allocation.
+//! Sends packets with control messages, one or more by a system call.
 
 use std::io::{self, IoSlice};
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-use libc::{c_int, c_void, cmsghdr, msghdr};
+use libc::{c_int, c_uint, c_void, cmsghdr, mmsghdr, msghdr};
 use socket2::SockAddr;
 
 /// DSCP and ECN of a packet, one byte: type of service in IPv4, traffic class in
@@ -70,6 +70,38 @@ pub(super) fn send<C>(
     mut control: C,
 ) -> io::Result<usize> {
     let to = SockAddr::from(to);
+    let message = message(&to, parts, &raw mut control);
+    // SAFETY: name, parts and control are live values; the kernel only reads them.
+    let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, 0) };
+    usize::try_from(sent).map_err(|_negative| io::Error::last_os_error())
+}
+
+/// As [`send`], several packets by one system call (`sendmmsg(2)`, Linux 3.0), with the same
+/// `control`. How many were sent: where it is not all, the next one's turn tells why.
+///
+/// # Errors
+/// That of the first.
+pub(super) fn send_all<C, const N: usize>(
+    socket: BorrowedFd<'_>,
+    to: SocketAddr,
+    packets: &[[IoSlice<'_>; N]],
+    mut control: C,
+) -> io::Result<usize> {
+    if let [packet] = packets {
+        return send(socket, to, packet, control).map(|_| 1);
+    }
+    let to = SockAddr::from(to);
+    let message = |parts: &[_; N]| mmsghdr { msg_hdr: message(&to, parts, &raw mut control), msg_len: 0 };
+    let mut messages: Vec<_> = packets.iter().map(message).collect();
+    let count = c_uint::try_from(messages.len()).unwrap_or(c_uint::MAX);
+    // SAFETY: so many messages there are; their names, parts and control are live values, which the
+    // kernel only reads.
+    let sent = unsafe { libc::sendmmsg(socket.as_raw_fd(), messages.as_mut_ptr(), count, 0) };
+    usize::try_from(sent).map_err(|_negative| io::Error::last_os_error())
+}
+
+/// What the kernel is told of a packet. It points to what it is made of.
+fn message<C>(to: &SockAddr, parts: &[IoSlice<'_>], control: *mut C) -> msghdr {
     // SAFETY: a msghdr of zeros is valid (no name, no parts, no control), also where it has padding fields.
     let mut message: msghdr = unsafe { std::mem::zeroed() };
     message.msg_name = to.as_ptr().cast::<c_void>().cast_mut();
@@ -77,9 +109,7 @@ pub(super) fn send<C>(
     // An IoSlice is an iovec.
     message.msg_iov = parts.as_ptr().cast_mut().cast();
     message.msg_iovlen = parts.len() as _;
-    message.msg_control = (&raw mut control).cast();
+    message.msg_control = control.cast();
     message.msg_controllen = size_of::<C>() as _;
-    // SAFETY: name, parts and control point to live values of the lengths given; the kernel only reads them.
-    let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, 0) };
-    usize::try_from(sent).map_err(|_negative| io::Error::last_os_error())
+    message
 }

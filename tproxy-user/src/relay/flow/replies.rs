@@ -1,12 +1,14 @@
 //! Replies on their way to the client.
 
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::AsFd as _;
 
 use tokio::io::Interest;
 use tokio::time::Instant;
 
 use super::{Flow, Flows};
+use crate::relay::send::TrafficClass;
 use crate::sockopt;
 
 /// Port of DNS servers.
@@ -49,29 +51,54 @@ impl Flows {
                 true
             }
         };
+        let mut from = None;
+        let mut payloads = Vec::new();
         for (reply, datagram) in batch.datagrams() {
             let Some((server, at)) = flow.exit.source(reply.sender, datagram) else { continue };
             let payload = &datagram[at..];
-            flow.last.set(Instant::now());
-            flow.replied.set(true);
             // Before its client has it and connects.
             if server.port() == DNS && self.worker.shared.routes.learn(flow.client, server.into(), payload) {
                 stats.names_learned.inc();
             }
-            match self.replies.send(server, flow.client, reply.class, payload) {
-                Ok(()) => {
-                    stats.udp_datagrams_down.inc();
-                    stats.udp_bytes_down.add(payload.len() as u64);
-                    let down = &flow.record.traffic.down;
-                    down.set(down.get() + payload.len() as u64);
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => stats.udp_send_full.inc(),
-                Err(error) => {
-                    stats.udp_reply_errors.inc();
-                    tracing::debug!("reply of {server} to {}: cannot send: {error}", flow.client);
-                }
+            if let Some((server, class)) = from.filter(|from| *from != (server, reply.class)) {
+                self.answer(flow, server, class, &payloads);
+                payloads.clear();
             }
+            from = Some((server, reply.class));
+            payloads.push(payload);
+        }
+        if let Some((server, class)) = from {
+            self.answer(flow, server, class, &payloads);
         }
         more
+    }
+
+    /// Sends replies of a server to their client.
+    fn answer(&self, flow: &Flow, server: SocketAddr, class: TrafficClass, mut payloads: &[&[u8]]) {
+        let stats = self.worker.stats();
+        flow.last.set(Instant::now());
+        flow.replied.set(true);
+        while !payloads.is_empty() {
+            let done = match self.replies.send(server, flow.client, class, payloads) {
+                Ok(sent) => {
+                    let bytes = payloads.iter().take(sent).map(|payload| payload.len() as u64).sum();
+                    stats.udp_datagrams_down.add(sent as u64);
+                    stats.udp_bytes_down.add(bytes);
+                    let down = &flow.record.traffic.down;
+                    down.set(down.get() + bytes);
+                    sent
+                }
+                Err(error) => {
+                    if error.kind() == io::ErrorKind::WouldBlock {
+                        stats.udp_send_full.inc();
+                    } else {
+                        stats.udp_reply_errors.inc();
+                        tracing::debug!("reply of {server} to {}: cannot send: {error}", flow.client);
+                    }
+                    1
+                }
+            };
+            payloads = payloads.get(done..).unwrap_or_default();
+        }
     }
 }
