@@ -230,6 +230,7 @@ pub fn udp_listener(addr: SocketAddr, options: ListenerOptions) -> Result<UdpSoc
         setsockopt(&socket, sockopt::Ipv4OrigDstAddr, &true).call("setsockopt IP_RECVORIGDSTADDR")?;
     }
     tell_class(&socket, addr.is_ipv6())?;
+    take_segments(&socket)?;
     setsockopt(&socket, sockopt::RcvBufForce, &SHARED_UDP_BUFFER).call("setsockopt SO_RCVBUFFORCE")?;
     socket.bind(&addr.into()).call("bind")?;
     Ok(socket.into())
@@ -426,6 +427,15 @@ fn tell_class(socket: &Socket, v6: bool) -> Result<(), SocketError> {
     let (level, option) =
         if v6 { (libc::IPPROTO_IPV6, libc::IPV6_RECVTCLASS) } else { (libc::IPPROTO_IP, libc::IP_RECVTOS) };
     set_int(socket, level, option, 1).call("setsockopt IP_RECVTOS")
+}
+
+/// Datagrams that this kernel or their sender's has merged are received as one, with the length of each
+/// (`UDP_GRO`, Linux 5.0). Without it the kernel cuts them first.
+///
+/// # Errors
+/// [`SocketError`] of `setsockopt`.
+pub fn take_segments(socket: &impl AsRawFd) -> Result<(), SocketError> {
+    set_int(socket, libc::SOL_UDP, libc::UDP_GRO, 1).call("setsockopt UDP_GRO")
 }
 
 /// ICMP errors about what was sent are queued with the datagram that they are about

@@ -14,8 +14,9 @@ mod forward;
 mod replies;
 
 use std::cell::{Cell, RefCell};
-use std::io;
-use std::os::fd::AsFd;
+use std::io::{self, IoSlice};
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::pin::pin;
 use std::rc::Rc;
 use std::time::Duration;
@@ -30,10 +31,11 @@ use tokio::time::{Instant, sleep_until};
 use super::Worker;
 use super::icmp::Budget;
 use super::raw::ReplySender;
-use super::receive::{Received, Receiver};
+use super::receive::{Batch, MOST, Received};
 use super::record::{End, Protocol, Record};
 use super::route::Route;
-use super::send::send;
+use super::segments;
+use super::send::{Segments, TrafficClass, send};
 use super::udp::BATCH;
 use super::waiting::Queue;
 use crate::addr::{ClientAddr, OrigDst};
@@ -51,7 +53,8 @@ const DRAIN_QUIET: Duration = Duration::from_secs(1);
 pub(crate) struct Flows {
     worker: Rc<Worker>,
     replies: ReplySender,
-    receiver: RefCell<Receiver>,
+    /// Never borrowed while a task waits.
+    batch: RefCell<Batch>,
     icmp: Budget,
     waiting: Queue,
     /// Those for which a proxy server is being asked.
@@ -82,6 +85,12 @@ struct Flow {
     socket: UdpSocket,
     /// Whether the socket fragments what it sends.
     fragments: Cell<Fragments>,
+    /// The latest group of its datagrams among those that came together.
+    group: Cell<usize>,
+    /// Whether it sends datagrams as segments, as far as is known.
+    segments: Cell<bool>,
+    /// Whether it receives them as such.
+    merges: Cell<bool>,
     /// When the latest datagram went either way.
     last: Cell<Instant>,
     replied: Cell<bool>,
@@ -115,7 +124,7 @@ impl Flows {
         Rc::new(Self {
             worker: Rc::clone(worker),
             replies,
-            receiver: RefCell::new(Receiver::new()),
+            batch: RefCell::new(Batch::new()),
             icmp: Budget::new(),
             waiting: Queue::new(),
             opening: Opening::default(),
@@ -127,50 +136,99 @@ impl Flows {
         Record::new(&self.worker, Protocol::Udp, client, destination, route.rule)
     }
 
-    /// Sends a datagram by its flow.
+    /// Takes what has come to a listener and sends it on. How much it was: fewer than [`MOST`]
+    /// where there is nothing more.
+    pub(super) fn take(self: &Rc<Self>, listener: BorrowedFd<'_>, dont_fragment: bool) -> io::Result<usize> {
+        let mut batch = self.batch.borrow_mut();
+        let come = batch.receive(listener, MOST)?;
+        self.forward_all(batch.datagrams(), dont_fragment);
+        Ok(come)
+    }
+
+    /// Sends datagrams by their flow, which are alike in all but their payload.
     fn send(
         &self,
         flow: &Rc<Flow>,
         destination: OrigDst,
-        datagram: &Received,
-        payload: &[u8],
+        alike: &Received,
+        mut payloads: &[&[u8]],
         dont_fragment: bool,
     ) {
         let stats = self.worker.stats();
         let to = flow.exit.next_hop(destination);
         if self.worker.shared.own.takes(to) {
-            return stats.loops_prevented.inc();
+            return stats.loops_prevented.add(payloads.len() as u64);
         }
         flow.last.set(Instant::now());
         let (to, header) = (to.get(), flow.exit.header(flow.client, destination));
         // With a header in front it may not fit any more, which its client cannot mend.
-        flow.set_fragments(dont_fragment && header.is_empty());
+        let dont_fragment = dont_fragment && header.is_empty();
+        flow.set_fragments(dont_fragment);
+        while let Some(first) = payloads.first() {
+            let length = header.len() + first.len();
+            let may = flow.segments.get()
+                && (alike.merged || segments::are_whole(to.is_ipv6(), dont_fragment, length));
+            let lengths = payloads.iter().map(|payload| header.len() + payload.len());
+            let together = if may { segments::together(lengths) } else { 1 };
+            let (now, later) = payloads.split_at(together);
+            match self.send_together(flow, to, alike.class, &header, now) {
+                Ok(_) => {
+                    let bytes = now.iter().map(|payload| payload.len() as u64).sum();
+                    stats.udp_datagrams_up.add(now.len() as u64);
+                    stats.udp_bytes_up.add(bytes);
+                    let up = &flow.record.traffic.up;
+                    up.set(up.get() + bytes);
+                }
+                Err(error) if together > 1 && segments::are_refused(&error) => {
+                    flow.segments.set(false);
+                    continue;
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    stats.udp_send_full.add(now.len() as u64);
+                }
+                Err(error) => {
+                    stats.udp_send_errors.add(now.len() as u64);
+                    tracing::debug!("{} to {destination}: cannot send: {error}", flow.client);
+                    if header.is_empty() {
+                        for payload in now {
+                            self.report_unsent(flow, destination, &error, payload);
+                        }
+                    }
+                }
+            }
+            payloads = later;
+        }
+    }
+
+    /// Sends datagrams by one system call, behind a header each.
+    fn send_together(
+        &self,
+        flow: &Flow,
+        to: SocketAddr,
+        class: TrafficClass,
+        header: &[u8],
+        payloads: &[&[u8]],
+    ) -> io::Result<usize> {
+        let control = || class.control(to.is_ipv6());
+        let attempt = || {
+            let socket = flow.socket.as_fd();
+            if let [payload] = payloads {
+                let parts = [header, payload].map(IoSlice::new);
+                return send(socket, to, &parts[usize::from(header.is_empty())..], control());
+            }
+            let parts = payloads.iter().flat_map(|payload| [header, payload]).filter(|part| !part.is_empty());
+            let parts: Vec<_> = parts.map(IoSlice::new).collect();
+            let length = header.len() + payloads[0].len();
+            send(socket, to, &parts, Segments::new(control(), u16::try_from(length).unwrap_or(u16::MAX)))
+        };
         // Not by way of the runtime: it believes a new socket unready until its first event, and
         // the first datagram would be lost.
-        let control = || datagram.class.control(to.is_ipv6());
-        let attempt = || send(flow.socket.as_fd(), to, [&header, payload], control());
-        let result = match attempt() {
+        match attempt() {
             // What came of an earlier datagram is told in place of sending this one.
             Err(error) if error.kind() != io::ErrorKind::WouldBlock && self.bring_errors(flow).count > 0 => {
                 attempt()
             }
             result => result,
-        };
-        match result {
-            Ok(_) => {
-                stats.udp_datagrams_up.inc();
-                stats.udp_bytes_up.add(payload.len() as u64);
-                let up = &flow.record.traffic.up;
-                up.set(up.get() + payload.len() as u64);
-            }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => stats.udp_send_full.inc(),
-            Err(error) => {
-                stats.udp_send_errors.inc();
-                tracing::debug!("{} to {destination}: cannot send: {error}", flow.client);
-                if header.is_empty() {
-                    self.report_unsent(flow, destination, &error, payload);
-                }
-            }
         }
     }
 
@@ -233,6 +291,9 @@ impl Flows {
             exit,
             socket,
             fragments: Cell::new(Fragments::Allowed),
+            group: Cell::new(0),
+            segments: Cell::new(true),
+            merges: Cell::new(false),
             last: Cell::new(Instant::now()),
             replied: Cell::new(false),
             evicted: Cell::new(false),
@@ -259,15 +320,17 @@ impl Flows {
     /// then whether something did: a datagram costs no timer.
     async fn run(self: Rc<Self>, flow: Rc<Flow>) {
         let mut timer = pin!(sleep_until(self.deadline(&flow)));
+        let mut changed = pin!(flow.changed.notified());
         let end = loop {
             tokio::select! {
+                biased;
+                () = flow.exit.closed() => break End::NotConnected(Reason::Proxy),
                 result = flow.socket.ready(Interest::READABLE | Interest::ERROR) => match result {
                     Ok(ready) => if self.bring(&flow, ready) { yield_now().await },
                     Err(_) => break End::Cut,
                 },
                 () = &mut timer => {}
-                () = flow.changed.notified() => {}
-                () = flow.exit.closed() => break End::NotConnected(Reason::Proxy),
+                () = &mut changed => changed.set(flow.changed.notified()),
             }
             if flow.evicted.get() {
                 break End::Evicted;

@@ -126,7 +126,7 @@ pub(crate) async fn listen(worker: &Rc<Worker>) -> io::Result<Infallible> {
         // A device that is deleted has nothing to read, but an error.
         let mut ready = handshakes.queue.ready(Interest::READABLE | Interest::ERROR).await?;
         for _ in 0..BATCH {
-            let mut buffer = worker.datagram.borrow_mut();
+            let mut buffer = worker.packet.borrow_mut();
             match ready.try_io(|queue| nix::unistd::read(queue, &mut buffer).map_err(io::Error::from)) {
                 Err(_would_block) => break,
                 Ok(Ok(length)) => {

@@ -16,6 +16,7 @@ mod receive;
 mod record;
 pub(crate) mod refusal;
 mod route;
+mod segments;
 mod send;
 pub mod sniff;
 mod syn;
@@ -166,8 +167,8 @@ pub(crate) struct Worker {
     quiet: UnboundedSender<Quiet>,
     /// For the other side of a connection that is accepted.
     reserve: Reserve,
-    /// For one datagram at a time; never borrowed while a task waits.
-    datagram: RefCell<Box<[u8]>>,
+    /// For one packet at a time; never borrowed while a task waits.
+    packet: RefCell<Box<[u8]>>,
     draining: Cell<bool>,
     /// While draining: a connection or flow has ended.
     ended: Notify,
@@ -194,7 +195,7 @@ impl Worker {
             pool: Pool::default(),
             quiet,
             reserve,
-            datagram: RefCell::new(vec![0; receive::BUFFER].into()),
+            packet: RefCell::new(vec![0; 1 << 16].into()),
             draining: Cell::new(false),
             ended: Notify::new(),
         })

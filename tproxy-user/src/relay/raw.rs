@@ -5,7 +5,7 @@
 //! server on 53), costs a descriptor for each server, and receives packets that are not
 //! its own. A raw socket has none of these: source and port are what each message says.
 
-use std::io;
+use std::io::{self, IoSlice};
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -13,7 +13,7 @@ use libc::{c_int, in_pktinfo, in6_pktinfo};
 use socket2::Protocol;
 
 use super::checksum::udp_header;
-use super::send::{Control, TrafficClass, send};
+use super::send::{Control, TrafficClass, send_all};
 use crate::addr::ClientAddr;
 use crate::sockopt::{self, OwnMark, SocketError};
 
@@ -40,24 +40,39 @@ impl ReplySender {
         Ok(Self { udp: Pair::new(v4, v6, [Protocol::UDP; 2], mark)?, icmp: Pair::icmp(v4, v6, mark)? })
     }
 
-    /// Sends `payload` to `client` as if `server` had. The kernel fragments it where it
-    /// is larger than the path MTU.
+    /// Sends payloads to `client` as if `server` had, by one system call. The kernel fragments what is
+    /// larger than the path MTU. How many were sent: where it is not all, the next one's turn tells why.
     ///
     /// # Errors
-    /// `InvalidInput` where the families differ or the payload is longer than UDP can
-    /// tell; `WouldBlock` where the send buffer is full; else what `sendmsg(2)` answers.
+    /// About the first: `InvalidInput` where the families differ or it is longer than UDP can
+    /// tell; `WouldBlock` where the send buffer is full; else what `sendmmsg(2)` answers.
     pub(super) fn send(
         &self,
         server: SocketAddr,
         client: ClientAddr,
         class: TrafficClass,
-        payload: &[u8],
-    ) -> io::Result<()> {
+        payloads: &[&[u8]],
+    ) -> io::Result<usize> {
         let client = client.get();
-        let from = (server.ip(), server.port());
         let header =
-            udp_header(from, (client.ip(), client.port()), payload).ok_or(io::ErrorKind::InvalidInput)?;
-        self.udp.send(server.ip(), client, class, &header, payload)
+            |payload| udp_header((server.ip(), server.port()), (client.ip(), client.port()), payload);
+        if let [payload] = payloads {
+            let header = header(payload).ok_or(io::ErrorKind::InvalidInput)?;
+            return self.udp.send_all(
+                server.ip(),
+                client,
+                class,
+                &[[header.as_slice(), payload].map(IoSlice::new)],
+            );
+        }
+        let headers: Vec<_> = payloads.iter().map_while(|payload| header(payload)).collect();
+        let packets =
+            headers.iter().zip(payloads).map(|(header, payload)| [header, *payload].map(IoSlice::new));
+        let packets: Vec<_> = packets.collect();
+        if packets.is_empty() {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        self.udp.send_all(server.ip(), client, class, &packets)
     }
 
     /// Sends an ICMP message to `client` as if `source` had.
@@ -65,7 +80,7 @@ impl ReplySender {
     /// # Errors
     /// As [`send`](Self::send).
     pub fn send_icmp(&self, source: IpAddr, client: ClientAddr, message: &[u8]) -> io::Result<()> {
-        self.icmp.send(source, client.get(), TrafficClass::default(), message, &[])
+        self.icmp.send(source, client.get(), TrafficClass::default(), message)
     }
 }
 
@@ -88,18 +103,29 @@ impl Pair {
         Self::new(v4, v6, [Protocol::ICMPV4, Protocol::ICMPV6], mark)
     }
 
-    /// Sends a packet with this transport header and payload from any address.
+    /// Sends a packet, of which this is what is behind the IP header, from any address.
     pub(super) fn send(
+        &self,
+        source: IpAddr,
+        to: SocketAddr,
+        class: TrafficClass,
+        packet: &[u8],
+    ) -> io::Result<()> {
+        self.send_all(source, to, class, &[[IoSlice::new(packet)]]).map(drop)
+    }
+
+    /// Sends packets, of which these are the parts behind the IP header, from any address. How many
+    /// were sent.
+    fn send_all<const N: usize>(
         &self,
         source: IpAddr,
         mut to: SocketAddr,
         class: TrafficClass,
-        header: &[u8],
-        payload: &[u8],
-    ) -> io::Result<()> {
+        packets: &[[IoSlice<'_>; N]],
+    ) -> io::Result<usize> {
         // Raw sockets take the protocol where a UDP address has its port.
         to.set_port(0);
-        let (class, parts) = (class.control(source.is_ipv6()), [header, payload]);
+        let class = class.control(source.is_ipv6());
         match source {
             IpAddr::V4(source) => {
                 let info = in_pktinfo {
@@ -108,16 +134,15 @@ impl Pair {
                     ipi_addr: libc::in_addr { s_addr: 0 },
                 };
                 let source = Control::new(libc::IPPROTO_IP, libc::IP_PKTINFO, info);
-                send(socket(self.v4.as_ref())?, to, parts, Controls { source, class })?;
+                send_all(socket(self.v4.as_ref())?, to, packets, Controls { source, class })
             }
             IpAddr::V6(source) => {
                 let info =
                     in6_pktinfo { ipi6_addr: libc::in6_addr { s6_addr: source.octets() }, ipi6_ifindex: 0 };
                 let source = Control::new(libc::IPPROTO_IPV6, libc::IPV6_PKTINFO, info);
-                send(socket(self.v6.as_ref())?, to, parts, Controls { source, class })?;
+                send_all(socket(self.v6.as_ref())?, to, packets, Controls { source, class })
             }
         }
-        Ok(())
     }
 }
 

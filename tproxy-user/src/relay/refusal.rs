@@ -78,12 +78,12 @@ impl RefusalSender {
             Refusal::Silence => Ok(()),
             Refusal::Reset => {
                 let header = reset(syn).ok_or(io::ErrorKind::InvalidInput)?;
-                self.tcp.send(syn.destination.ip(), to, class, &header, &[])
+                self.tcp.send(syn.destination.ip(), to, class, &header)
             }
             Refusal::Unreachable(errno) => {
                 let here = sockopt::address_towards(to, self.mark).map_err(|error| error.source)?;
                 let error = IcmpError::of_connect(errno, here).ok_or(io::ErrorKind::InvalidInput)?;
-                self.icmp.send(here, to, class, &error.about(packet, to.is_ipv4()), &[])
+                self.icmp.send(here, to, class, &error.about(packet, to.is_ipv4()))
             }
         }
     }

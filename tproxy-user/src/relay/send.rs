@@ -1,10 +1,10 @@
-//! Sends packets with control messages: one system call, no allocation.
+//! Sends packets with control messages, one or more by a system call.
 
-use std::io;
+use std::io::{self, IoSlice};
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-use libc::{c_int, c_void, cmsghdr, iovec, msghdr};
+use libc::{c_int, c_uint, c_void, cmsghdr, mmsghdr, msghdr};
 use socket2::SockAddr;
 
 /// DSCP and ECN of a packet, one byte: type of service in IPv4, traffic class in
@@ -18,6 +18,20 @@ impl TrafficClass {
         let (level, kind) =
             if v6 { (libc::IPPROTO_IPV6, libc::IPV6_TCLASS) } else { (libc::IPPROTO_IP, libc::IP_TOS) };
         Control::new(level, kind, self.0.into())
+    }
+}
+
+/// What datagrams are sent with that go as segments of one: their class, and how long each is.
+#[derive(Debug)]
+#[repr(C)]
+pub(super) struct Segments {
+    class: Control<c_int>,
+    length: Control<u16>,
+}
+
+impl Segments {
+    pub(super) fn new(class: Control<c_int>, length: u16) -> Self {
+        Self { class, length: Control::new(libc::SOL_UDP, libc::UDP_SEGMENT, length) }
     }
 }
 
@@ -49,24 +63,53 @@ impl<T> Control<T> {
 ///
 /// # Errors
 /// What `sendmsg(2)` answers; `WouldBlock` where the send buffer is full.
-pub(super) fn send<C, const N: usize>(
+pub(super) fn send<C>(
     socket: BorrowedFd<'_>,
     to: SocketAddr,
-    parts: [&[u8]; N],
+    parts: &[IoSlice<'_>],
     mut control: C,
 ) -> io::Result<usize> {
     let to = SockAddr::from(to);
-    let mut parts =
-        parts.map(|part| iovec { iov_base: part.as_ptr().cast::<c_void>().cast_mut(), iov_len: part.len() });
+    let message = message(&to, parts, &raw mut control);
+    // SAFETY: name, parts and control are live values; the kernel only reads them.
+    let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, 0) };
+    usize::try_from(sent).map_err(|_negative| io::Error::last_os_error())
+}
+
+/// As [`send`], several packets by one system call (`sendmmsg(2)`, Linux 3.0), with the same
+/// `control`. How many were sent: where it is not all, the next one's turn tells why.
+///
+/// # Errors
+/// That of the first.
+pub(super) fn send_all<C, const N: usize>(
+    socket: BorrowedFd<'_>,
+    to: SocketAddr,
+    packets: &[[IoSlice<'_>; N]],
+    mut control: C,
+) -> io::Result<usize> {
+    if let [packet] = packets {
+        return send(socket, to, packet, control).map(|_| 1);
+    }
+    let to = SockAddr::from(to);
+    let message = |parts: &[_; N]| mmsghdr { msg_hdr: message(&to, parts, &raw mut control), msg_len: 0 };
+    let mut messages: Vec<_> = packets.iter().map(message).collect();
+    let count = c_uint::try_from(messages.len()).unwrap_or(c_uint::MAX);
+    // SAFETY: so many messages there are; their names, parts and control are live values, which the
+    // kernel only reads.
+    let sent = unsafe { libc::sendmmsg(socket.as_raw_fd(), messages.as_mut_ptr(), count, 0) };
+    usize::try_from(sent).map_err(|_negative| io::Error::last_os_error())
+}
+
+/// What the kernel is told of a packet. It points to what it is made of.
+fn message<C>(to: &SockAddr, parts: &[IoSlice<'_>], control: *mut C) -> msghdr {
     // SAFETY: a msghdr of zeros is valid (no name, no parts, no control), also where it has padding fields.
     let mut message: msghdr = unsafe { std::mem::zeroed() };
     message.msg_name = to.as_ptr().cast::<c_void>().cast_mut();
     message.msg_namelen = to.len();
-    message.msg_iov = parts.as_mut_ptr();
-    message.msg_iovlen = N as _;
-    message.msg_control = (&raw mut control).cast();
+    // An IoSlice is an iovec.
+    message.msg_iov = parts.as_ptr().cast_mut().cast();
+    message.msg_iovlen = parts.len() as _;
+    message.msg_control = control.cast();
     message.msg_controllen = size_of::<C>() as _;
-    // SAFETY: name, parts and control point to live values of the lengths given; the kernel only reads them.
-    let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, 0) };
-    usize::try_from(sent).map_err(|_negative| io::Error::last_os_error())
+    message
 }

@@ -9,12 +9,12 @@ use tokio::task::yield_now;
 
 use super::Worker;
 use super::flow::Flows;
-use super::receive::Receiver;
+use super::receive::MOST;
 
-/// Datagrams taken in a row before the replies get their turn.
+/// What is taken in a row before others get their turn.
 pub(super) const BATCH: usize = 64;
 
-/// Pause after nothing but errors came, so that an error that stays cannot spin.
+/// Pause where nothing but errors comes, so that an error that stays cannot spin.
 const PAUSE: Duration = Duration::from_millis(10);
 
 /// Receives for ever, from a listener whose datagrams have the DF bit or do not.
@@ -25,34 +25,29 @@ pub(crate) async fn listen(
     listener: AsyncFd<OwnedFd>,
     dont_fragment: bool,
 ) {
-    let mut receiver = Receiver::new();
+    let mut failed = false;
     loop {
         let mut ready = match listener.readable().await {
             Ok(ready) => ready,
             Err(error) => return tracing::error!(%error, "a listener can no longer be waited for"),
         };
-        let (mut good, mut bad) = (0, 0);
-        {
-            let mut buffer = worker.datagram.borrow_mut();
-            while good + bad < BATCH {
-                match ready.try_io(|socket| receiver.receive(socket.get_ref().as_fd(), &mut buffer)) {
-                    Err(_would_block) => break,
-                    Ok(Ok(datagram)) => {
-                        good += 1;
-                        flows.forward(&datagram, &buffer[..datagram.len], dont_fragment);
-                    }
-                    Ok(Err(error)) => {
-                        bad += 1;
-                        worker.stats().udp_receive_errors.inc();
-                        tracing::debug!(%error, "cannot receive a datagram from a client");
-                    }
+        match ready.try_io(|socket| flows.take(socket.get_ref().as_fd(), dont_fragment)) {
+            Err(_would_block) => {}
+            Ok(Ok(MOST..)) => {
+                failed = false;
+                yield_now().await;
+            }
+            Ok(Ok(_)) => {
+                failed = false;
+                ready.clear_ready();
+            }
+            Ok(Err(error)) => {
+                worker.stats().udp_receive_errors.inc();
+                tracing::debug!(%error, "cannot receive a datagram from a client");
+                if std::mem::replace(&mut failed, true) {
+                    tokio::time::sleep(PAUSE).await;
                 }
             }
-        }
-        if good == 0 && bad > 0 {
-            tokio::time::sleep(PAUSE).await;
-        } else if good + bad == BATCH {
-            yield_now().await;
         }
     }
 }

@@ -176,7 +176,7 @@ impl Drop for Lab {
     }
 }
 
-fn sh(script: &str) {
+pub(crate) fn sh(script: &str) {
     let status = Command::new("sh").args(["-ec", script]).status().expect("sh runs");
     assert!(status.success(), "failed: {script}");
 }

@@ -152,7 +152,7 @@ impl Flows {
             let flow = flows.open(key, exit, socket, slot, record);
             for Waiting { datagram, payload, dont_fragment } in waited {
                 let destination = datagram.destination.unwrap_or(destination);
-                flows.send(&flow, destination, &datagram, &payload, dont_fragment);
+                flows.send(&flow, destination, &datagram, &[&payload], dont_fragment);
             }
         }));
     }

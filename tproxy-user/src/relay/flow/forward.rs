@@ -13,20 +13,77 @@ use crate::relay::receive::Received;
 use crate::relay::route::{Route, Way};
 use crate::relay::sniff::quic;
 
+/// Datagrams of a flow that are alike in all but their payload, among those that came together.
+struct Group {
+    flow: Rc<Flow>,
+    destination: OrigDst,
+    alike: Received,
+}
+
 impl Flows {
-    /// Sends a client's datagram to where the client wanted it, in its flow or a new one,
-    /// with the DF bit or without.
-    pub(crate) fn forward(self: &Rc<Self>, datagram: &Received, payload: &[u8], dont_fragment: bool) {
-        let stats = self.worker.stats();
+    /// Sends clients' datagrams to where they wanted them, in their flows or new ones, with the DF
+    /// bit or without. Those of a flow that are alike go together, and before later ones that are not.
+    pub(super) fn forward_all<'a>(
+        self: &Rc<Self>,
+        datagrams: impl Iterator<Item = (Received, &'a [u8])>,
+        dont_fragment: bool,
+    ) {
+        let mut groups: Vec<Group> = Vec::new();
+        let mut members = Vec::new();
+        for (datagram, payload) in datagrams {
+            let last =
+                groups.last().filter(|last| last.alike == datagram && self.belongs(&last.flow, payload));
+            let group = if last.is_some() {
+                groups.len() - 1
+            } else {
+                let Some((flow, destination)) = self.flow_of(&datagram, payload, dont_fragment) else {
+                    continue;
+                };
+                let latest = groups.get(flow.group.get());
+                if !latest.is_some_and(|group| Rc::ptr_eq(&group.flow, &flow) && group.alike == datagram) {
+                    flow.group.set(groups.len());
+                    groups.push(Group { flow: Rc::clone(&flow), destination, alike: datagram });
+                }
+                flow.group.get()
+            };
+            members.push((group, payload));
+        }
+        members.sort_by_key(|(group, _)| *group);
+        let mut payloads = Vec::new();
+        for (group, members) in groups.iter().zip(members.chunk_by(|one, next| one.0 == next.0)) {
+            payloads.clear();
+            payloads.extend(members.iter().map(|(_, payload)| *payload));
+            self.send(&group.flow, group.destination, &group.alike, &payloads, dont_fragment);
+        }
+    }
+
+    /// The flow that a client's datagram is to be sent by, and to where; `None`: it is not, or waits.
+    fn flow_of(
+        self: &Rc<Self>,
+        datagram: &Received,
+        payload: &[u8],
+        dont_fragment: bool,
+    ) -> Option<(Rc<Flow>, OrigDst)> {
         let Some(destination) = datagram.destination else {
-            return stats.udp_no_destination.inc();
+            self.worker.stats().udp_no_destination.inc();
+            return None;
         };
         let key = (ClientAddr::from(datagram.sender), destination);
         let route = self.route(key);
         if self.wants_name(key, route.way, payload) {
-            return self.ask(key, datagram, payload, dont_fragment);
+            self.ask(key, datagram, payload, dont_fragment);
+            return None;
         }
-        self.forward_by((route, None), key, datagram, payload, dont_fragment);
+        let flow = self.flow_by((route, None), key, datagram, payload, dont_fragment)?;
+        Some((flow, destination))
+    }
+
+    /// Whether a datagram that is like the one before goes by the same flow: it may open one with a
+    /// name of its own.
+    fn belongs(&self, flow: &Flow, payload: &[u8]) -> bool {
+        let by_name = matches!(flow.lane, Lane::Upstream(number)
+            if self.worker.shared.routes.ask_by_name(Way::Proxy(number)));
+        !(by_name && quic::may_open(payload))
     }
 
     /// The way of a datagram.
@@ -66,6 +123,21 @@ impl Flows {
         payload: &[u8],
         dont_fragment: bool,
     ) {
+        let key = (client, destination);
+        if let Some(flow) = self.flow_by((route, name), key, datagram, payload, dont_fragment) {
+            self.send(&flow, destination, datagram, &[payload], dont_fragment);
+        }
+    }
+
+    /// The flow by which a datagram goes; `None`: it is not sent, or only once a server carries it.
+    fn flow_by(
+        self: &Rc<Self>,
+        (route, name): (Route, Option<&str>),
+        (client, destination): (ClientAddr, OrigDst),
+        datagram: &Received,
+        payload: &[u8],
+        dont_fragment: bool,
+    ) -> Option<Rc<Flow>> {
         let lane = match route.way {
             Way::Proxy(number) if self.worker.shared.routes.ask_by_name(route.way) => {
                 let named = Lane::Named(number, destination);
@@ -74,16 +146,16 @@ impl Flows {
             }
             Way::Proxy(number) => Lane::Upstream(number),
             Way::Divert(_) => Lane::Diverted(destination),
-            Way::Reject => return self.refuse(client, destination, payload),
-            Way::Drop | Way::Ask => return,
+            Way::Reject => {
+                self.refuse(client, destination, payload);
+                return None;
+            }
+            Way::Drop | Way::Ask => return None,
         };
         let known = self.table.borrow_mut().get(&(client, lane)).map(Rc::clone);
-        let known = known.or_else(|| {
+        known.or_else(|| {
             self.begin((client, lane), destination, (route, name), datagram, payload, dont_fragment)
-        });
-        if let Some(flow) = known {
-            self.send(&flow, destination, datagram, payload, dont_fragment);
-        }
+        })
     }
 
     /// A new flow; `None`: this datagram is not sent, or only once a server carries it.
