@@ -340,6 +340,17 @@ pub fn dscp(from: &impl Load, family: Family) -> Option<u8> {
     Some(octet >> 2)
 }
 
+/// Hops that a packet may still make (TTL, hop limit). It is no part of [`Packet`] either.
+#[inline(always)]
+#[must_use]
+pub fn hop_limit(from: &impl Load, family: Family) -> Option<u8> {
+    let [_, second, third] = from.load(0)?;
+    Some(match family {
+        Family::V4 => byte(third, 0),
+        Family::V6 => byte(second, 3),
+    })
+}
+
 /// Source address of an Ethernet header, as a number. `from` counts from where such a
 /// header would begin; `None` where its type is not that of an IP packet of this family.
 #[inline(always)]

@@ -3,7 +3,7 @@
 use tproxy_common::abi::{Decision, HostPair, Origin, TCP, UDP, Verdict};
 use tproxy_common::classify::is_special;
 use tproxy_common::counter::Counter;
-use tproxy_common::wire::{Fragment, Packet, Skip};
+use tproxy_common::wire::{Fragment, Packet, Skip, hop_limit};
 
 use crate::account::{FlowRef, arrives_for_host, count, down_key, skip_counter, up_key};
 use crate::fragment::{self, Side};
@@ -227,7 +227,10 @@ fn udp(skb: &Skb, packet: &Packet) -> i32 {
             let Some(sock) = sock::listener(skb, packet) else { return unheard(decision.raw_verdict()) };
             // The route of its destination leads back in here. Taken again it
             // would be sent again, with a new TTL and without end.
-            if settings::client_port() == 0 && sock::is_sent_by_own_udp(skb, packet) {
+            if settings::client_port() == 0
+                && sock::is_sent_by_own_udp(skb, packet)
+                && has_been_forwarded(skb, packet)
+            {
                 return drop(Counter::LoopDropped);
             }
             note_host_pair(packet);
@@ -240,6 +243,13 @@ fn udp(skb: &Skb, packet: &Packet) -> i32 {
     let Some(sock) = sock::listener(skb, packet) else { return unheard(flow.verdict()) };
     flow.up(skb, packet);
     to_socket(skb, sock, Mark::Tproxy, Counter::SteeredUdp)
+}
+
+/// Whether a router has had the packet, so far as that can be seen: its hop limit is none that
+/// systems begin with. A client of this link may use a port that the proxy uses for it too.
+#[inline(always)]
+fn has_been_forwarded(skb: &Skb, packet: &Packet) -> bool {
+    !matches!(hop_limit(skb, packet.family), Some(64 | 128 | 255))
 }
 
 /// The request from outside that a datagram of a client answers: the client is

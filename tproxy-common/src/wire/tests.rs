@@ -147,6 +147,14 @@ fn a_fragment_in_a_fragment_is_malformed() {
 }
 
 #[test]
+fn the_hop_limit_is_read_wherever_it_stands() {
+    let (mut v4, mut v6) = ([0; 20], [0; 40]);
+    (v4[8], v6[7]) = (63, 64);
+    assert_eq!(hop_limit(&v4.as_slice(), Family::V4), Some(63));
+    assert_eq!(hop_limit(&v6.as_slice(), Family::V6), Some(64));
+}
+
+#[test]
 fn the_codepoint_is_the_upper_six_bits_of_its_octet() {
     for (octet, expected) in [(0, 0), (3, 0), (4, 1), (0xb8, 46), (0xff, 63)] {
         let v4 = [0x45, octet, 0, 20];

@@ -1,6 +1,6 @@
 //! UDP: sources of replies, sizes, fragments, many peers of one port (T2, T10, T14).
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd;
 
 use anyhow::{Context, Result, ensure};
@@ -20,6 +20,7 @@ pub(crate) const SCENARIOS: Scenarios = &[
     ("T2_udp_source_client", |lab, family| source(lab, family, "", family.client())),
     ("T2_udp_source_proxy", source_proxy),
     ("T2_udp_source_client_port", source_client_port),
+    ("T2_udp_from_a_port_that_the_proxy_uses_too", port_of_both),
     ("T10_datagrams_of_0_to_65000_bytes", sizes),
     ("T10_do_not_fragment", do_not_fragment),
     ("T10_do_not_fragment_on_the_wire", |lab, family| {
@@ -114,6 +115,24 @@ fn source(lab: &Lab, family: Family, flags: &str, expected: std::net::IpAddr) ->
         })?;
     ensure!(seen == expected, "the server sees {seen}, expected {expected}");
     running.expect_udp(1)
+}
+
+/// By chance a client picks the port by which the proxy speaks for it: what it sends is no
+/// datagram of the proxy that has come back.
+fn port_of_both(lab: &Lab, family: Family) -> Result<()> {
+    let to = at(family.anywhere(5), PORT);
+    let _reflector = UdpServer::reflector(&lab.server, to)?;
+    let running = start(lab, "--iface lan")?;
+    let seen = |from| -> Result<SocketAddr> {
+        let (seen, _) = peer::exchange(&peer::udp(&lab.client, from)?, to, b"who am I?")?;
+        let seen = String::from_utf8_lossy(&seen).into_owned();
+        seen.parse().with_context(|| format!("the server says {seen:?}"))
+    };
+    let first = seen(at(family.client(), 0))?;
+    ensure!(first.ip() == family.client(), "the server sees {first}");
+    let second = seen(first).with_context(|| format!("from {first}, which the proxy uses"))?;
+    ensure!(second != first, "two flows have one source");
+    running.expect_udp(2)
 }
 
 fn source_client_port(lab: &Lab, family: Family) -> Result<()> {
