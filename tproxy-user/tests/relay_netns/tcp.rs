@@ -147,7 +147,7 @@ fn closed_direction_leaves_the_other_open() {
 #[test]
 #[ignore = "needs root"]
 fn quiet_connection_goes_on() {
-    let lab = Lab::new("quiet");
+    let lab = Lab::new("goes-on");
     let proxy = lab.proxy(config(SourceMode::Client));
     for family in FAMILIES {
         let listener = listen(&lab, family);
