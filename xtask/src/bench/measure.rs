@@ -133,14 +133,17 @@ fn rate(run: &Run) -> Result<f64> {
     Ok(float(report.completed) / report.seconds)
 }
 
+/// How long nothing has been said on connections that count as idle. What opening them took is
+/// given back by then.
+const IDLE: Duration = Duration::from_secs(5);
+
 /// Bytes for each connection that is open and idle, of a candidate that was just started.
 pub(crate) fn memory(arena: &Arena, connections: u64) -> Result<Vec<Option<f64>>> {
     let resident = || Processes::of(&arena.running.front())?.memory();
     let before = resident()?;
     let (_idle, held) = Idle::open(&arena.lab, &arena.programs.tproxy_load, connections)?;
     ensure!(held.open == connections, "{} are held, {} failed", held.open, held.failed);
-    // What opening them took is given back.
-    thread::sleep(Duration::from_secs(1));
+    thread::sleep(IDLE);
     Ok(vec![Some(float(resident()?.saturating_sub(before)) / float(connections))])
 }
 
