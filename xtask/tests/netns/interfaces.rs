@@ -325,11 +325,12 @@ fn configure_again(lab: &Lab, cable: &Cable, device: &str) -> Result<()> {
     Ok(())
 }
 
-/// Makes `br0` of the cable's end `lan`, with the addresses that lan had.
+/// Makes `br0` of the cable's end `lan`, with the addresses that lan had. The link-local one stays:
+/// without it neighbours are not asked for on behalf of foreign addresses (`ndisc_send_ns`).
 fn bridge(lab: &Lab) -> Result<()> {
     lab.router.ip_batch(
         "link add br0 type bridge forward_delay 0\n\
-         addr flush dev lan\n\
+         addr flush dev lan scope global\n\
          link set lan master br0\n\
          link set br0 up\n",
     )?;
