@@ -9,6 +9,8 @@ use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::Signal;
 use xtask::lab::{Cmd, Daemon, Lab};
 
+use super::checks::{Check, Outcome};
+
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A strace that counts.
@@ -62,8 +64,19 @@ impl Calls {
         Self(report.lines().filter_map(line).collect())
     }
 
+    /// Those that wait for events: how many come at a time is left to chance.
+    pub(super) fn waits(&self) -> u64 {
+        self.of(&["epoll_wait", "epoll_pwait", "epoll_pwait2"])
+    }
+
     pub(super) fn all(&self) -> u64 {
         self.0.values().sum()
+    }
+
+    /// Two checks: of those that wait, and of all others, for one of so many.
+    pub(super) fn outcomes(&self, calls: &'static Check, waits: &'static Check, count: u64) -> Vec<Outcome> {
+        let others = super::each(self.all() - self.waits(), count);
+        vec![calls.of(others, self.each(count)), waits.of(super::each(self.waits(), count), self.each(count))]
     }
 
     pub(super) fn of(&self, names: &[&str]) -> u64 {
