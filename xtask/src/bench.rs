@@ -10,6 +10,7 @@ mod peers;
 mod plots;
 mod processes;
 mod proof;
+pub(crate) mod quick;
 mod results;
 mod rounds;
 mod series;
@@ -45,12 +46,19 @@ pub(crate) struct Args {
     /// Write the results into README.md too, with their plots
     #[arg(long, conflicts_with_all = ["cases", "peers"])]
     record: bool,
+    /// Only check what does not depend on the machine, in half a minute: system calls, segments,
+    /// descriptors, memory; part `bench` of `cargo xtask test`
+    #[arg(long, exclusive = true)]
+    quick: bool,
 }
 
 /// Runs the task.
 pub(crate) fn run(args: &Args) -> Result<()> {
     reclaim::on_signals()?;
     ensure!(nix::unistd::geteuid().is_root(), "network namespaces need root");
+    if args.quick {
+        return check();
+    }
     limits::raise()?;
     let plan = plan(args);
     let needs: Vec<_> =
@@ -89,6 +97,16 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         results::record(&conditions, &all)?;
     }
     ensure!(bad.is_empty(), "too much in the kernel, see above: {}", bad.join(", "));
+    Ok(())
+}
+
+/// Runs the quick checks.
+fn check() -> Result<()> {
+    packages::ensure(needs::QUICK)?;
+    let results = quick::run(&build::ensure_all(Profile::Release)?.tproxy_user, &[])?;
+    print!("{}", results.table());
+    let failures = results.failures();
+    ensure!(failures.is_empty(), "not as it was:\n{}", failures.join("\n"));
     Ok(())
 }
 

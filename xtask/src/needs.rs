@@ -52,6 +52,10 @@ pub(crate) const NETNS: &[Need] = &[
 /// What every comparison runs.
 pub(crate) const BENCH: &[Need] = &[IP, ETHTOOL];
 
+/// What the quick checks run.
+pub(crate) const QUICK: &[Need] =
+    &[IP, Need::new("strace", "strace", "counting the system calls of the proxy")];
+
 /// What each candidate of the comparisons runs.
 pub(crate) const BENCH_IPTABLES: &[Need] = &[IPTABLES];
 /// `HAProxy`, behind iptables TPROXY.

@@ -15,6 +15,7 @@ use xtask::lab::reclaim;
 
 use self::choice::{Choice, chosen};
 use self::execute::execute;
+use crate::bench::quick;
 use crate::build::{self, Profile};
 use crate::fuzz::{Fuzzers, Target};
 use crate::recap::Recap;
@@ -65,6 +66,8 @@ enum Part {
     Golden,
     /// The whole proxy with real programs in network namespaces, and its relay behind iptables TPROXY
     Netns,
+    /// What each connection and datagram costs the proxy: system calls, segments, descriptors, memory
+    Bench,
     /// The parser and the classification on inputs that a fuzzer makes, for some seconds
     Fuzz,
     /// `golden` and `netns` on Linux 5.10, 6.1, 6.12 and the newest, in virtual machines
@@ -77,6 +80,7 @@ impl Part {
             Self::Unit => "unit",
             Self::Golden => "golden",
             Self::Netns => "netns",
+            Self::Bench => "bench",
             Self::Fuzz => "fuzz",
             Self::Vm => "vm",
         }
@@ -89,19 +93,20 @@ impl Part {
             Self::Golden => target == "golden",
             Self::Netns => ["netns", "relay_netns"].contains(&target),
             Self::Vm => ["golden", "netns"].contains(&target),
-            Self::Fuzz => false,
+            Self::Bench | Self::Fuzz => false,
         }
     }
 
     /// Whether it needs privileges on this kernel.
     const fn needs_root(self) -> bool {
-        matches!(self, Self::Golden | Self::Netns)
+        matches!(self, Self::Golden | Self::Netns | Self::Bench)
     }
 
-    /// How long one of its executables may run; a fuzz target runs all that time.
+    /// How long one of its executables may run; a fuzz target runs all that time. The steps of
+    /// the benchmark have limits of their own.
     const fn limit(self) -> Duration {
         Duration::from_secs(match self {
-            Self::Unit => 180,
+            Self::Unit | Self::Bench => 180,
             Self::Golden => 240,
             Self::Netns | Self::Vm => 1200,
             Self::Fuzz => 4,
@@ -116,7 +121,7 @@ impl Part {
             Self::Unit => &[&["--workspace", "--exclude", "tproxy-ebpf", "--lib", "--bins", "--tests"]],
             Self::Golden => &[&["--package", "tproxy-user", "--test", "golden"]],
             Self::Netns => &[NETNS],
-            Self::Fuzz => &[],
+            Self::Bench | Self::Fuzz => &[],
             Self::Vm => &[&["--package", "tproxy-user", "--test", "golden"], NETNS],
         }
     }
@@ -158,9 +163,14 @@ fn prepare(parts: &[Part]) -> Result<Option<PathBuf>> {
     if parts == [Part::Fuzz] {
         return Ok(None);
     }
-    if parts.contains(&Part::Netns) || parts.contains(&Part::Vm) {
+    if [Part::Netns, Part::Bench, Part::Vm].iter().any(|part| parts.contains(part)) {
         if is_root() {
-            packages::ensure(needs::NETNS)?;
+            if parts.contains(&Part::Bench) {
+                packages::ensure(needs::QUICK)?;
+            }
+            if parts != [Part::Bench] {
+                packages::ensure(needs::NETNS)?;
+            }
         }
         // The build that users run is the one that is tested.
         return Ok(Some(build::ensure_all(Profile::Release)?.tproxy_user));
@@ -188,6 +198,9 @@ fn run_part(
         println!("{}: skipped: needs root (run `sudo -E env PATH=\"$PATH\" cargo xtask test`)", part.name());
         return Totals { skipped: 1, ..Totals::default() };
     }
+    if part == Part::Bench {
+        return bench(filters, proxy, recap);
+    }
     let executables = match compile(part) {
         Ok(executables) => executables,
         Err(error) => {
@@ -214,6 +227,27 @@ fn run_part(
                 totals.failed += 1;
             }
         }
+    }
+    totals
+}
+
+/// Runs the quick checks of the benchmark, each as one test.
+fn bench(filters: &[String], proxy: Option<&Path>, recap: &mut Recap) -> Totals {
+    let results = proxy.context("no tproxy-user was built").and_then(|proxy| quick::run(proxy, filters));
+    let results = match results {
+        Ok(results) => results,
+        Err(error) => {
+            recap.tell(format!("{}: FAILED: {error:#}", Part::Bench.name()));
+            return Totals { failed: 1, ..Totals::default() };
+        }
+    };
+    let failures = results.failures();
+    let totals = Totals { passed: results.passed(), failed: failures.len() as u64, skipped: 0 };
+    if totals != Totals::default() {
+        print!("\n{}: what each costs the proxy\n{}", Part::Bench.name(), results.table());
+    }
+    for failure in failures {
+        recap.tell(format!("{}: FAILED: {failure}", Part::Bench.name()));
     }
     totals
 }

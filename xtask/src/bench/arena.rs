@@ -43,10 +43,18 @@ pub(crate) struct Run {
 impl Arena {
     /// Starts a candidate, and proves it.
     pub(crate) fn new(peer: Peer, programs: &Programs, protocols: &[Protocol]) -> Result<Self> {
+        Self::started(peer, programs, protocols, |lab| peer.start(lab, &programs.tproxy_user))
+    }
+
+    /// The same, of one that is started in its own way.
+    pub(crate) fn started(
+        peer: Peer,
+        programs: &Programs,
+        protocols: &[Protocol],
+        start: impl FnOnce(&Lab) -> Result<Running>,
+    ) -> Result<Self> {
         let lab = lab()?;
-        let running = peer
-            .start(&lab, &programs.tproxy_user)
-            .with_context(|| format!("cannot start {}", peer.name()))?;
+        let running = start(&lab).with_context(|| format!("cannot start {}", peer.name()))?;
         for protocol in protocols {
             proof::prove(peer, &lab, &running, *protocol)?;
         }

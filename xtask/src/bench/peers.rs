@@ -151,7 +151,7 @@ impl Peer {
     }
 }
 
-pub(crate) use tproxy::flags as tproxy_flags;
+pub(crate) use tproxy::{flags as tproxy_flags, start as tproxy_start};
 
 /// The programs of a candidate; killed when dropped.
 #[derive(Default)]

@@ -15,10 +15,11 @@ pub(super) enum Choice {
 
 impl ValueEnum for Choice {
     fn value_variants<'a>() -> &'a [Self] {
-        const ALL: [Choice; 9] = [
+        const ALL: [Choice; 10] = [
             Choice::Part(Part::Unit),
             Choice::Part(Part::Golden),
             Choice::Part(Part::Netns),
+            Choice::Part(Part::Bench),
             Choice::Part(Part::Fuzz),
             Choice::Part(Part::Vm),
             Choice::Kernel(Kernel::V5_10),

@@ -19,7 +19,7 @@ pub(crate) fn flags(more: &str) -> Result<String> {
 }
 
 /// With these flags, and those.
-pub(super) fn start(lab: &Lab, tproxy_user: &Path, more: &str) -> Result<Running> {
+pub(crate) fn start(lab: &Lab, tproxy_user: &Path, more: &str) -> Result<Running> {
     let proxy = Launch::new(lab, &flags(more)?).binary(tproxy_user).start()?;
     Ok(Running { proxy: Some(proxy), ..Running::default() })
 }
