@@ -107,7 +107,7 @@ pub(super) const UDP_MORE_SERVERS: Check =
     check("descriptors, replies of more servers to a UDP flow", Bound::Exactly(0.0));
 
 /// 28: 2 accept4 (the second finds none), 7 setsockopt, socket, bind, connect, getsockname, 4
-/// epoll_ctl, 6 recvfrom (bytes, nothing more, the end, from each side), 2 sendto, shutdown, 2
+/// `epoll_ctl`, 6 recvfrom (bytes, nothing more, the end, from each side), 2 sendto, shutdown, 2
 /// close. Upkeep adds a tenth, more where all is slow; one call more is too much.
 pub(super) const TCP_CALLS: Check = check("system calls, a TCP connection", Bound::AtMost(28.9));
 
@@ -136,7 +136,7 @@ pub(super) const BULK_COPIES: Check = check("calls that copy, a TCP bulk transfe
 /// Eight pipes are kept for the next transfers (`KEEP` in `relay/pipe.rs`).
 pub(super) const BULK_PIPES: Check = check("descriptors left by 16 TCP bulk transfers", Bound::AtMost(16.0));
 
-/// 16: 7 setsockopt, 2 epoll_ctl, 2 recvmmsg, 2 sendmsg, socket, bind, close. Upkeep adds up to
+/// 16: 7 setsockopt, 2 `epoll_ctl`, 2 recvmmsg, 2 sendmsg, socket, bind, close. Upkeep adds up to
 /// two tenths here.
 pub(super) const UDP_FLOW_CALLS: Check =
     check("system calls, a new UDP flow and its end", Bound::AtMost(16.9));
