@@ -50,18 +50,20 @@ impl Quiet {
         shares: Shares,
         last_byte: Instant,
     ) -> Option<Self> {
-        let (client_side, upstream_side) = (client_side.into_socket()?, upstream_side.into_socket()?);
+        // First: what then fails is no end that the two sides have agreed on.
         for side in [&client_side, &upstream_side] {
-            sockopt::reset_on_close(side);
+            sockopt::reset_on_close(side.socket());
         }
+        let (client_side, upstream_side) = (client_side.into_socket()?, upstream_side.into_socket()?);
         Some(Self { client_side, upstream_side, record, shares, last_byte })
     }
 
     /// Has it relayed again.
-    fn resume(self) {
+    pub(super) fn resume(self) {
         let back = |socket: Socket| {
-            sockopt::close_in_order(&socket);
-            TcpStream::from_std(socket).map(|stream| Connection::new(Wire::Plain(stream)))
+            let stream = TcpStream::from_std(socket)?;
+            sockopt::close_in_order(&stream);
+            io::Result::Ok(Connection::new(Wire::Plain(stream)))
         };
         match (back(self.client_side), back(self.upstream_side)) {
             (Ok(client_side), Ok(upstream_side)) => {

@@ -11,6 +11,7 @@ use std::time::Duration;
 use tokio::io::unix::AsyncFd;
 use tokio::net::TcpStream;
 use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::mpsc::error::SendError;
 use tokio::task::{spawn_local, yield_now};
 use tproxy_common::abi::TCP;
 
@@ -238,9 +239,11 @@ pub(super) fn relay(client_side: Connection, upstream_side: Connection, record: 
             }
             Outcome::Quiet(last_byte) => {
                 let lot = worker.quiet.clone();
-                if let Some(quiet) = Quiet::new(client_side, upstream_side, record, shares, last_byte) {
-                    // Without those who keep it the run is over.
-                    let _ = lot.send(quiet);
+                if let Some(quiet) = Quiet::new(client_side, upstream_side, record, shares, last_byte)
+                    && let Err(SendError(quiet)) = lot.send(quiet)
+                {
+                    // Nobody keeps it, which was said: it goes on as it was.
+                    quiet.resume();
                 }
             }
         }
