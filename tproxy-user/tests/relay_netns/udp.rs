@@ -1,6 +1,6 @@
 //! UDP: sizes, exact sources, endpoint-independence, bounds.
 
-use std::io::IoSlice;
+use std::io::{self, IoSlice};
 use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::time::Duration;
@@ -24,16 +24,27 @@ fn client(lab: &Lab, family: Family) -> UdpSocket {
     bind(lab, Host::Client, family.any())
 }
 
+/// Waits again where the wait is interrupted: one with a time-out is never restarted by the
+/// kernel (signal(7)).
+fn wait(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<(usize, SocketAddr)> {
+    loop {
+        match socket.recv_from(buffer) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            outcome => return outcome,
+        }
+    }
+}
+
 fn receive(socket: &UdpSocket) -> (Vec<u8>, SocketAddr) {
     let mut buffer = vec![0; 1 << 16];
-    let (length, from) = socket.recv_from(&mut buffer).expect("a datagram");
+    let (length, from) = wait(socket, &mut buffer).expect("a datagram");
     buffer.truncate(length);
     (buffer, from)
 }
 
 fn receives_nothing(socket: &UdpSocket) {
     socket.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
-    assert!(socket.recv_from(&mut [0; 100]).is_err());
+    assert!(wait(socket, &mut [0; 100]).is_err());
     socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
 }
 

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use xtask::lab::sockets::{self, Entry, Protocol};
-use xtask::lab::{Family, Lab};
+use xtask::lab::{Family, Lab, peer};
 
 use super::generator::PORT;
 use super::peers::{Peer, Running};
@@ -141,9 +141,9 @@ fn udp(lab: &Lab) -> Result<Seen> {
     }
     client.send(b"?")?;
     let mut byte = [0];
-    let (_, source) = socket.recv_from(&mut byte).context("no datagram reached the server")?;
+    let (_, source) = peer::receive(&socket, &mut byte).context("no datagram reached the server")?;
     socket.send_to(b"!", source)?;
-    client.recv(&mut byte).context("no answer reached the client")?;
+    peer::receive(&client, &mut byte).context("no answer reached the client")?;
     let address = client.local_addr()?;
     Ok(Seen { client: address, source, _open: [Open::Udp(client), Open::Udp(socket)] })
 }

@@ -15,7 +15,7 @@ use std::{fs, io, thread};
 use anyhow::{Context as _, Result, ensure};
 use xtask::lab::daemon::wait_for;
 use xtask::lab::sockets::Protocol;
-use xtask::lab::{Daemon, Family};
+use xtask::lab::{Daemon, Family, peer};
 
 use self::calls::{Calls, Counter};
 use self::checks::Outcome;
@@ -242,7 +242,7 @@ fn ask(clients: &[UdpSocket], server: u16) -> Result<()> {
     for client in clients {
         client.set_read_timeout(Some(Duration::from_secs(5)))?;
         client.send_to(b"?", server)?;
-        let (_, from) = client.recv_from(&mut [0; 64]).context("no answer")?;
+        let (_, from) = peer::receive(client, &mut [0; 64]).context("no answer")?;
         ensure!(from == server, "{from} has answered in place of {server}");
     }
     Ok(())

@@ -117,7 +117,7 @@ impl UdpServer {
                     continue;
                 }
                 // An ICMP error of an earlier answer is no reason to end.
-                let Ok((length, client)) = socket.recv_from(&mut buffer) else {
+                let Ok((length, client)) = receive(&socket, &mut buffer) else {
                     continue;
                 };
                 if let Some(reply) = answer(&buffer[..length], client) {
@@ -225,14 +225,28 @@ pub fn exchange(socket: &UdpSocket, to: SocketAddr, datagram: &[u8]) -> Result<(
     Ok((buffer, from))
 }
 
-/// Waits for a datagram. A wait with a time-out may be interrupted although no signal has
-/// a handler, and is never restarted by the kernel (signal(7)).
+/// Waits for a datagram.
 ///
 /// # Errors
 /// Where none comes within the socket's time-out.
+#[expect(clippy::disallowed_methods, reason = "the one place that waits again")]
 pub fn receive(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<(usize, SocketAddr)> {
+    uninterrupted(|| socket.recv_from(buffer))
+}
+
+/// Waits for some bytes of a stream, or for its end: 0.
+///
+/// # Errors
+/// Where none come within the socket's time-out; where it is reset.
+pub fn read(stream: &mut impl io::Read, buffer: &mut [u8]) -> io::Result<usize> {
+    uninterrupted(|| stream.read(buffer))
+}
+
+/// Waits again as often as a wait is interrupted: one with a time-out may be although no
+/// signal has a handler, and is never restarted by the kernel (signal(7)).
+fn uninterrupted<T>(mut wait: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     loop {
-        match socket.recv_from(buffer) {
+        match wait() {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             outcome => return outcome,
         }

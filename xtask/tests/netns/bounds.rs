@@ -57,7 +57,7 @@ fn many_remotes(lab: &Lab, family: Family) -> Result<()> {
     let mut buffer = [0; 100];
     while answers.len() < answering.len() {
         let (_, from) =
-            socket.recv_from(&mut buffer).with_context(|| format!("only {answers:?} answered"))?;
+            peer::receive(&socket, &mut buffer).with_context(|| format!("only {answers:?} answered"))?;
         answers.insert(from);
     }
     ensure!(answers == answering.iter().copied().collect(), "answers came from {answers:?}");

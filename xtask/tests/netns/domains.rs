@@ -239,7 +239,7 @@ fn quic(lab: &Lab, family: Family) -> Result<()> {
         }
         for expected in datagrams.iter().map(Vec::as_slice).chain([&b"and more"[..]]) {
             let mut back = [0; 2000];
-            let length = socket.recv(&mut back)?;
+            let (length, _) = peer::receive(&socket, &mut back)?;
             ensure!(back[..length] == *expected, "{length} bytes came back that were not sent then");
         }
         ensure!(begun.elapsed() < patience(Duration::from_millis(90)), "it took {:?}", begun.elapsed());
@@ -247,7 +247,7 @@ fn quic(lab: &Lab, family: Family) -> Result<()> {
     }
     let refused = socket(at(family.anywhere(444), 444))?;
     refused.send(&initials[0])?;
-    let error = refused.recv(&mut [0; 100]).err().map(|error| error.kind());
+    let error = peer::receive(&refused, &mut [0; 100]).err().map(|error| error.kind());
     ensure!(error == Some(std::io::ErrorKind::ConnectionRefused), "refused, but {error:?}");
     expect_listed(&proxy, at(family.anywhere(444), 444), "reject", Some(3))?;
     // A part alone, and what is no QUIC: by what holds without a name, in time.
@@ -257,7 +257,7 @@ fn quic(lab: &Lab, family: Family) -> Result<()> {
         let begun = Instant::now();
         socket.send(datagram)?;
         let mut back = [0; 2000];
-        let length = socket.recv(&mut back)?;
+        let (length, _) = peer::receive(&socket, &mut back)?;
         let took = begun.elapsed();
         ensure!(back[..length] == *datagram, "{length} other bytes came back");
         ensure!(

@@ -1,6 +1,6 @@
 //! `--handshake faithful`: the client's handshake ends as the server's does (T5).
 
-use std::io::{self, Read};
+use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc;
@@ -278,7 +278,7 @@ fn client_gone(lab: &Lab, family: Family) -> Result<()> {
     let (tell, told) = mpsc::channel();
     let _server = TcpServer::start(&lab.server, at(family.unspecified(), PORT), move |mut stream, _| {
         // Nobody listens any more where the scenario has failed already.
-        let _ = tell.send(stream.read(&mut [0; 16]));
+        let _ = tell.send(peer::read(&mut stream, &mut [0; 16]));
     })?;
     let proxy = start_proxy(lab, &format!("{FAITHFUL} --connect-timeout 2s"))?;
     // Of a hand-made SYN the client's kernel knows nothing, and resets what answers it.

@@ -1,6 +1,6 @@
 //! Fit into a real host: its services, its sysctls, its own traffic (H1, H2, H10, T8).
 
-use std::io::{Read, Write};
+use std::io::Write;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -222,7 +222,7 @@ fn reflector(namespace: &Namespace, family: Family) -> Result<TcpServer> {
     TcpServer::start(namespace, at(family.unspecified(), 9200), |mut stream, client| {
         // A failure shows at the client.
         let _ = stream.write_all(format!("{client}\n").as_bytes());
-        let _ = stream.read(&mut [0; 16]);
+        let _ = peer::read(&mut stream, &mut [0; 16]);
     })
 }
 
@@ -346,7 +346,7 @@ fn own_port_dialled(lab: &Lab, family: Family) -> Result<()> {
         let ended = namespace.enter(|| {
             let mut stream = peer::try_connect(None, at(address, 15_001), Duration::from_secs(5))?;
             stream.write_all(b"GET / HTTP/1.0\r\n\r\n")?;
-            stream.read(&mut [0; 16])
+            peer::read(&mut stream, &mut [0; 16])
         })?;
         let (took, refused) = (started.elapsed(), !matches!(ended, Ok(1..)));
         ensure!(

@@ -55,7 +55,7 @@ fn connected(lab: &Lab, to: SocketAddr, family: Family) -> Result<UdpSocket> {
 
 fn expect_error(socket: &UdpSocket, expected: ErrorKind) -> Result<()> {
     socket.send(b"anybody there?")?;
-    match socket.recv(&mut [0; 16]) {
+    match peer::receive(socket, &mut [0; 16]) {
         Err(error) if error.kind() == expected => Ok(()),
         other => bail!("the client was told {other:?}, expected {expected:?}"),
     }
@@ -169,7 +169,7 @@ fn mtu_of_uplink(lab: &Lab, family: Family) -> Result<()> {
 fn expect_mtu(socket: &UdpSocket, to: SocketAddr, family: Family, mtu: usize) -> Result<()> {
     sockopt::set_dont_fragment(socket.as_fd(), family, true)?;
     socket.send(&peer::pattern(1400))?;
-    match socket.recv(&mut [0; 2000]) {
+    match peer::receive(socket, &mut [0; 2000]) {
         Err(error) if error.raw_os_error() == Some(libc::EMSGSIZE) => {}
         other => bail!("1,400 bytes do not fit; the client was told {other:?}"),
     }
@@ -189,7 +189,7 @@ fn unreachable(lab: &Lab, family: Family) -> Result<()> {
     let to = at(family.anywhere(0x0901), 80);
     let told = lab.client.enter(|| -> std::io::Result<usize> {
         let mut stream = peer::try_connect(None, to, Duration::from_secs(5))?;
-        stream.read(&mut [0; 16])
+        peer::read(&mut stream, &mut [0; 16])
     })?;
     let took = started.elapsed();
     match told {

@@ -1,7 +1,7 @@
 //! Capture on every kind of link (H4): VLAN device and trunk, macvlan, bridge,
 //! and links without a link-layer header.
 
-use std::io::{Read, Write};
+use std::io::Write;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
@@ -111,7 +111,7 @@ fn expect_captured(lab: &Lab, family: Family, running: &Running, iface: &str) ->
     let _tcp = TcpServer::start(&lab.server, to, |mut stream, client| {
         // A failure shows at the client.
         let _ = stream.write_all(format!("{client}\n").as_bytes());
-        let _ = stream.read(&mut [0; 16]);
+        let _ = peer::read(&mut stream, &mut [0; 16]);
     })?;
     let _udp = UdpServer::start(&lab.server, to, |datagram, client| {
         let mut reply = format!("{client}\n").into_bytes();

@@ -101,8 +101,7 @@ fn datagrams(lab: &Lab, family: Family, to: SocketAddr, segmented: bool) -> Resu
     }
     let mut buffer = [0; 2000];
     for (number, piece) in pieces.iter().enumerate() {
-        let (length, from) = socket
-            .recv_from(&mut buffer)
+        let (length, from) = peer::receive(&socket, &mut buffer)
             .with_context(|| format!("datagram {} of {} did not come back", number + 1, pieces.len()))?;
         ensure!(from == to, "an answer came from {from}");
         ensure!(buffer[..length] == **piece, "datagram {} came back changed, {length} bytes", number + 1);

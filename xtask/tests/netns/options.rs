@@ -95,8 +95,7 @@ fn extension_headers(lab: &Lab, running: &Running) -> Result<()> {
     let ask = |extensions: &[Extension]| -> Result<String> {
         send(extensions)?;
         let mut buffer = [0; 100];
-        let (length, sender) = socket
-            .recv_from(&mut buffer)
+        let (length, sender) = peer::receive(&socket, &mut buffer)
             .with_context(|| format!("no answer with headers {extensions:?}"))?;
         ensure!(sender == to, "the answer came from {sender}");
         Ok(String::from_utf8_lossy(&buffer[..length]).into_owned())
@@ -120,7 +119,7 @@ fn extension_headers(lab: &Lab, running: &Running) -> Result<()> {
     ensure!(seen == from.to_string(), "seven headers: the server sees {seen}");
     send(&[ROUTING])?;
     socket.set_read_timeout(Some(Duration::from_millis(500)))?;
-    ensure!(socket.recv_from(&mut [0; 100]).is_err(), "a datagram with segments left was answered");
+    ensure!(peer::receive(&socket, &mut [0; 100]).is_err(), "a datagram with segments left was answered");
     if let (Some(proxy), Some(before)) = (running.proxy(), passed) {
         let now = proxy.counter("pass_protocol")?;
         ensure!(now >= before + 2, "pass_protocol went from {before} to {now}, expected 2 more");

@@ -103,12 +103,13 @@ fn answer_in_reverse(lab: &Lab, family: Family) -> Result<()> {
     let outside = peer::udp(&lab.server, at(family.anywhere(3), 0))?;
     outside.send_to(b"anybody there?", behind.local_addr()?)?;
     let mut buffer = vec![0; 65_536];
-    let (_, asker) = behind.recv_from(&mut buffer).context("no question from outside")?;
+    let (_, asker) = peer::receive(&behind, &mut buffer).context("no question from outside")?;
     let answer = peer::pattern(4000);
     let mut packets = packet::udp_fragments(behind.local_addr()?, asker, &answer, 1400, 7)?;
     packets.reverse();
     packet::send(&lab.client, asker.ip(), &packets)?;
-    let (length, from) = outside.recv_from(&mut buffer).context("no answer of fragments in reverse order")?;
+    let (length, from) =
+        peer::receive(&outside, &mut buffer).context("no answer of fragments in reverse order")?;
     ensure!(from == behind.local_addr()?, "the answer of fragments in reverse order came from {from}");
     ensure!(buffer[..length] == answer, "the answer of fragments in reverse order was changed");
     Ok(())

@@ -1,6 +1,5 @@
 //! What is none of the proxy's business passes as if it was not there (T12).
 
-use std::io::Read;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
@@ -61,7 +60,7 @@ fn icmp(lab: &Lab, family: Family, flags: &str) -> Result<()> {
     let probe = peer::udp(&lab.server, at(family.server(), 0))?;
     probe.connect(at(family.client(), 9))?;
     probe.send(b"is this port open?")?;
-    let error = probe.recv(&mut [0; 16]).err().context("somebody answered on a closed port")?;
+    let error = peer::receive(&probe, &mut [0; 16]).err().context("somebody answered on a closed port")?;
     ensure!(
         error.kind() == std::io::ErrorKind::ConnectionRefused,
         "expected ICMP port unreachable, got {error}"
@@ -98,8 +97,7 @@ fn other_protocols(lab: &Lab, family: Family) -> Result<()> {
         let data = format!("these bytes look like nothing that {name} knows");
         packet::send(&lab.client, to, &[packet::other(from, to, protocol, data.as_bytes())?])?;
         let mut buffer = [0; 256];
-        let length = receiver
-            .read(&mut buffer)
+        let length = peer::read(&mut receiver, &mut buffer)
             .with_context(|| format!("a packet of {name} (protocol {protocol}) did not arrive"))?;
         // raw(7): IPv4 comes with its header, IPv6 without.
         ensure!(buffer[..length].ends_with(data.as_bytes()), "a packet of {name} arrived changed");
@@ -141,8 +139,8 @@ fn expect_datagram(
 ) -> Result<()> {
     sender.send_to(b"to whom it may concern", to)?;
     let mut buffer = [0; 100];
-    let (length, from) =
-        receiver.recv_from(&mut buffer).with_context(|| format!("a datagram for {to} did not arrive"))?;
+    let (length, from) = peer::receive(receiver, &mut buffer)
+        .with_context(|| format!("a datagram for {to} did not arrive"))?;
     ensure!(buffer[..length] == *b"to whom it may concern", "a datagram for {to} arrived changed");
     let sent_from = sender.local_addr()?;
     ensure!(
@@ -182,8 +180,7 @@ fn link_wide(lab: &Lab, family: Family) -> Result<()> {
             ]);
             nc.stdin("to whom it may concern").run()?;
             let mut buffer = [0; 100];
-            let (_, from) = receiver
-                .recv_from(&mut buffer)
+            let (_, from) = peer::receive(&receiver, &mut buffer)
                 .context("a datagram for a link-local address did not arrive")?;
             ensure!(
                 from.to_string().starts_with("[fe80:"),
@@ -204,7 +201,8 @@ fn group_management(lab: &Lab, family: Family) -> Result<()> {
             let report = [0x16, 0x00, 0xf9, 0xfa, 239, 1, 2, 3];
             packet::send(&lab.client, all_hosts, &[packet::other(family.client(), all_hosts, 2, &report)?])?;
             let mut buffer = [0; 100];
-            let length = receiver.read(&mut buffer).context("an IGMP report did not arrive at the router")?;
+            let length = peer::read(&mut receiver, &mut buffer)
+                .context("an IGMP report did not arrive at the router")?;
             ensure!(buffer[..length].ends_with(&report), "an IGMP report arrived changed");
         }
         // All nodes of the link, by way of multicast ICMPv6.

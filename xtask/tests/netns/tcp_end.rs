@@ -120,7 +120,7 @@ pub(crate) fn reset_by_server(lab: &Lab, family: Family, flags: &str) -> Result<
     let running = start(lab, flags)?;
     let mut stream = connect(lab, family)?;
     stream.write_all(b"reset, please\n")?;
-    match stream.read(&mut [0; 16]) {
+    match peer::read(&mut stream, &mut [0; 16]) {
         Err(error) if peer::is_reset(&error) => {}
         other => bail!("the server reset the connection; the client saw {other:?}"),
     }
@@ -135,7 +135,7 @@ pub(crate) fn reset_by_client(lab: &Lab, family: Family, flags: &str) -> Result<
     let (_server, told) = reporting(lab, family, |mut stream| {
         let first = peer::read_line(&mut stream)?;
         stream.write_all(b"heard\n")?;
-        stream.read(&mut [0; 16]).map(|bytes| format!("{bytes} bytes after {first:?}"))
+        peer::read(&mut stream, &mut [0; 16]).map(|bytes| format!("{bytes} bytes after {first:?}"))
     })?;
     let running = start(lab, flags)?;
     let mut stream = connect(lab, family)?;
@@ -203,7 +203,7 @@ fn expect_told(lab: &Lab, to: SocketAddr, allowed: Duration) -> Result<()> {
     let started = Instant::now();
     let told = lab.client.enter(|| -> io::Result<usize> {
         let mut stream = peer::try_connect(None, to, allowed * 2)?;
-        stream.read(&mut [0; 16])
+        peer::read(&mut stream, &mut [0; 16])
     })?;
     let took = started.elapsed();
     match told {

@@ -224,7 +224,7 @@ fn reverse_fragments(lab: &Lab, family: Family) -> Result<()> {
         }
         packet::send(&lab.client, to.ip(), &packets)?;
         let mut buffer = vec![0; 65_536];
-        let (count, sender) = socket.recv_from(&mut buffer).with_context(|| {
+        let (count, sender) = peer::receive(&socket, &mut buffer).with_context(|| {
             format!("no reply to {} fragments out of order, {length} bytes", packets.len())
         })?;
         ensure!(sender == to, "the reply came from {sender}, expected {to}");
@@ -264,7 +264,7 @@ fn endpoint_independent(lab: &Lab, family: Family) -> Result<()> {
         let mut buffer = [0; 100];
         while !waiting.is_empty() {
             let (_, from) =
-                socket.recv_from(&mut buffer).with_context(|| format!("no answer from {waiting:?}"))?;
+                peer::receive(&socket, &mut buffer).with_context(|| format!("no answer from {waiting:?}"))?;
             ensure!(waiting.remove(&from), "an answer too many from {from}");
         }
     }

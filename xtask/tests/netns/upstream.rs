@@ -208,7 +208,7 @@ fn with_password(lab: &Lab, family: Family, scheme: &str, exit: &Daemon) -> Resu
             let socket = peer::udp(&lab.client, at(family.client(), 4000))?;
             socket.connect(at(family.anywhere(7), 7))?;
             socket.send(b"x")?;
-            let answer = socket.recv(&mut [0; 16]);
+            let answer = peer::receive(&socket, &mut [0; 16]);
             let refused = answer.is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused);
             ensure!(refused, "its client is not told that UDP does not get through");
         }

@@ -159,12 +159,12 @@ fn class_of_udp(lab: &Lab, family: Family) -> Result<()> {
     for (asked, answered) in CLASSES.into_iter().zip(CLASSES.into_iter().rev()) {
         sockopt::set_traffic_class(client.as_fd(), family, asked)?;
         client.send_to(b"question", to)?;
-        let (_, from) = server.recv_from(&mut buffer)?;
+        let (_, from) = peer::receive(&server, &mut buffer)?;
         let seen = server_side.next_to(to)?.class;
         ensure!(seen == asked, "{asked:#04x} of the client arrived as {seen:#04x}");
         sockopt::set_traffic_class(server.as_fd(), family, answered)?;
         server.send_to(b"answer", from)?;
-        client.recv_from(&mut buffer)?;
+        peer::receive(&client, &mut buffer)?;
         let seen = client_side.next_to(client.local_addr()?)?.class;
         ensure!(seen == answered, "{answered:#04x} of the server arrived as {seen:#04x}");
     }

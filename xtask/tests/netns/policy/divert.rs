@@ -57,7 +57,7 @@ pub(super) fn dns_hijack(lab: &Lab, family: Family) -> Result<()> {
         let mut answered = Vec::new();
         for _ in resolvers {
             let mut answer = [0; 512];
-            let (length, from) = socket.recv_from(&mut answer).context("no answer")?;
+            let (length, from) = peer::receive(&socket, &mut answer).context("no answer")?;
             ensure!(length > 12 && answer[7] == 1, "no answer in {:?}", &answer[..length]);
             answered.push((from, u16::from_be_bytes([answer[0], answer[1]])));
         }

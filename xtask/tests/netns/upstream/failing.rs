@@ -1,6 +1,6 @@
 //! Servers that fail, are slow, or come back.
 
-use std::io::{Read as _, Write as _};
+use std::io::Write as _;
 use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -87,9 +87,9 @@ fn failing(place: &Place) -> Result<()> {
         let faulty = TcpServer::start(place.server, place.exit, move |mut stream, _| {
             let mut asked = [0; 64];
             // What it is told is not its business; that its client goes before it has said all is none either.
-            let _ = stream.read(&mut asked).and_then(|_| stream.write_all(answer));
+            let _ = peer::read(&mut stream, &mut asked).and_then(|_| stream.write_all(answer));
             let _ = stream.set_read_timeout(Some(Duration::from_millis(200)));
-            while stream.read(&mut asked).is_ok_and(|length| length > 0) {}
+            while peer::read(&mut stream, &mut asked).is_ok_and(|length| length > 0) {}
         })?;
         let took = expect_reset(place.client, to)?;
         ensure!(took < patience(Duration::from_secs(2)), "{reason}: it took {took:?}");
@@ -102,7 +102,7 @@ fn failing(place: &Place) -> Result<()> {
     expect_reset(place.client, to)?;
     ensure!(proxy.daemon.log().contains("Connection refused"), "{}", proxy.daemon.describe());
     let silent = TcpServer::start(place.server, place.exit, |mut stream, _| {
-        let _ = stream.read(&mut [0; 64]);
+        let _ = peer::read(&mut stream, &mut [0; 64]);
         std::thread::sleep(Duration::from_secs(4));
     })?;
     let took = expect_reset(place.client, to)?;
@@ -121,8 +121,8 @@ fn failing(place: &Place) -> Result<()> {
 pub(super) fn expect_reset(client: &Namespace, to: SocketAddr) -> Result<Duration> {
     client.enter(|| -> Result<Duration> {
         let began = Instant::now();
-        let ended =
-            peer::try_connect(None, to, peer::PATIENCE).and_then(|mut stream| stream.read(&mut [0; 16]));
+        let ended = peer::try_connect(None, to, peer::PATIENCE)
+            .and_then(|mut stream| peer::read(&mut stream, &mut [0; 16]));
         match ended {
             Err(error) if peer::is_reset(&error) => Ok(began.elapsed()),
             other => anyhow::bail!("expected a reset, got {other:?} after {:?}", began.elapsed()),
@@ -286,7 +286,7 @@ fn read_until(streams: &[TcpStream], end: impl FnOnce() -> Result<()>) -> Result
             .map(|(mut stream, count)| {
                 scope.spawn(move || {
                     let mut buffer = vec![0; 1 << 14];
-                    while let Ok(length @ 1..) = stream.read(&mut buffer) {
+                    while let Ok(length @ 1..) = peer::read(&mut stream, &mut buffer) {
                         count.fetch_add(length as u64, Ordering::Relaxed);
                     }
                     Instant::now()

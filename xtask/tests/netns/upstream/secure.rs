@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use xtask::lab::pace;
-use xtask::lab::peer::TcpServer;
+use xtask::lab::peer::{self, TcpServer};
 use xtask::lab::proxy::{AUTHORITIES, Launch};
 use xtask::lab::upstream;
 use xtask::lab::{Family, Lab, server, url};
@@ -145,9 +145,9 @@ fn fails(lab: &Lab, family: Family) -> Result<()> {
     for (answer, reason) in SAYS {
         let proxy = super::through(lab, family, "https", "--connect-timeout 3s")?;
         let _faulty = TcpServer::start(&lab.server, exit(family), move |mut stream, _| {
-            use std::io::{Read as _, Write as _};
+            use std::io::Write as _;
             // Its client may be gone.
-            let _ = stream.read(&mut [0; 4096]).and_then(|_| stream.write_all(answer));
+            let _ = peer::read(&mut stream, &mut [0; 4096]).and_then(|_| stream.write_all(answer));
         })?;
         let took = super::failing::expect_reset(&lab.client, at(family.anywhere(80), 80))?;
         ensure!(took < pace::patience(Duration::from_secs(2)), "{reason}: it took {took:?}");

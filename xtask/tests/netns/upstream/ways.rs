@@ -140,13 +140,14 @@ fn chain(lab: &Lab, family: Family) -> Result<()> {
         // A refusal of the destination comes all the way.
         let ended = lab.client.enter(|| {
             let to = at(family.anywhere(80), 82);
-            peer::try_connect(None, to, peer::PATIENCE).and_then(|mut stream| stream.read(&mut [0; 1]))
+            peer::try_connect(None, to, peer::PATIENCE)
+                .and_then(|mut stream| peer::read(&mut stream, &mut [0; 1]))
         })?;
         ensure!(ended.is_err(), "{last}: a port where nobody listens answers");
         let socket = peer::udp(&lab.client, at(family.client(), 4000))?;
         socket.connect(at(family.anywhere(7), 7))?;
         socket.send(b"x")?;
-        let refused = socket.recv(&mut [0; 16]).err().map(|error| error.kind());
+        let refused = peer::receive(&socket, &mut [0; 16]).err().map(|error| error.kind());
         ensure!(refused == Some(std::io::ErrorKind::ConnectionRefused), "UDP: {refused:?}");
         proxy.terminate(Duration::from_secs(15))?;
     }
