@@ -192,6 +192,18 @@ impl FlowRef {
         now().saturating_sub(unsafe { (*self.0).last_seen }) < UDP_STREAM
     }
 
+    /// Whether a client's TCP connection passes, has not ended and was heard of just now.
+    #[inline(always)]
+    pub(crate) fn is_passed_and_alive(&self) -> bool {
+        const JUST_NOW: u64 = 1_000_000_000;
+        // SAFETY: see `FlowRef`; the fields are read, not kept.
+        let flow = unsafe { &*self.0 };
+        flow.verdict == Verdict::Pass as u8
+            && flow.origin == Origin::Captured as u8
+            && !flow.is_over()
+            && now().saturating_sub(flow.last_seen) < JUST_NOW
+    }
+
     /// Counts a packet of the client.
     #[inline(always)]
     pub(crate) fn up(self, skb: &Skb, packet: &Packet) {

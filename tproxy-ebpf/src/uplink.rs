@@ -33,6 +33,9 @@ pub(crate) fn ingress(skb: &Skb) -> i32 {
 
 #[inline(never)]
 fn whole(skb: &Skb, packet: &Packet) -> i32 {
+    if is_of_passed_connection(packet) {
+        return pass(Counter::PassNoSocket);
+    }
     if is_for_own_connection(skb, packet) {
         return to_stack(skb, Mark::Tproxy, Counter::SteeredEstablished);
     }
@@ -54,6 +57,16 @@ fn whole(skb: &Skb, packet: &Packet) -> i32 {
         Some(sock) if !packet.is_syn() => to_connection(skb, sock, Mark::Tproxy),
         _ => natted(skb, packet),
     }
+}
+
+/// Whether the packet answers a client's connection that passes, by the flow table, so that no
+/// socket need be looked for. While the connection lives, for the proxy may come to
+/// use the client's port towards that server after it.
+#[inline(never)]
+fn is_of_passed_connection(packet: &Packet) -> bool {
+    packet.protocol != UDP
+        && !packet.is_syn()
+        && FlowRef::find(&down_key(packet)).is_some_and(|flow| flow.is_passed_and_alive())
 }
 
 /// Whether a socket says by itself that the packet is the proxy's, as of nearly

@@ -32,6 +32,7 @@ pub(crate) const ONCE: Scenarios = &[
     ("H9_flows_outlive_their_rule", outlived::outlive),
     ("H9_diverted_flows_keep_their_target", outlived::targets),
     ("H9_a_port_is_used_again_after_a_reload", outlived::port_used_again),
+    ("H9_the_proxy_takes_the_port_of_a_passed_connection", outlived::port_of_passed),
     ("reload_names_what_needs_a_restart", restart),
     ("reload_by_signal", by_signal),
     ("reload_finds_the_proxy_by_its_flags", by_flags),

@@ -16,7 +16,7 @@ use crate::matching::unused;
 use crate::policy::{
     Client,
     Fate::{self, Dropped, Passed, Proxied, Rejected},
-    all_reflectors, start_with_rules, target, within,
+    all_reflectors, start_with_rules, target, tcp_fate, within,
 };
 use crate::tcp;
 
@@ -158,6 +158,30 @@ pub(super) fn port_used_again(lab: &Lab, _: Family) -> Result<()> {
         let times = tcp::rounds(lab, family, 2)?;
         let slow = pace::patience(Duration::from_millis(800));
         ensure!(times.iter().all(|time| *time < slow), "connections from the same port took {times:?}");
+    }
+    Ok(())
+}
+
+/// The proxy may take the port of a client's connection that has passed, once that has ended:
+/// what the server answers is then the proxy's.
+pub(super) fn port_of_passed(lab: &Lab, _: Family) -> Result<()> {
+    const PORTS: [u16; 2] = [40_000, 40_001];
+    let _servers = all_reflectors(lab, &[1])?;
+    let (proxy, config) = start_with_rules(lab, "", "[[rule]]\naction = 'pass'\n")?;
+    lab.router
+        .set_sysctls(&[("net/ipv4/ip_local_port_range", &PORTS.map(|port| port.to_string()).join(" "))])?;
+    let patient = Duration::from_secs(5);
+    for family in Family::ALL {
+        for port in PORTS {
+            let (fate, _) = tcp_fate(&lab.client, at(family.client(), port), target(family, 1), patient)?;
+            ensure!(fate == Passed, "by a rule that lets all pass: {fate:?}");
+        }
+    }
+    config.write("")?;
+    reload(&proxy)?;
+    for family in Family::ALL {
+        let (fate, _) = tcp_fate(&lab.client, unused(family.client()), target(family, 1), patient)?;
+        ensure!(fate == Proxied, "by no rule: {fate:?}");
     }
     Ok(())
 }
