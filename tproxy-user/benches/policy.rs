@@ -7,7 +7,7 @@
 //! noise, and each finds in the cache what it would find there by itself; the figure is the
 //! median. Exits with 1 where a bound does not hold.
 
-#[path = "../tests/golden/kernel.rs"]
+#[path = "../tests/golden/kernel/mod.rs"]
 #[allow(dead_code, reason = "the golden tests use more of it")]
 mod kernel;
 #[path = "../tests/golden/packets.rs"]
