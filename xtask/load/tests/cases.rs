@@ -1,10 +1,14 @@
 //! Every case against the server, both as programs, on loopback in a network namespace of
 //! their own. Without root they are shown as ignored.
 
+#[path = "../../../tproxy-user/tests/harness/mod.rs"]
+mod harness;
+
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
-use libtest_mimic::{Arguments, Trial};
+use clap::Parser as _;
+use libtest_mimic::Trial;
 use nix::sched::{CloneFlags, unshare};
 use serde_json::Value;
 
@@ -30,7 +34,8 @@ fn main() {
             Trial::test(name, run).with_kind("needs root").with_ignored_flag(!root)
         })
         .into();
-    libtest_mimic::run(&Arguments::from_args(), trials).exit();
+    let (arguments, trials) = harness::CommandLine::parse().select(trials);
+    libtest_mimic::run(&arguments, trials).exit();
 }
 
 /// A program that ends when its stdin does.
