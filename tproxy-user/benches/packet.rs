@@ -3,7 +3,7 @@
 //! `cargo xtask bench --cases packet` runs it. Writes JSON as well, to the file that
 //! `TPROXY_BENCH_JSON` names.
 
-#[path = "../tests/golden/kernel.rs"]
+#[path = "../tests/golden/kernel/mod.rs"]
 #[allow(dead_code, reason = "the golden tests use more of it")]
 mod kernel;
 #[path = "../tests/golden/packets.rs"]

@@ -7,19 +7,18 @@
 //! noise, and each finds in the cache what it would find there by itself; the figure is the
 //! median. Exits with 1 where a bound does not hold.
 
-#[path = "../tests/golden/kernel.rs"]
+#[path = "../tests/golden/kernel/mod.rs"]
 #[allow(dead_code, reason = "the golden tests use more of it")]
 mod kernel;
 #[path = "../tests/golden/packets.rs"]
 #[allow(dead_code, reason = "the golden tests use more of it")]
 mod packets;
 mod report;
+mod sets;
 #[path = "../tests/golden/skip.rs"]
 #[allow(dead_code, reason = "the golden tests use more of it")]
 mod skip;
 
-use std::fmt::Write as _;
-use std::net::Ipv4Addr;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -27,15 +26,10 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 use tproxy_common::abi::{Family, TCP, mapped, program};
 use tproxy_common::policy::Known;
-use tproxy_user::config::upstream::Upstream;
-use tproxy_user::config::{Scope, file};
-use tproxy_user::policy::compile::compile;
 use tproxy_user::policy::facts::Packet;
-use tproxy_user::policy::names::Names;
-use tproxy_user::policy::rules::{Written, rule_set};
-use tproxy_user::policy::targets::Targets;
 
 use kernel::{Kernel, usual};
+use sets::{BY_FILE, address};
 
 /// Turns of each set, and new flows in each.
 const TURNS: u32 = 30;
@@ -50,30 +44,6 @@ const COST: f64 = 1.5;
 /// The most that rules may take in the kernel, in bytes.
 const MEMORY: usize = 200 << 20;
 
-/// Scattered numbers (`SplitMix64`, Steele et al., OOPSLA 2014), the same in each run.
-fn scattered(number: u64) -> u64 {
-    let mut z = number.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
-}
-
-/// A public address.
-fn address(number: u64) -> Ipv4Addr {
-    let [a, b, c, d, ..] = scattered(number).to_be_bytes();
-    Ipv4Addr::new(11 + a % 100, b, c, d)
-}
-
-/// Networks of 24 to 31 bits.
-fn networks(count: u64) -> String {
-    (0..count).fold(String::new(), |mut text, number| {
-        let length = 24 + scattered(!number) % 8;
-        let network = u32::from(address(number)) & (u32::MAX << (32 - length));
-        writeln!(text, "{}/{length}", Ipv4Addr::from(network)).expect("memory");
-        text
-    })
-}
-
 /// A set of rules, as a config file and the file of networks that it names.
 struct Case {
     name: &'static str,
@@ -82,24 +52,13 @@ struct Case {
 }
 
 fn cases() -> Vec<Case> {
-    let by_file = "[[rule]]\nto_file = \"networks\"\naction = \"pass\"\n";
-    let many = (0..1_000).fold(String::new(), |mut text, number| {
-        let (network, port) = (u32::from(address(number)) & 0xffff_ff00, 1 + number % 60_000);
-        writeln!(
-            text,
-            "[[rule]]\nprotocol = \"tcp\"\nto = \"{}/24\"\nto_port = {port}\naction = \"pass\"",
-            Ipv4Addr::from(network)
-        )
-        .expect("memory");
-        text
-    });
     let case = |name, config: &str, networks| Case { name, config: config.to_owned(), networks };
     vec![
         case("no rule", "", 0),
-        case("1 network", by_file, 1),
-        case("1,000 networks", by_file, 1_000),
-        case("1,000,000 networks", by_file, 1_000_000),
-        case("1,000 rules", &many, 0),
+        case("1 network", BY_FILE, 1),
+        case("1,000 networks", BY_FILE, 1_000),
+        case("1,000,000 networks", BY_FILE, 1_000_000),
+        case("1,000 rules", &sets::rules(1_000), 0),
     ]
 }
 
@@ -114,18 +73,11 @@ struct Measured {
 
 fn load(case: &Case, directory: &Path) -> Measured {
     let config = directory.join("tproxy.toml");
-    std::fs::write(directory.join("networks"), networks(case.networks)).expect("written");
+    std::fs::write(directory.join("networks"), sets::networks(case.networks)).expect("written");
     std::fs::write(&config, &case.config).expect("written");
     let mut kernel = Kernel::new(&usual());
     let begun = Instant::now();
-    let (_, resolved) = file::read(&config).expect("a config file");
-    let set = rule_set(
-        Written { scope: &Scope::default(), upstream: &Upstream::Direct, rules: &resolved.rules },
-        &Names::default(),
-        &Targets::default(),
-    )
-    .expect("no targets");
-    let image = compile(&set).expect("rules that fit");
+    let image = sets::image(&config);
     kernel.set_image(&image);
     let loading = begun.elapsed();
     Measured { name: case.name, loading, bytes: size_of_val(&*image), kernel, flows: Vec::new() }

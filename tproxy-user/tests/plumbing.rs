@@ -1,6 +1,7 @@
 //! Rules, routes, qdiscs, settings and commands, each test in a network
 //! namespace of its own. Without root they are shown as ignored.
 
+mod harness;
 mod plumbing {
     pub(crate) mod commands;
     pub(crate) mod life;
@@ -8,7 +9,8 @@ mod plumbing {
     pub(crate) mod world;
 }
 
-use libtest_mimic::{Arguments, Failed, Trial};
+use clap::Parser as _;
+use libtest_mimic::{Failed, Trial};
 use plumbing::{commands, life, network, world};
 
 fn main() {
@@ -18,5 +20,6 @@ fn main() {
         let run = move || world::in_namespace(*test).map_err(Failed::from);
         trials.push(Trial::test(*name, run).with_kind("needs root").with_ignored_flag(!root));
     }
-    libtest_mimic::run(&Arguments::from_args(), trials).exit();
+    let (arguments, trials) = harness::CommandLine::parse().select(trials);
+    libtest_mimic::run(&arguments, trials).exit();
 }

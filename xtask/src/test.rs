@@ -335,8 +335,32 @@ fn executable(message: &str) -> Option<Executable> {
 }
 
 #[cfg(test)]
+#[path = "../../tproxy-user/tests/harness/mod.rs"]
+mod harness;
+
+#[cfg(test)]
 mod tests {
+    use clap::Parser as _;
+    use libtest_mimic::Trial;
+
     use super::*;
+
+    #[test]
+    fn each_of_several_filters_selects_tests() {
+        let selected = |words: &str| {
+            let command = harness::CommandLine::parse_from(std::iter::once("golden").chain(words.split(' ')));
+            let trials = ["one", "two", "onetwo", "three"].map(|name| Trial::test(name, || Ok(())));
+            let (arguments, trials) = command.select(trials.into());
+            // What is left to libtest-mimic.
+            let runs = trials.iter().filter(|trial| !arguments.is_filtered_out(trial));
+            runs.map(|trial| trial.name().to_owned()).collect::<Vec<_>>()
+        };
+        assert_eq!(selected("one"), ["one", "onetwo"]);
+        assert_eq!(selected("two hr"), ["two", "onetwo", "three"]);
+        assert_eq!(selected("--exact one two"), ["one", "two"]);
+        assert_eq!(selected("one --skip onet --test-threads 2 two"), ["one", "two"]);
+        assert_eq!(selected("four five"), [""; 0]);
+    }
 
     #[test]
     fn executables_are_found_and_named() {

@@ -20,6 +20,8 @@ mod corpus;
 mod differential;
 mod exchange;
 mod fragments;
+#[path = "../harness/mod.rs"]
+mod harness;
 mod headers;
 mod hierarchy;
 mod kernel;
@@ -34,7 +36,8 @@ mod skip;
 mod verdicts;
 mod verifier;
 
-use libtest_mimic::{Arguments, Trial};
+use clap::Parser as _;
+use libtest_mimic::Trial;
 
 fn main() {
     let root = nix::unistd::geteuid().is_root();
@@ -65,5 +68,6 @@ fn main() {
             }
         })
         .collect();
-    libtest_mimic::run(&Arguments::from_args(), trials).exit();
+    let (arguments, trials) = harness::CommandLine::parse().select(trials);
+    libtest_mimic::run(&arguments, trials).exit();
 }

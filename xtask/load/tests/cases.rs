@@ -1,10 +1,14 @@
 //! Every case against the server, both as programs, on loopback in a network namespace of
 //! their own. Without root they are shown as ignored.
 
+#[path = "../../../tproxy-user/tests/harness/mod.rs"]
+mod harness;
+
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
-use libtest_mimic::{Arguments, Trial};
+use clap::Parser as _;
+use libtest_mimic::Trial;
 use nix::sched::{CloneFlags, unshare};
 use serde_json::Value;
 
@@ -30,7 +34,8 @@ fn main() {
             Trial::test(name, run).with_kind("needs root").with_ignored_flag(!root)
         })
         .into();
-    libtest_mimic::run(&Arguments::from_args(), trials).exit();
+    let (arguments, trials) = harness::CommandLine::parse().select(trials);
+    libtest_mimic::run(&arguments, trials).exit();
 }
 
 /// A program that ends when its stdin does.
@@ -142,11 +147,11 @@ fn all_cases((family, targets, client): Family) {
     assert!((completed..=completed + 20).contains(&echoed), "{echoed} echoed: {told}");
 
     let told = case(targets, "udp-new --in-flight 5");
-    assert_rate(&told, "answered");
+    assert_rate(&told, "completed");
     assert_eq!(told["lost"], 0);
     let [echoed, _] = since(&mut server, ["udp_echoed", "udp_received"]);
-    let answered = number(&told["answered"]);
-    assert!((answered..=answered + 5).contains(&echoed), "{echoed} echoed: {told}");
+    let completed = number(&told["completed"]);
+    assert!((completed..=completed + 5).contains(&echoed), "{echoed} echoed: {told}");
 
     for gso in ["", " --gso"] {
         let told = case(targets, &format!("udp-send --flows 3 --size 100 --rate 5000{gso}"));
@@ -198,7 +203,7 @@ fn failures_are_told(targets: &str) {
 
     let output = run("udp-new --in-flight 4");
     let told: Value = serde_json::from_slice(&output.stdout).expect("JSON");
-    assert_eq!((&told["answered"], &told["lost"]), (&0.into(), &4.into()));
+    assert_eq!((&told["completed"], &told["lost"]), (&0.into(), &4.into()));
 }
 
 fn number(value: &Value) -> u64 {

@@ -34,7 +34,7 @@ pub(crate) struct Times {
 /// What a client reports; each case has some of it.
 #[derive(Clone, Debug, Deserialize)]
 pub(crate) struct Report {
-    #[serde(default, alias = "answered")]
+    #[serde(default)]
     pub(crate) completed: u64,
     #[serde(default)]
     pub(crate) failed: u64,

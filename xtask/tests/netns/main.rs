@@ -22,6 +22,8 @@ mod flood;
 mod foreign;
 mod group;
 mod handshake;
+#[path = "../../../tproxy-user/tests/harness/mod.rs"]
+mod harness;
 mod host;
 mod icmp;
 mod interfaces;
@@ -59,12 +61,14 @@ use std::num::NonZero;
 use std::process::ExitCode;
 use std::thread;
 
-use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use clap::Parser as _;
+use libtest_mimic::{Completion, Failed, Trial};
 use serde_json::Value;
 use xtask::lab::selection::Selection;
 use xtask::lab::{Family, Lab, load, proxy, reclaim};
 
 use common::{Scenario, Scenarios, Skip};
+use harness::CommandLine;
 
 /// What rests on what kernels came to have at different times, see the README's
 /// table of them: each kernel of the matrix runs these.
@@ -89,11 +93,6 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let (mut arguments, filters) = arguments();
-    let cores = thread::available_parallelism().map_or(1, NonZero::get);
-    // Scenarios wait for most of their time; more at a time would measure the
-    // machine and not the proxy.
-    arguments.test_threads.get_or_insert(4 * cores);
     // On other kernels these would show nothing new: the program's own behaviour,
     // and loads that take a slow machine long.
     let here: &[Scenarios] = &[
@@ -140,46 +139,27 @@ fn main() -> ExitCode {
         if selection.is_some() { &[] } else { &[policy::ONCE, group::ONCE, reload::ONCE, upstream::ONCE] };
     let all =
         if selection.is_some() { anywhere.to_vec() } else { [upstream::SCENARIOS, anywhere, here].concat() };
-    let wanted = |name: &str| {
-        let matches = |filter: &String| if arguments.exact { name == filter } else { name.contains(filter) };
-        filters.is_empty() || filters.iter().any(matches)
-    };
     let mut trials = Vec::new();
     for (number, (name, scenario)) in all.into_iter().flatten().enumerate() {
         let core = CORE.contains(name);
         for family in Family::ALL {
             let taken = selection.is_none_or(|selection| selection.takes(number, core, family));
-            let name = format!("{name}::{}", family.name());
-            if taken && wanted(&name) {
+            if taken {
+                let name = format!("{name}::{}", family.name());
                 trials.push(Trial::ignorable_test(name, move || run(*scenario, family)));
             }
         }
     }
     for (name, scenario) in once.iter().copied().flatten() {
         let name = format!("{name}::both");
-        if wanted(&name) {
-            trials.push(Trial::ignorable_test(name, move || run(*scenario, Family::V4)));
-        }
+        trials.push(Trial::ignorable_test(name, move || run(*scenario, Family::V4)));
     }
+    let (mut arguments, trials) = CommandLine::parse().select(trials);
+    let cores = thread::available_parallelism().map_or(1, NonZero::get);
+    // Scenarios wait for most of their time; more at a time would measure the
+    // machine and not the proxy.
+    arguments.test_threads.get_or_insert(4 * cores);
     libtest_mimic::run(&arguments, trials).exit_code()
-}
-
-/// Flags, and names to filter by: any number of them, as libtest itself takes.
-fn arguments() -> (Arguments, Vec<String>) {
-    const WITH_VALUE: [&str; 5] = ["--skip", "--test-threads", "--logfile", "--color", "--format"];
-    let (mut flags, mut filters) = (Vec::new(), Vec::new());
-    let mut words = std::env::args();
-    flags.extend(words.next());
-    while let Some(word) = words.next() {
-        if !word.starts_with('-') {
-            filters.push(word);
-            continue;
-        }
-        let value = WITH_VALUE.contains(&word.as_str()).then(|| words.next()).flatten();
-        flags.push(word);
-        flags.extend(value);
-    }
-    (Arguments::from_iter(flags), filters)
 }
 
 fn set_up() -> anyhow::Result<()> {

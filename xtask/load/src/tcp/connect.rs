@@ -5,8 +5,8 @@ use serde::Serialize;
 
 use super::connector::Connector;
 use crate::Common;
-use crate::drive::drive;
-use crate::report::{Percentiles, per_second, seconds};
+use crate::drive::{Done, drive};
+use crate::report::Percentiles;
 
 /// New connections: connect, request, response, close
 #[derive(clap::Args)]
@@ -23,10 +23,9 @@ pub(crate) struct Args {
 
 #[derive(Serialize)]
 pub(crate) struct Report {
-    completed: u64,
+    #[serde(flatten)]
+    done: Done,
     failed: u64,
-    seconds: f64,
-    per_second: f64,
     connected_us: Percentiles,
     first_byte_us: Percentiles,
 }
@@ -37,10 +36,8 @@ pub(crate) fn run(args: &Args) -> Result<Report> {
     let mut connector = Connector::new(args.common.targets, args.concurrency, limit)?;
     let done = drive(&mut connector, args.common.seconds)?;
     Ok(Report {
-        completed: done.completed,
+        done,
         failed: connector.failed(),
-        seconds: seconds(done.elapsed),
-        per_second: per_second(done.completed, done.elapsed),
         connected_us: connector.connected.percentiles(),
         first_byte_us: connector.first_byte.percentiles(),
     })

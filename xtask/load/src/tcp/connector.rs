@@ -7,7 +7,7 @@ use anyhow::Result;
 use nix::sys::epoll::EpollFlags;
 use socket2::Socket;
 
-use crate::drive::{Case, GRACE};
+use crate::drive::{Case, Exchanges, GRACE};
 use crate::poller::Poller;
 use crate::report::{Failures, Latency};
 use crate::targets::Targets;
@@ -19,7 +19,7 @@ pub(crate) struct Connector {
     /// Connections that may begin.
     limit: u64,
     begun: u64,
-    completed: u64,
+    exchanges: Exchanges,
     poller: Poller,
     slots: Vec<Slot>,
     failures: Failures,
@@ -44,7 +44,7 @@ impl Connector {
             targets,
             limit,
             begun: 0,
-            completed: 0,
+            exchanges: Exchanges::default(),
             poller: Poller::new()?,
             slots: std::iter::repeat_with(slot).take(concurrency).collect(),
             failures: Failures::default(),
@@ -77,7 +77,7 @@ impl Connector {
     }
 
     fn begin(&mut self, key: usize) -> Result<()> {
-        if self.begun >= self.limit {
+        if self.begun >= self.limit || self.exchanges.are_stopped() {
             return Ok(());
         }
         let target = self.targets.at(self.begun, ECHO);
@@ -91,6 +91,7 @@ impl Connector {
                 let events = EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT | EpollFlags::EPOLLET;
                 self.poller.add(&socket, key, events)?;
                 slot.socket = Some(socket);
+                self.exchanges.begin();
             }
             Err(error) => self.failures.add(format_args!("{target}: {error}")),
         }
@@ -101,6 +102,10 @@ impl Connector {
 impl Case for Connector {
     fn poller(&self) -> &Poller {
         &self.poller
+    }
+
+    fn exchanges(&mut self) -> &mut Exchanges {
+        &mut self.exchanges
     }
 
     fn advance(&mut self, key: usize) -> Result<()> {
@@ -120,7 +125,7 @@ impl Case for Connector {
             }
             Ok(true) => {
                 self.first_byte.record(slot.began.elapsed());
-                self.completed += 1;
+                self.exchanges.complete();
                 let socket = slot.socket.take();
                 if let Some(kept) = &mut self.kept {
                     kept.extend(socket);
@@ -130,6 +135,7 @@ impl Case for Connector {
             // The next one begins with a tick: no spinning where every attempt fails at once.
             Err(error) if error.kind() != io::ErrorKind::WouldBlock => {
                 slot.socket = None;
+                self.exchanges.fail();
                 self.failures.add(error);
             }
             Err(_) => {}
@@ -146,19 +152,7 @@ impl Case for Connector {
         Ok(())
     }
 
-    fn stop(&mut self) {
-        self.limit = self.begun;
-    }
-
-    fn under_way(&self) -> usize {
-        self.slots.iter().filter(|slot| slot.socket.is_some()).count()
-    }
-
-    fn completed(&self) -> u64 {
-        self.completed
-    }
-
-    fn is_done(&self) -> bool {
-        self.completed + self.failures.count() >= self.limit
+    fn is_done(&mut self) -> bool {
+        self.exchanges.completed() + self.failures.count() >= self.limit
     }
 }

@@ -8,9 +8,9 @@ use serde::Serialize;
 use socket2::Socket;
 
 use super::idle;
-use crate::drive::{Case, GRACE, drive};
+use crate::drive::{Case, Done, Exchanges, GRACE, drive};
 use crate::poller::Poller;
-use crate::report::{Failures, Latency, Percentiles, per_second, seconds};
+use crate::report::{Failures, Latency, Percentiles};
 use crate::{Common, sockets};
 
 /// Request and response on open connections, one under way on each
@@ -25,10 +25,9 @@ pub(crate) struct Args {
 
 #[derive(Serialize)]
 pub(crate) struct Report {
-    completed: u64,
+    #[serde(flatten)]
+    done: Done,
     failed: u64,
-    seconds: f64,
-    per_second: f64,
     response_us: Percentiles,
 }
 
@@ -38,9 +37,7 @@ const OPENING: Duration = Duration::from_mins(1);
 struct Exchange {
     poller: Poller,
     connections: Vec<Connection>,
-    under_way: usize,
-    completed: u64,
-    stopped: bool,
+    exchanges: Exchanges,
     response: Latency,
     failures: Failures,
 }
@@ -58,14 +55,12 @@ pub(crate) fn run(args: &Args) -> Result<Report> {
     let unopened = args.connections - sockets.len();
     let mut exchange = Exchange::new(sockets)?;
     let done = drive(&mut exchange, args.common.seconds)?;
-    for _ in 0..exchange.under_way {
+    for _ in 0..exchange.exchanges.under_way() {
         exchange.failures.add(format_args!("no response {} s after the end", GRACE.as_secs()));
     }
     Ok(Report {
-        completed: done.completed,
+        done,
         failed: unopened as u64 + exchange.failures.tell(),
-        seconds: seconds(done.elapsed),
-        per_second: per_second(done.completed, done.elapsed),
         response_us: exchange.response.percentiles(),
     })
 }
@@ -76,9 +71,7 @@ impl Exchange {
         let mut exchange = Self {
             poller,
             connections: Vec::with_capacity(sockets.len()),
-            under_way: 0,
-            completed: 0,
-            stopped: false,
+            exchanges: Exchanges::default(),
             response: Latency::new()?,
             failures: Failures::default(),
         };
@@ -100,7 +93,7 @@ impl Exchange {
         connection.asked = now;
         connection.received = 0;
         match sockets::ask(socket) {
-            Ok(()) => self.under_way += 1,
+            Ok(()) => self.exchanges.begin(),
             Err(error) => {
                 connection.socket = None;
                 self.failures.add(error);
@@ -114,6 +107,10 @@ impl Case for Exchange {
         &self.poller
     }
 
+    fn exchanges(&mut self) -> &mut Exchanges {
+        &mut self.exchanges
+    }
+
     fn advance(&mut self, key: usize) -> Result<()> {
         let connection = &mut self.connections[key];
         let Some(socket) = &connection.socket else { return Ok(()) };
@@ -122,15 +119,14 @@ impl Case for Exchange {
             Ok(true) => {
                 let now = Instant::now();
                 self.response.record(now - connection.asked);
-                self.completed += 1;
-                self.under_way -= 1;
-                if !self.stopped {
+                self.exchanges.complete();
+                if !self.exchanges.are_stopped() {
                     self.ask(key, now);
                 }
             }
             Err(error) => {
                 connection.socket = None;
-                self.under_way -= 1;
+                self.exchanges.fail();
                 self.failures.add(error);
             }
         }
@@ -141,19 +137,7 @@ impl Case for Exchange {
         Ok(())
     }
 
-    fn stop(&mut self) {
-        self.stopped = true;
-    }
-
-    fn under_way(&self) -> usize {
-        self.under_way
-    }
-
-    fn completed(&self) -> u64 {
-        self.completed
-    }
-
-    fn is_done(&self) -> bool {
-        self.under_way == 0
+    fn is_done(&mut self) -> bool {
+        self.exchanges.under_way() == 0
     }
 }

@@ -8,9 +8,9 @@ use nix::sys::epoll::EpollFlags;
 use serde::Serialize;
 use socket2::Socket;
 
-use crate::drive::{Case, drive};
+use crate::drive::{Case, Done, Exchanges, drive};
 use crate::poller::Poller;
-use crate::report::{Latency, Percentiles, per_second, seconds};
+use crate::report::{Latency, Percentiles};
 use crate::{Common, ECHO, sockets};
 
 /// Datagrams that come back, one under way on each of many flows
@@ -28,10 +28,9 @@ pub(crate) struct Args {
 
 #[derive(Serialize)]
 pub(crate) struct Report {
-    completed: u64,
+    #[serde(flatten)]
+    done: Done,
     lost: u64,
-    seconds: f64,
-    per_second: f64,
     response_us: Percentiles,
 }
 
@@ -47,10 +46,8 @@ struct Exchange {
     /// Of the last datagram.
     number: u64,
     datagram: Vec<u8>,
-    under_way: usize,
-    completed: u64,
+    exchanges: Exchanges,
     lost: u64,
-    stopped: bool,
     response: Latency,
 }
 
@@ -68,13 +65,7 @@ struct Flow {
 pub(crate) fn run(args: &Args) -> Result<Report> {
     let mut exchange = Exchange::new(args)?;
     let done = drive(&mut exchange, args.common.seconds)?;
-    Ok(Report {
-        completed: done.completed,
-        lost: exchange.lost,
-        seconds: seconds(done.elapsed),
-        per_second: per_second(done.completed, done.elapsed),
-        response_us: exchange.response.percentiles(),
-    })
+    Ok(Report { done, lost: exchange.lost, response_us: exchange.response.percentiles() })
 }
 
 impl Exchange {
@@ -93,17 +84,15 @@ impl Exchange {
             flows,
             number: 0,
             datagram: vec![0; args.size.into()],
-            under_way: 0,
-            completed: 0,
+            exchanges: Exchanges::default(),
             lost: 0,
-            stopped: false,
             response: Latency::new()?,
         })
     }
 
     fn begin(&mut self, key: usize, now: Instant) -> Result<()> {
         self.number += 1;
-        self.under_way += 1;
+        self.exchanges.begin();
         let flow = &mut self.flows[key];
         flow.number = Some(self.number);
         flow.began = now;
@@ -127,6 +116,10 @@ impl Case for Exchange {
         &self.poller
     }
 
+    fn exchanges(&mut self) -> &mut Exchanges {
+        &mut self.exchanges
+    }
+
     fn advance(&mut self, key: usize) -> Result<()> {
         let mut number = [0; NUMBER];
         loop {
@@ -144,9 +137,8 @@ impl Case for Exchange {
         let flow = &mut self.flows[key];
         flow.number = None;
         self.response.record(now - flow.began);
-        self.completed += 1;
-        self.under_way -= 1;
-        if self.stopped { Ok(()) } else { self.begin(key, now) }
+        self.exchanges.complete();
+        if self.exchanges.are_stopped() { Ok(()) } else { self.begin(key, now) }
     }
 
     /// Also begins each flow.
@@ -158,22 +150,10 @@ impl Case for Exchange {
                     self.lost += 1;
                     self.send(key, number, now)?;
                 }
-                None if !self.stopped => self.begin(key, now)?,
+                None if !self.exchanges.are_stopped() => self.begin(key, now)?,
                 _ => {}
             }
         }
         Ok(())
-    }
-
-    fn stop(&mut self) {
-        self.stopped = true;
-    }
-
-    fn under_way(&self) -> usize {
-        self.under_way
-    }
-
-    fn completed(&self) -> u64 {
-        self.completed
     }
 }

@@ -11,9 +11,8 @@ use nix::sys::epoll::EpollFlags;
 use serde::Serialize;
 use socket2::Socket;
 
-use crate::drive::{Case, drive};
+use crate::drive::{Case, Done, Exchanges, drive};
 use crate::poller::Poller;
-use crate::report::{per_second, seconds};
 use crate::targets::Targets;
 use crate::{Common, ECHO, MESSAGE, sockets};
 
@@ -29,10 +28,9 @@ pub(crate) struct Args {
 
 #[derive(Serialize)]
 pub(crate) struct Report {
-    answered: u64,
+    #[serde(flatten)]
+    done: Done,
     lost: u64,
-    seconds: f64,
-    per_second: f64,
 }
 
 /// What has no answer by then is lost.
@@ -47,10 +45,8 @@ struct New {
     begun: u64,
     poller: Poller,
     slots: Vec<Option<Flow>>,
-    under_way: usize,
-    answered: u64,
+    exchanges: Exchanges,
     lost: u64,
-    stopped: bool,
 }
 
 struct Flow {
@@ -69,18 +65,11 @@ pub(crate) fn run(args: &Args) -> Result<Report> {
         begun: RandomState::new().hash_one(0) >> 16,
         poller: Poller::new()?,
         slots: std::iter::repeat_with(|| None).take(args.in_flight).collect(),
-        under_way: 0,
-        answered: 0,
+        exchanges: Exchanges::default(),
         lost: 0,
-        stopped: false,
     };
     let done = drive(&mut new, args.common.seconds)?;
-    Ok(Report {
-        answered: done.completed,
-        lost: new.lost,
-        seconds: seconds(done.elapsed),
-        per_second: per_second(done.completed, done.elapsed),
-    })
+    Ok(Report { done, lost: new.lost })
 }
 
 fn ports(text: &str) -> Option<RangeInclusive<u16>> {
@@ -106,7 +95,7 @@ impl New {
             _ => {}
         }
         self.slots[key] = Some(Flow { socket, sent: now });
-        self.under_way += 1;
+        self.exchanges.begin();
         Ok(())
     }
 }
@@ -116,14 +105,17 @@ impl Case for New {
         &self.poller
     }
 
+    fn exchanges(&mut self) -> &mut Exchanges {
+        &mut self.exchanges
+    }
+
     fn advance(&mut self, key: usize) -> Result<()> {
         let Some(flow) = &self.slots[key] else { return Ok(()) };
         match (&flow.socket).read(&mut [0; MESSAGE]) {
             Ok(_) => {
                 self.slots[key] = None;
-                self.under_way -= 1;
-                self.answered += 1;
-                if self.stopped { Ok(()) } else { self.begin(key, Instant::now()) }
+                self.exchanges.complete();
+                if self.exchanges.are_stopped() { Ok(()) } else { self.begin(key, Instant::now()) }
             }
             Err(error) if sockets::passes(&error) => Ok(()),
             Err(error) => Err(error).context("cannot receive a datagram"),
@@ -136,26 +128,14 @@ impl Case for New {
                 && now.saturating_duration_since(flow.sent) >= PATIENCE
             {
                 self.slots[key] = None;
-                self.under_way -= 1;
+                self.exchanges.fail();
                 self.lost += 1;
             }
-            if self.slots[key].is_none() && !self.stopped {
+            if self.slots[key].is_none() && !self.exchanges.are_stopped() {
                 self.begin(key, now)?;
             }
         }
         Ok(())
-    }
-
-    fn stop(&mut self) {
-        self.stopped = true;
-    }
-
-    fn under_way(&self) -> usize {
-        self.under_way
-    }
-
-    fn completed(&self) -> u64 {
-        self.answered
     }
 }
 

@@ -1,35 +1,31 @@
 //! The programs, loaded in a network namespace of the test's own.
 
+mod maps;
+mod run;
+
+pub(crate) use run::{Context, Outcome};
+
 use std::fs::File;
-use std::io::ErrorKind;
 use std::net::{TcpListener, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::time::Duration;
 
-use aya::Pod;
-use aya::maps::{HashMap, Map, MapData, MapError, PerCpuArray};
 use aya::programs::tc::qdisc_add_clsact;
-use aya::programs::{CgroupSock, ProgramError, SchedClassifier, TcAttachType, TestRun as _, TestRunOptions};
+use aya::programs::{CgroupSock, SchedClassifier, TcAttachType, TestRun as _, TestRunOptions};
 use nix::errno::Errno;
-use tproxy_common::abi::{
-    ABI_VERSION, Addr, Decided, Flow, FlowKey, FragmentInfo, FragmentKey, HostPair, ListenerKind, LpmKey,
-    Name, Settings, listener_index, map, program,
-};
-use tproxy_common::counter::Counters;
-use tproxy_common::policy::Line;
-use tproxy_common::wire::Packet;
+use tproxy_common::abi::{ABI_VERSION, ListenerKind, Settings, listener_index, program};
 use tproxy_user::config::Kernel as Version;
 use tproxy_user::config::Scope;
 use tproxy_user::datapath::features::Features;
 use tproxy_user::datapath::group::BESIDE_OTHERS;
 use tproxy_user::datapath::load::Datapath;
 use tproxy_user::datapath::policy::Image;
-use tproxy_user::policy::compile::{RuleSet, compile};
+use tproxy_user::policy::compile::compile;
 use tproxy_user::privilege::running_kernel;
 
-use crate::packets::mapped;
 use crate::skip::needs;
+use run::errno;
 
 /// On to the next program, or the stack.
 pub(crate) const PASS: i32 = -1;
@@ -39,77 +35,6 @@ pub(crate) const STEERED: i32 = 0;
 pub(crate) const REDIRECTED: i32 = 7;
 /// Dropped.
 pub(crate) const DROP: i32 = 2;
-
-/// What a program is told of a packet besides its bytes.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Context {
-    pub(crate) mark: u32,
-    /// 0 for a packet that this host sends; another since Linux 5.16.
-    pub(crate) ingress_ifindex: u32,
-    /// Segments of a merged packet, 0 where nobody has counted.
-    pub(crate) gso_segs: u32,
-    /// Payload bytes of each.
-    pub(crate) gso_size: u32,
-}
-
-impl Context {
-    /// `struct __sk_buff`.
-    const LEN: usize = 192;
-    const MARK: usize = 8;
-    const INGRESS_IFINDEX: usize = 36;
-    const GSO_SEGS: usize = 164;
-    const GSO_SIZE: usize = 176;
-
-    fn to_bytes(self) -> [u8; Self::LEN] {
-        let mut bytes = [0; Self::LEN];
-        for (at, value) in [
-            (Self::MARK, self.mark),
-            (Self::INGRESS_IFINDEX, self.ingress_ifindex),
-            (Self::GSO_SEGS, self.gso_segs),
-            (Self::GSO_SIZE, self.gso_size),
-        ] {
-            bytes[at..at + 4].copy_from_slice(&value.to_ne_bytes());
-        }
-        bytes
-    }
-
-    fn mark_of(bytes: &[u8; Self::LEN]) -> u32 {
-        u32::from_ne_bytes(std::array::from_fn(|i| bytes[Self::MARK + i]))
-    }
-}
-
-fn errno(error: &ProgramError) -> Errno {
-    let system = match error {
-        ProgramError::SyscallError(error) => error.io_error.raw_os_error(),
-        _ => None,
-    };
-    system.map_or_else(|| panic!("{error}"), Errno::from_raw)
-}
-
-/// What a program did with a packet.
-#[derive(Debug)]
-pub(crate) struct Outcome {
-    pub(crate) action: i32,
-    pub(crate) mark: u32,
-    pub(crate) packet: Vec<u8>,
-    /// Counters that rose, and by how much.
-    pub(crate) counters: Vec<(&'static str, u64)>,
-}
-
-impl Outcome {
-    /// The counter that says what was decided.
-    pub(crate) fn only_counter(&self) -> &'static str {
-        let decided: Vec<_> =
-            self.counters.iter().map(|(name, _)| *name).filter(|name| *name != "flows_created").collect();
-        assert_eq!(decided.len(), 1, "one outcome a packet: {:?}", self.counters);
-        decided[0]
-    }
-
-    #[track_caller]
-    pub(crate) fn expect(&self, action: i32, counter: &str) {
-        assert_eq!((self.action, self.only_counter()), (action, counter));
-    }
-}
 
 /// The programs, each loaded when it first runs, and listeners where they were asked for.
 pub(crate) struct Kernel {
@@ -306,12 +231,6 @@ impl Kernel {
         group.attach(root, BESIDE_OTHERS).expect("attached");
     }
 
-    /// Counters that are not zero.
-    pub(crate) fn counted(&mut self) -> Vec<(&'static str, u64)> {
-        let all = self.counters().entries();
-        all.into_iter().filter(|(_, count, _)| *count > 0).map(|(name, count, _)| (name, count)).collect()
-    }
-
     /// A program, loaded.
     fn loaded(&mut self, program: &str) -> &mut SchedClassifier {
         let classifier: &mut SchedClassifier =
@@ -330,88 +249,6 @@ impl Kernel {
         let again = SchedClassifier::from_pin(&path);
         std::fs::remove_file(&path).expect("unpinned");
         again.expect("the same program")
-    }
-
-    fn counters(&mut self) -> Counters {
-        let map = self.datapath.ebpf().map(map::COUNTERS).expect("counters");
-        let array: PerCpuArray<&MapData, Counters> = PerCpuArray::try_from(map).expect("counters");
-        let mut sum = Counters::default();
-        for of_cpu in array.get(&0, 0).expect("one entry").iter() {
-            sum.add(of_cpu);
-        }
-        sum
-    }
-
-    /// The one flow of the flow table.
-    pub(crate) fn only_flow(&mut self) -> (FlowKey, Flow) {
-        let flows = self.hash::<FlowKey, Flow>(map::FLOWS);
-        let all: Vec<_> = flows.iter().collect::<Result<_, _>>().expect("readable");
-        assert_eq!(all.len(), 1, "{all:?}");
-        all[0]
-    }
-
-    /// An entry of the flow table. To walk through the whole table takes a
-    /// while, and a corpus is long.
-    pub(crate) fn flow(&mut self, key: &FlowKey) -> Option<Flow> {
-        self.hash(map::FLOWS).get(key, 0).ok()
-    }
-
-    /// Forgets what the programs have noted of a packet.
-    pub(crate) fn forget(&mut self, packet: &Packet) {
-        let Packet { source, destination, protocol, source_port, destination_port, .. } = *packet;
-        let flow = FlowKey::up(protocol, source, destination, source_port, destination_port);
-        self.remove::<_, Flow>(map::FLOWS, &flow);
-        let fragment = FragmentKey { source, destination, id: packet.fragment_id, protocol, pad: [0; 3] };
-        self.remove::<_, FragmentInfo>(map::FRAGMENTS, &fragment);
-        self.remove::<_, u8>(map::HOST_PAIRS, &HostPair { client: source, destination });
-    }
-
-    fn remove<K: Pod, V: Pod>(&mut self, name: &str, key: &K) {
-        match self.hash::<K, V>(name).remove(key) {
-            Ok(()) | Err(MapError::KeyNotFound) => {}
-            Err(MapError::SyscallError(error)) if error.io_error.kind() == ErrorKind::NotFound => {}
-            Err(error) => panic!("{name}: {error}"),
-        }
-    }
-
-    fn hash<K: Pod, V: Pod>(&mut self, name: &str) -> HashMap<&mut MapData, K, V> {
-        match self.datapath.ebpf().map_mut(name) {
-            Some(map @ Map::LruHashMap(_)) => HashMap::try_from(map).expect("keys and values as declared"),
-            _ => panic!("{name} is no LRU hash"),
-        }
-    }
-
-    /// What an address is called: for so many seconds from now on, or until so many ago.
-    pub(crate) fn set_name(&mut self, addr: Addr, set: Option<u32>, seconds: i64) {
-        let Some(set) = set else { return self.remove::<_, Name>(map::NAMES, &addr) };
-        let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).expect("a clock");
-        let expires = u64::try_from((now.tv_sec() + seconds) * 1_000_000_000).expect("after the start");
-        let name = Name { set, pad: 0, expires };
-        self.hash::<Addr, Name>(map::NAMES).insert(addr, name, 0).expect("room");
-    }
-
-    /// What the proxy has decided of a flow.
-    pub(crate) fn set_decided(&mut self, key: &FlowKey, decided: Decided) {
-        self.hash::<FlowKey, Decided>(map::DECIDED).insert(key, decided, 0).expect("room");
-    }
-
-    pub(crate) fn add_local(&mut self, v4: [u8; 4]) {
-        let key = LpmKey { prefix_len: 128, addr: mapped(v4) };
-        self.datapath.set_local(&[key]).expect("a prefix");
-    }
-
-    pub(crate) fn select(&mut self, scope: &Scope) {
-        self.set_rules(&scope.rules());
-    }
-
-    pub(crate) fn set_rules(&mut self, rules: &RuleSet) {
-        self.set_image(&compile(rules).expect("rules that fit"));
-    }
-
-    /// Rules that are compiled.
-    pub(crate) fn set_image(&mut self, image: &[Line]) {
-        let image = Image::new(self.datapath.features(), image).expect("memory");
-        self.datapath.set_policy(image).expect("rules");
     }
 
     /// How long a program takes over a packet, by the kernel's clock: the mean of so many runs.
