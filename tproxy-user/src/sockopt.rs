@@ -15,7 +15,9 @@ pub use address::{address_towards, is_local};
 pub use datagram::{Fragments, set_fragments, take_segments};
 pub use listener::{ListenerOptions, accept, tcp_listener, udp_listener};
 pub use raw::raw_sender;
-pub use stream::{acknowledge, close_in_order, peek, receive, reset_on_close, send_fin, unacknowledged};
+pub use stream::{
+    acknowledge, close_in_order, peek, receive, receive_telling, reset_on_close, send_fin, unacknowledged,
+};
 pub use upstream::UpstreamSocket;
 
 use std::io;

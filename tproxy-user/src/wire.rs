@@ -66,7 +66,7 @@ impl Wire {
     /// without being closed is broken (`UnexpectedEof`): what came may be cut short.
     pub fn try_read(&self, buffer: &mut [u8]) -> io::Result<usize> {
         match self {
-            Self::Plain(stream) => stream.try_read(buffer),
+            Self::Plain(stream) => read_all(stream, buffer),
             Self::Tls(session) => session.try_read(buffer),
         }
     }
@@ -193,4 +193,20 @@ impl Wire {
         }
         Ok(())
     }
+}
+
+/// Reads what is there. Where the socket tells that nothing is left, it is not asked again before
+/// it tells of more.
+///
+/// That a read was short does not tell: one also ends before urgent data (tcp(7)).
+fn read_all(stream: &TcpStream, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut last = 0;
+    let read = stream.try_io(Interest::READABLE, || match sockopt::receive_telling(stream, buffer)? {
+        (length @ 1.., Some(0)) => {
+            last = length;
+            Err(io::ErrorKind::WouldBlock.into())
+        }
+        (length, _) => Ok(length),
+    });
+    if last > 0 { Ok(last) } else { read }
 }

@@ -9,6 +9,7 @@ use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use super::datagram::{SHARED_BUFFER, take_segments, tell_class};
+use super::stream::tell_left;
 use super::{Call, OwnMark, SocketError, marked, transparent};
 
 /// Connections that may wait to be accepted; the kernel lowers it to `net.core.somaxconn`.
@@ -25,7 +26,7 @@ pub struct ListenerOptions {
 }
 
 /// A TCP listener for foreign addresses. Accepted sockets inherit mark,
-/// `TCP_NODELAY`, `SO_OOBINLINE` and transparency.
+/// `TCP_NODELAY`, `SO_OOBINLINE`, `TCP_INQ` and transparency.
 ///
 /// # Errors
 /// [`SocketError`]: `EPERM` without `CAP_NET_ADMIN`, `EADDRINUSE`, `EAFNOSUPPORT`
@@ -37,6 +38,7 @@ pub fn tcp_listener(addr: SocketAddr, options: ListenerOptions) -> Result<TcpLis
     socket.set_reuse_address(true).call("setsockopt SO_REUSEADDR")?;
     socket.set_tcp_nodelay(true).call("setsockopt TCP_NODELAY")?;
     socket.set_out_of_band_inline(true).call("setsockopt SO_OOBINLINE")?;
+    tell_left(&socket)?;
     socket.bind(&addr.into()).call("bind")?;
     socket.listen(BACKLOG).call("listen")?;
     Ok(socket.into())

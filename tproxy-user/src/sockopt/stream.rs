@@ -9,6 +9,8 @@ use libc::c_int;
 use nix::sys::socket::{MsgFlags, recv};
 use socket2::SockRef;
 
+use super::{Call as _, INT, SocketError, set_int};
+
 /// Looks at what can be read, and leaves it there. Does not wait.
 ///
 /// # Errors
@@ -24,6 +26,44 @@ pub fn peek(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<usize> {
 /// What `recv(2)` answers; `WouldBlock` where nothing is there.
 pub fn receive(socket: &impl AsRawFd, buffer: &mut [u8]) -> io::Result<usize> {
     recv(socket.as_raw_fd(), buffer, MsgFlags::MSG_DONTWAIT).map_err(Into::into)
+}
+
+/// Has [`receive_telling`] tell what is left (`TCP_INQ`, Linux 4.18). Accepted sockets inherit it
+/// from their listener.
+pub(super) fn tell_left(socket: &impl AsRawFd) -> Result<(), SocketError> {
+    set_int(socket, libc::IPPROTO_TCP, libc::TCP_INQ, 1).call("setsockopt TCP_INQ")
+}
+
+/// As [`receive`], and how much is left to read after it: more than 0 also where the peer has
+/// closed its direction (`tcp_inq_hint`). `None` where the socket does not tell.
+///
+/// # Errors
+/// As [`receive`].
+pub fn receive_telling(socket: &impl AsRawFd, buffer: &mut [u8]) -> io::Result<(usize, Option<c_int>)> {
+    /// Room for one control message of an int, aligned as its header.
+    type Control = [usize; 3];
+    // SAFETY: `CMSG_SPACE` computes a size.
+    const { assert!(unsafe { libc::CMSG_SPACE(INT) } as usize <= size_of::<Control>()) };
+    let mut control: Control = [0; 3];
+    let mut part = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
+    // SAFETY: a `msghdr` of zeros is valid: it has no address, no buffer and no control message.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = &raw mut part;
+    message.msg_iovlen = 1;
+    message.msg_control = (&raw mut control).cast();
+    message.msg_controllen = size_of::<Control>() as _;
+    // SAFETY: the message describes `buffer` and `control`, which outlive the call.
+    let length = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, libc::MSG_DONTWAIT) };
+    let length = usize::try_from(length).map_err(|_| io::Error::last_os_error())?;
+    // SAFETY: the kernel has set the length of what it wrote to `control`, and the first message
+    // in it is null or whole.
+    let left = unsafe {
+        libc::CMSG_FIRSTHDR(&raw const message)
+            .as_ref()
+            .filter(|header| (header.cmsg_level, header.cmsg_type) == (libc::SOL_TCP, libc::TCP_CM_INQ))
+            .map(|header| libc::CMSG_DATA(header).cast::<c_int>().read_unaligned())
+    };
+    Ok((length, left))
 }
 
 /// Makes a later close send RST instead of FIN, and drop unsent data

@@ -6,6 +6,7 @@ use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::datagram::{allow_fragments, queue_errors, tell_class};
+use super::stream::tell_left;
 use super::{Call, OwnMark, SocketError, marked, transparent};
 
 /// Receive buffer of one UDP flow, in bytes: some 64 KiB datagrams with the
@@ -28,6 +29,7 @@ impl UpstreamSocket {
         socket.set_tcp_nodelay(true).call("setsockopt TCP_NODELAY")?;
         // A byte of urgent data is part of the stream here, or it would be lost.
         socket.set_out_of_band_inline(true).call("setsockopt SO_OOBINLINE")?;
+        tell_left(&socket)?;
         Ok(Self(socket))
     }
 
