@@ -151,6 +151,13 @@ fn bound<T>(
 
 fn describe(protocol: &'static str, addr: SocketAddr, source: SocketError) -> BindError {
     match source.errno() {
+        Some(libc::EADDRINUSE) if addr.port() == 0 => BindError::Taken {
+            protocol,
+            addr,
+            source: Failure::conflict(
+                "no port is free; give more in net.ipv4.ip_local_port_range, or have fewer --workers",
+            ),
+        },
         Some(libc::EADDRINUSE) => BindError::Taken {
             protocol,
             addr,
@@ -192,8 +199,12 @@ mod tests {
     use super::*;
 
     fn error(errno: i32) -> BindError {
+        error_at(15001, errno)
+    }
+
+    fn error_at(port: u16, errno: i32) -> BindError {
         let source = SocketError { call: "bind", source: std::io::Error::from_raw_os_error(errno) };
-        describe("TCP", ([127, 0, 0, 1], 15001).into(), source)
+        describe("TCP", ([127, 0, 0, 1], port).into(), source)
     }
 
     fn exit_code(error: BindError) -> Option<u8> {
@@ -210,6 +221,12 @@ mod tests {
         assert_eq!(
             text,
             "cannot listen on TCP 127.0.0.1:15001: port 15001 is taken; choose another with --on-port"
+        );
+        let text = format!("{:#}", anyhow::Error::from(error_at(0, libc::EADDRINUSE)));
+        assert_eq!(
+            text,
+            "cannot listen on TCP 127.0.0.1:0: no port is free; give more in \
+             net.ipv4.ip_local_port_range, or have fewer --workers"
         );
     }
 

@@ -106,3 +106,69 @@ pub fn unacknowledged(stream: BorrowedFd<'_>) -> usize {
     let result = unsafe { libc::ioctl(stream.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
     if result == -1 { 0 } else { usize::try_from(bytes).unwrap_or(0) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write as _;
+    use std::net::{TcpListener, TcpStream};
+    use std::thread;
+
+    fn pair() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a listener");
+        tell_left(&listener).expect("a TCP socket");
+        let client = TcpStream::connect(listener.local_addr().expect("an address")).expect("a connection");
+        let (server, _) = listener.accept().expect("the connection");
+        (client, server)
+    }
+
+    /// Once something is there: loopback delivers before `send` returns, but not the end.
+    fn told(socket: &TcpStream, size: usize) -> (usize, Option<c_int>) {
+        let mut buffer = [0; 64];
+        for _ in 0..100 {
+            match receive_telling(socket, &mut buffer[..size]) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    thread::sleep(Duration::from_millis(10));
+                }
+                told => return told.expect("an open connection"),
+            }
+        }
+        panic!("nothing came");
+    }
+
+    #[test]
+    fn a_read_tells_what_is_left() {
+        let (mut client, server) = pair();
+        client.write_all(b"abcde").expect("room");
+        assert_eq!(told(&server, 3), (3, Some(2)));
+        assert_eq!(told(&server, 64), (2, Some(0)));
+    }
+
+    #[test]
+    fn a_read_that_ends_before_urgent_data_tells_that_more_is_there() {
+        let (mut client, server) = pair();
+        SockRef::from(&server).set_out_of_band_inline(true).expect("a TCP socket");
+        client.write_all(b"ab").expect("room");
+        SockRef::from(&client).send_out_of_band(b"!").expect("room");
+        client.write_all(b"cd").expect("room");
+        assert_eq!(told(&server, 64), (2, Some(3)));
+        assert_eq!(told(&server, 64), (3, Some(0)));
+    }
+
+    #[test]
+    fn the_end_is_left() {
+        let (mut client, server) = pair();
+        client.write_all(b"ab").expect("room");
+        drop(client);
+        thread::sleep(Duration::from_millis(100));
+        assert!(matches!(told(&server, 64), (2, Some(1..))));
+        assert_eq!(told(&server, 64).0, 0);
+    }
+
+    #[test]
+    fn a_socket_that_does_not_tell() {
+        let (client, mut server) = pair();
+        server.write_all(b"ab").expect("room");
+        assert_eq!(told(&client, 64), (2, None));
+    }
+}

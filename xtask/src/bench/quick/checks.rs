@@ -106,10 +106,10 @@ pub(super) const UDP_FILES: Check = check("descriptors, a UDP flow", Bound::Exac
 pub(super) const UDP_MORE_SERVERS: Check =
     check("descriptors, replies of more servers to a UDP flow", Bound::Exactly(0.0));
 
-/// 28: 2 accept4 (the second finds none), 7 setsockopt, socket, bind, connect, getsockname, 4
-/// `epoll_ctl`, 6 recvfrom (bytes, nothing more, the end, from each side), 2 sendto, shutdown, 2
-/// close. Upkeep adds a tenth, more where all is slow; one call more is too much.
-pub(super) const TCP_CALLS: Check = check("system calls, a TCP connection", Bound::AtMost(28.9));
+/// 27: 2 accept4 (the second finds none), 8 setsockopt, socket, bind, connect, getsockname, 4
+/// `epoll_ctl`, 4 recvmsg (bytes, the end, from each side), 2 sendto, shutdown, 2 close. Upkeep
+/// adds a tenth, more where all is slow; one call more is too much.
+pub(super) const TCP_CALLS: Check = check("system calls, a TCP connection", Bound::AtMost(27.9));
 
 /// 3.1; on a machine with idle cores each of the six events may come alone: connection, connected,
 /// request, response, and the end of each side.
@@ -119,8 +119,8 @@ pub(super) const TCP_WAITS: Check = check("waits, a TCP connection", Bound::AtMo
 /// bytes that are answered at once); one more is too much.
 pub(super) const TCP_SEGMENTS: Check = check("segments sent, a TCP connection", Bound::AtMost(9.2));
 
-/// 6: recvfrom, recvfrom that finds no more, sendto, each way.
-pub(super) const EXCHANGE_CALLS: Check = check("system calls, a TCP exchange", Bound::AtMost(6.8));
+/// 4: recvmsg, which tells that there is no more, and sendto, each way.
+pub(super) const EXCHANGE_CALLS: Check = check("system calls, a TCP exchange", Bound::AtMost(4.8));
 
 /// One for each message, and some for timers.
 pub(super) const EXCHANGE_WAITS: Check = check("waits, a TCP exchange", Bound::AtMost(3.0));
