@@ -25,7 +25,7 @@ use crate::stats::Stats;
 use crate::steering::Steering;
 use crate::tun::Tun;
 use crate::worker::{self, WorkerError, WorkerHandle};
-use crate::{interfaces, limits, netlink, status, undo};
+use crate::{interfaces, limits, memory, netlink, status, undo};
 use upkeep::Upkeep;
 
 /// Reads the configuration again; called on a thread of its own.
@@ -99,6 +99,8 @@ async fn serve(
         steering.start(instance).await?;
     }
     announce(config, steering.as_ref(), files);
+    // Loading takes megabytes, which nothing later needs.
+    memory::give_back();
 
     let reporter = status::Reporter::new(config, instance, addresses, stats, targets);
     if let Some(steering) = &steering {

@@ -1,14 +1,23 @@
-//! Memory that is no longer used.
+//! Memory that is no longer used. The allocators of others than glibc give it back by themselves.
 
-/// Gives what was freed back to the kernel, a few milliseconds' work for some ten megabytes.
+/// Has little be kept at the end of the allocator's areas, each time that something there is freed.
 ///
-/// glibc keeps it for later, however much it is, where anything is in use beyond it.
-#[cfg(target_env = "gnu")]
-pub(crate) fn give_back() {
-    // SAFETY: it touches nothing but what the allocator has free; any thread may call it at any time.
-    unsafe { libc::malloc_trim(0) };
+/// That is what glibc begins with; but from the first large block on that is freed it would keep
+/// twice as much as that was, in each worker, and nothing would [give it back](give_back).
+pub(crate) fn keep_little() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: it sets a number of the allocator's.
+    unsafe {
+        libc::mallopt(libc::M_TRIM_THRESHOLD, 128 << 10);
+    }
 }
 
-/// The allocators of others do so by themselves.
-#[cfg(not(target_env = "gnu"))]
-pub(crate) fn give_back() {}
+/// Gives what was freed between what is in use back to the kernel, a few milliseconds' work for
+/// some ten megabytes.
+pub(crate) fn give_back() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: it touches nothing but what the allocator has free; any thread may call it at any time.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}

@@ -19,11 +19,12 @@ use clap::{ArgMatches, CommandFactory as _, FromArgMatches as _};
 use crate::cli::{Cli, Command, RunArgs, merge, resolve};
 use crate::config::{AccessLog, Config};
 use crate::failure::Failure;
-use crate::{app, argv, instance, privilege, telemetry};
+use crate::{app, argv, instance, memory, privilege, telemetry};
 
 /// Parses the command line, does what it says, and tells how that ended.
 #[must_use]
 pub fn main() -> ExitCode {
+    memory::keep_little();
     let (mut cli, matches) = match parse() {
         Ok(parsed) => parsed,
         Err(error) => return usage(&error),

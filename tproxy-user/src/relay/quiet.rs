@@ -1,18 +1,20 @@
 //! Connections on which nobody has said anything for a while, in as little memory as they can
 //! wait in: without a task, a timer and the runtime's part of two sockets.
 
+mod queue;
+
 use std::io;
 use std::net::TcpStream as Socket;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
-use lru::LruCache;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use tokio::io::unix::AsyncFd;
 use tokio::net::TcpStream;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::time::{Instant, sleep_until};
 
+use self::queue::Queue;
 use super::copy::Ending;
 use super::record::{End, Record};
 use super::tcp::{Connection, Shares, relay};
@@ -27,9 +29,9 @@ pub(super) const AFTER: Duration = Duration::from_secs(2);
 /// Those that come back before others are asked.
 const BATCH: usize = 64;
 
-/// So many leave enough memory behind to give it back to the kernel; after this time, in which
-/// others may come.
-const MANY: (usize, Duration) = (1000, Duration::from_secs(1));
+/// So many leave enough memory behind to give it back to the kernel, some 200 KiB; after this time,
+/// in which others may come.
+const MANY: (usize, Duration) = (100, Duration::from_secs(1));
 
 /// A quiet connection. Dropping it resets both sides.
 #[derive(Debug)]
@@ -81,8 +83,7 @@ impl Quiet {
 struct Lot {
     epoll: Epoll,
     /// By the number that their events have; the one that is quiet for longest first.
-    connections: LruCache<u64, Quiet>,
-    next: u64,
+    connections: Queue<Quiet>,
     /// Since memory was given back.
     arrived: usize,
     /// When it is given back again.
@@ -93,21 +94,21 @@ impl Lot {
     fn new() -> io::Result<(Self, AsyncFd<OwnedFd>)> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         let events = sockopt::watch(epoll.0.try_clone()?)?;
-        let lot = Self { epoll, connections: LruCache::unbounded(), next: 0, arrived: 0, gives_back: None };
+        let lot = Self { epoll, connections: Queue::new(), arrived: 0, gives_back: None };
         Ok((lot, events))
     }
 
     /// Waits for either side of a connection; one that cannot be waited for is resumed.
     fn add(&mut self, quiet: Quiet) {
-        let event = EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP, self.next);
+        let number = self.connections.next_number() as u64;
+        let event = EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP, number);
         let added = [&quiet.client_side, &quiet.upstream_side].map(|side| self.epoll.add(side, event));
         if let [Err(error), _] | [_, Err(error)] = added {
             tracing::debug!(%error, "cannot wait for a quiet connection");
             self.forget(&quiet);
             return quiet.resume();
         }
-        self.connections.put(self.next, quiet);
-        self.next += 1;
+        self.connections.push(quiet);
         self.arrived += 1;
         if self.arrived >= MANY.0 {
             self.gives_back.get_or_insert_with(|| Instant::now() + MANY.1);
@@ -126,8 +127,10 @@ impl Lot {
         let mut events = [EpollEvent::empty(); BATCH];
         let count = self.epoll.wait(&mut events, EpollTimeout::ZERO)?;
         for event in &events[..count] {
-            // Both sides may have an event.
-            if let Some(quiet) = self.connections.pop(&event.data()) {
+            // Both sides may have an event; nobody else has their number before the next wait.
+            if let Ok(number) = event.data().try_into()
+                && let Some(quiet) = self.connections.take(number)
+            {
                 self.forget(&quiet);
                 quiet.resume();
             }
@@ -142,17 +145,18 @@ impl Lot {
 
     /// When the first has been quiet for too long.
     fn expiry(&self, idle: Duration) -> Option<Instant> {
-        self.connections.peek_lru().map(|(_, quiet)| quiet.last_byte + idle)
+        self.connections.first().map(|quiet| quiet.last_byte + idle)
     }
 
     fn do_what_is_due(&mut self, idle: Duration) {
         let is_due = |deadline: Option<Instant>| deadline.is_some_and(|deadline| deadline <= Instant::now());
         if is_due(self.gives_back) {
+            self.connections.shrink();
             memory::give_back();
             (self.arrived, self.gives_back) = (0, None);
         }
         if is_due(self.expiry(idle))
-            && let Some((_, quiet)) = self.connections.pop_lru()
+            && let Some(quiet) = self.connections.take_first()
         {
             quiet.record.ends(End::Copied(Ending::Idle));
         }

@@ -103,14 +103,12 @@ impl Case {
     pub(crate) const fn peers(self) -> &'static [Peer] {
         match self {
             Self::Pass => &[Peer::Direct, Peer::Passing],
-            Self::Bulk | Self::Connect | Self::Exchange => TCP,
+            Self::Bulk | Self::Connect | Self::Exchange | Self::Memory => TCP,
             // Those that relay without another program behind them.
             Self::BulkPlain => {
                 &[Peer::Direct, Peer::Ebpf, Peer::Iptables, Peer::Haproxy, Peer::Nginx, Peer::V2ray]
             }
             Self::UdpExchange | Self::UdpSend | Self::UdpNew => UDP,
-            // Plain forwarding has no memory.
-            Self::Memory => TCP.split_at(1).1,
             Self::Start => &[Peer::Ebpf],
             Self::Policy | Self::Packet => &[],
             Self::Steering => {

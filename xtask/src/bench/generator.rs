@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -58,9 +58,9 @@ pub(crate) struct Counts {
 
 /// What a client holds.
 #[derive(Clone, Copy, Debug, Deserialize)]
-pub(crate) struct Held {
-    pub(crate) open: u64,
-    pub(crate) failed: u64,
+struct Held {
+    open: u64,
+    failed: u64,
 }
 
 /// Runs a client to its end.
@@ -147,11 +147,12 @@ pub(crate) struct Idle(Dialogue);
 
 impl Idle {
     /// Opens them, one exchange on each.
-    pub(crate) fn open(lab: &Lab, program: &Path, connections: u64) -> Result<(Self, Held)> {
+    pub(crate) fn open(lab: &Lab, program: &Path, connections: u64) -> Result<Self> {
         let count = connections.to_string();
         let words = ["idle", "--connections", &count, "--targets", TARGETS];
         let mut idle = Self(Dialogue::start(&lab.client, program, &words)?);
-        let held = idle.0.json()?;
-        Ok((idle, held))
+        let Held { open, failed } = idle.0.json()?;
+        ensure!(open == connections, "{open} are held, {failed} failed");
+        Ok(idle)
     }
 }

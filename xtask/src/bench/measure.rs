@@ -14,7 +14,7 @@ use xtask::lab::proxy::Launch;
 use super::arena::{Arena, Programs, Run, lab};
 use super::generator::{Idle, PORT, Server, Times};
 use super::peers::tproxy_flags;
-use super::processes::Processes;
+use super::processes::{Processes, kernel_memory};
 
 /// What is done to a candidate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -137,14 +137,35 @@ fn rate(run: &Run) -> Result<f64> {
 /// given back by then.
 const IDLE: Duration = Duration::from_secs(5);
 
-/// Bytes for each connection that is open and idle, of a candidate that was just started.
+/// How long they may take to end.
+const ENDING: Duration = Duration::from_secs(2);
+
+/// Idle connections before those that are counted. They have a proxy give back what its start has
+/// left: megabytes, which else hide what connections take.
+pub(crate) const FIRST: u64 = 1000;
+
+/// Bytes for each connection that is open and idle besides the first, of a candidate that was just
+/// started: of its own, and of the kernel's, those of client and server among them.
 pub(crate) fn memory(arena: &Arena, connections: u64) -> Result<Vec<Option<f64>>> {
-    let resident = || Processes::of(&arena.running.front())?.memory();
-    let before = resident()?;
-    let (_idle, held) = Idle::open(&arena.lab, &arena.programs.tproxy_load, connections)?;
-    ensure!(held.open == connections, "{} are held, {} failed", held.open, held.failed);
+    ensure!(connections > FIRST, "room for {connections} connections, expected more than {FIRST}");
+    let groups = arena.running.front();
+    let now = || -> Result<[Option<u64>; 2]> {
+        let own = if groups.is_empty() { None } else { Some(Processes::of(&groups)?.memory()?) };
+        Ok([own, kernel_memory()])
+    };
+    let open = |connections| Idle::open(&arena.lab, &arena.programs.tproxy_load, connections);
+    let first = open(FIRST)?;
     thread::sleep(IDLE);
-    Ok(vec![Some(float(resident()?.saturating_sub(before)) / float(connections))])
+    let before = now()?;
+    let others = open(connections - FIRST)?;
+    thread::sleep(IDLE);
+    let after = now()?;
+    drop((first, others));
+    // What has no time to end with its namespaces there would end in the time of the next candidate.
+    thread::sleep(ENDING);
+    // It may be less: what the start has left was not all given back before.
+    let grown = |(before, after)| Some((float(after?) - float(before?)) / float(connections - FIRST));
+    Ok(before.into_iter().zip(after).map(grown).collect())
 }
 
 /// Milliseconds from the start of `tproxy-user` until it says that it is ready, and until a

@@ -51,6 +51,20 @@ impl Processes {
     }
 }
 
+/// Bytes of the kernel's objects, such as sockets, whoever has them made; `None`: it does not tell.
+pub(crate) fn kernel_memory() -> Option<u64> {
+    fs::read_to_string("/proc/slabinfo").ok().map(|table| bytes_of_objects(&table))
+}
+
+/// Of lines as in slabinfo(5): name, objects in use, all objects, bytes of one, and more.
+fn bytes_of_objects(table: &str) -> u64 {
+    let bytes = |line: &str| -> Option<u64> {
+        let mut fields = line.split_whitespace().skip(1);
+        Some(fields.next()?.parse::<u64>().ok()? * fields.nth(1)?.parse::<u64>().ok()?)
+    };
+    table.lines().filter_map(bytes).sum()
+}
+
 /// The fields of `/proc/PID/stat` from the third on: the second is in parentheses and may hold blanks.
 fn stat(pid: u32) -> Option<Vec<String>> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
@@ -67,6 +81,17 @@ mod tests {
     use std::os::fd::AsRawFd;
 
     use super::*;
+
+    #[test]
+    fn objects_of_the_kernel_are_summed_up() {
+        let table = "\
+slabinfo - version: 2.1
+# name            <active_objs> <num_objs> <objsize> <objperslab> <pagesperslab> : tunables <limit>
+TCP                   53    104   2368   13    8 : tunables    0    0    0 : slabdata      8      8      0
+filp                 506    651    192   21    1 : tunables    0    0    0 : slabdata     31     31      0
+";
+        assert_eq!(bytes_of_objects(table), 53 * 2368 + 506 * 192);
+    }
 
     #[test]
     fn this_process_is_one_of_its_group() {

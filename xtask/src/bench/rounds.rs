@@ -65,7 +65,7 @@ impl Comparison {
     #[expect(clippy::cast_precision_loss, reason = "an estimate of seconds")]
     fn expected(&self, measure: &Measure) -> f64 {
         match measure.load {
-            Load::Idle { connections } => START + 2.0 + connections as f64 / 4000.0,
+            Load::Idle { connections } => START + 12.0 + connections as f64 / 4000.0,
             Load::Start => START,
             _ => self.seconds(measure) as f64 + OVERHEAD,
         }

@@ -208,10 +208,16 @@ fn datagrams(size: u32, flows: u32) -> String {
     }
 }
 
-pub(super) const MEMORY: &[Metric] =
-    &[less("for each", "bytes", &[Target::Within(1024.0), Target::AtMost(1.0, Of::BestPeer)], None)];
+pub(super) const MEMORY: &[Metric] = &[
+    less("for each", "bytes", &[Target::Within(1024.0), Target::AtMost(1.0, Of::BestPeer)], None),
+    IN_KERNEL,
+];
 
-pub(super) const MEMORY_OF_MANY: &[Metric] = &[less("for each", "bytes", &[Target::Within(1024.0)], None)];
+pub(super) const MEMORY_OF_MANY: &[Metric] =
+    &[less("for each", "bytes", &[Target::Within(1024.0)], None), IN_KERNEL];
+
+/// Without a proxy that of client and server alone.
+const IN_KERNEL: Metric = less("for each, in the kernel", "bytes", &[], None);
 
 /// In whole thousands.
 pub(super) const fn whole(connections: u64) -> u64 {

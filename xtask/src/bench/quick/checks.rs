@@ -95,8 +95,8 @@ const fn check(what: &'static str, bound: Bound) -> Check {
     Check { what, bound }
 }
 
-/// 1,020 to 1,160, by how full the pages of the heap are.
-pub(super) const IDLE_MEMORY: Check = check("bytes of memory, an idle TCP connection", Bound::AtMost(1300.0));
+/// 280 to 345: 256 of the table of those that are quiet, and what is left free in the pages of the heap.
+pub(super) const IDLE_MEMORY: Check = check("bytes of memory, an idle TCP connection", Bound::AtMost(400.0));
 
 /// One socket towards each side.
 pub(super) const TCP_FILES: Check = check("descriptors, an open TCP connection", Bound::Exactly(2.0));
