@@ -66,7 +66,7 @@ impl Wire {
     /// without being closed is broken (`UnexpectedEof`): what came may be cut short.
     pub fn try_read(&self, buffer: &mut [u8]) -> io::Result<usize> {
         match self {
-            Self::Plain(stream) => read_all(stream, buffer),
+            Self::Plain(stream) => read_plain(stream, buffer),
             Self::Tls(session) => session.try_read(buffer),
         }
     }
@@ -199,7 +199,7 @@ impl Wire {
 /// it tells of more.
 ///
 /// That a read was short does not tell: one also ends before urgent data (tcp(7)).
-fn read_all(stream: &TcpStream, buffer: &mut [u8]) -> io::Result<usize> {
+fn read_plain(stream: &TcpStream, buffer: &mut [u8]) -> io::Result<usize> {
     let mut last = 0;
     let read = stream.try_io(Interest::READABLE, || match sockopt::receive_telling(stream, buffer)? {
         (length @ 1.., Some(0)) => {
