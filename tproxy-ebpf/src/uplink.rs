@@ -2,6 +2,8 @@
 //! servers answer to the client's address, and the answers belong to sockets
 //! of the proxy, also where NAT stands between. Everything else passes.
 
+use aya_ebpf::btf_maps::PerCpuArray;
+use aya_ebpf::macros::btf_map;
 use tproxy_common::abi::{Decision, HostPair, UDP, Verdict};
 use tproxy_common::counter::Counter;
 use tproxy_common::wire::{Fragment, Packet};
@@ -33,11 +35,17 @@ pub(crate) fn ingress(skb: &Skb) -> i32 {
 
 #[inline(never)]
 fn whole(skb: &Skb, packet: &Packet) -> i32 {
-    if is_of_passed_connection(packet) {
+    let flow_table_first = last_passed();
+    if flow_table_first && is_of_passed_connection(packet) {
         return pass(Counter::PassNoSocket);
     }
     if is_for_own_connection(skb, packet) {
+        note_last_passed(false);
         return to_stack(skb, Mark::Tproxy, Counter::SteeredEstablished);
+    }
+    if !flow_table_first && is_of_passed_connection(packet) {
+        note_last_passed(true);
+        return pass(Counter::PassNoSocket);
     }
     if policy::is_local(&packet.destination) {
         let action = nat::steer(skb, packet);
@@ -56,6 +64,24 @@ fn whole(skb: &Skb, packet: &Packet) -> i32 {
     match sock::connection(skb, packet) {
         Some(sock) if !packet.is_syn() => to_connection(skb, sock, Mark::Tproxy),
         _ => natted(skb, packet),
+    }
+}
+
+/// Whether the last packet of a known TCP connection on this CPU was of one that passes. The next
+/// is likely of that kind too, and which of the two lookups comes first is half its cost.
+#[btf_map]
+static LAST_PASSED: PerCpuArray<u32, 1> = PerCpuArray::new();
+
+#[inline(always)]
+fn last_passed() -> bool {
+    LAST_PASSED.get(0).is_some_and(|passed| *passed != 0)
+}
+
+#[inline(always)]
+fn note_last_passed(passed: bool) {
+    if let Some(last) = LAST_PASSED.get_ptr_mut(0) {
+        // SAFETY: the entry is valid and belongs to this CPU.
+        unsafe { last.write(u32::from(passed)) };
     }
 }
 
