@@ -151,6 +151,14 @@ pub fn url(to: IpAddr, port: u16, path: &str) -> String {
     format!("http://{}{path}", SocketAddr::new(to, port))
 }
 
+/// How a line begins that tells what a scenario has done so far, or found.
+pub const NOTE: &str = "note: ";
+
+/// Tells what a scenario has done so far, or found: `cargo xtask test` shows it.
+pub fn note(text: &str) {
+    println!("{NOTE}{text}");
+}
+
 /// One lab; see the module's documentation for its layout.
 #[derive(Debug)]
 pub struct Lab {

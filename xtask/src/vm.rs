@@ -18,10 +18,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use serde_json::json;
+use xtask::lab::{NOTE, selection};
 
 use self::archive::Archive;
 use self::debian::Unpacked;
-use self::guest::{Ended, Guest, MEMORY};
+use self::guest::{Ended, Guest, Size};
 pub(crate) use self::kernel::Kernel;
 use self::qemu::Qemu;
 use self::results::Results;
@@ -31,11 +32,11 @@ use crate::term::{Progress, say};
 use crate::totals::Totals;
 use crate::{needs, packages, workspace};
 
-/// How long one guest may run, and on how many processors: with its share of the matrix,
-/// and with everything. A second processor costs a third more of the machine's time:
-/// emulated ones wait for each other.
-const SHARE: (Duration, usize) = (Duration::from_mins(20), 1);
-const EVERYTHING: (Duration, usize) = (Duration::from_hours(1), 2);
+/// Guests with their share of the matrix, with everything, and with 100,000 connections.
+/// A second processor costs a third more of the machine's time: emulated ones wait for each other.
+const SHARE: Size = Size { limit: Duration::from_mins(20), processors: 1, memory: 2048 };
+const EVERYTHING: Size = Size { limit: Duration::from_hours(1), processors: 2, memory: 2048 };
+const IDLE: Size = Size { memory: 5120, ..EVERYTHING };
 
 /// What is to be run, and where.
 pub(crate) struct Matrix<'a> {
@@ -107,7 +108,7 @@ impl Matrix<'_> {
         ready: Vec<(Kernel, Unpacked)>,
     ) -> Result<Vec<(Kernel, String, Results)>> {
         let started = Instant::now();
-        let places = places()?;
+        let places = places(self.size())?;
         let label = format!("{} kernels, {places} at a time", ready.len());
         let mut progress = Progress::new(&label);
         let (mut waiting, mut running, mut done) = (ready.into_iter(), Vec::new(), Vec::new());
@@ -122,8 +123,10 @@ impl Matrix<'_> {
             thread::sleep(Duration::from_millis(200));
             progress.tick(started.elapsed(), || {
                 let state = |(guest, _): &(Guest, String)| {
-                    let tests = guest.output().lines().filter(|line| line.starts_with("test ")).count();
-                    format!("{}: {tests} tests", guest.kernel.name())
+                    let output = guest.output();
+                    let tests = output.lines().filter(|line| line.starts_with("test ")).count();
+                    let note = notes(&output).last().map_or_else(String::new, |note| format!(", {note}"));
+                    format!("{}: {tests} tests{note}", guest.kernel.name())
                 };
                 running.iter().map(state).collect::<Vec<_>>().join(", ")
             });
@@ -137,6 +140,7 @@ impl Matrix<'_> {
                             results.totals().line(),
                             ended.elapsed.as_secs()
                         );
+                        notes(&ended.output).for_each(|note| println!("  {note}"));
                         results.faults.iter().for_each(|fault| println!("  FAILED: {fault}"));
                         done.push((guest.kernel, release, results));
                     }
@@ -153,8 +157,17 @@ impl Matrix<'_> {
         modules::add(&mut archive, unpacked)?;
         root::add_run(&mut archive, self.tests, self.filters, all.then(|| kernel.selection()))?;
         let dir = workspace::target().join("vm").join(kernel.suite()).join("run");
-        let (limit, processors) = if all { SHARE } else { EVERYTHING };
-        Guest::boot(qemu.command(), kernel, unpacked, &archive.finish()?, dir, processors, limit)
+        Guest::boot(qemu.command(), kernel, unpacked, &archive.finish()?, dir, self.size())
+    }
+
+    fn size(&self) -> Size {
+        if self.kernels.is_empty() {
+            SHARE
+        } else if self.filters.iter().any(|filter| filter == selection::IDLE) {
+            IDLE
+        } else {
+            EVERYTHING
+        }
     }
 
     fn judge(&self, release: &str, ended: &Ended) -> Results {
@@ -166,13 +179,18 @@ impl Matrix<'_> {
 }
 
 /// As many guests run as there are cores, where the memory is there.
-fn places() -> Result<usize> {
+fn places(size: Size) -> Result<usize> {
     let meminfo = fs::read_to_string("/proc/meminfo").context("cannot read /proc/meminfo")?;
     let available =
         meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.split_whitespace().next());
     let mib: u64 = available.context("no MemAvailable")?.parse::<u64>()? / 1024;
-    let memory = usize::try_from(mib / (MEMORY * 3 / 2))?;
+    let memory = usize::try_from(mib / (size.memory * 3 / 2))?;
     Ok(thread::available_parallelism()?.get().min(memory).max(1))
+}
+
+/// What the scenarios of a guest have told.
+fn notes(output: &str) -> impl DoubleEndedIterator<Item = &str> {
+    output.lines().filter_map(|line| line.strip_prefix(NOTE))
 }
 
 /// Writes the results for other programs.

@@ -1,7 +1,7 @@
 //! Many connections: connect, request, response, close.
 
 use std::collections::BTreeMap;
-use std::io;
+use std::io::{self, Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -70,7 +70,7 @@ impl LoadServer {
                     if client.ip() != expected {
                         strangers.fetch_add(1, Ordering::Relaxed);
                     }
-                    tokio::task::spawn_local(timeout(patience(PATIENCE * 3), respond(stream)));
+                    tokio::task::spawn_local(respond(stream));
                 }
             });
         })?;
@@ -114,6 +114,15 @@ async fn respond(mut stream: TcpStream) -> io::Result<()> {
         stream.read_exact(&mut request).await?;
         stream.write_all(&RESPONSE).await?;
     }
+}
+
+/// One exchange with a [`LoadServer`] on an open connection.
+///
+/// # Errors
+/// Where the connection has ended, or the answer does not come within the stream's time-out.
+pub fn ask(stream: &mut std::net::TcpStream) -> io::Result<()> {
+    stream.write_all(&REQUEST)?;
+    stream.read_exact(&mut [0; RESPONSE.len()])
 }
 
 /// What to send where.

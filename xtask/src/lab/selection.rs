@@ -6,6 +6,9 @@ use super::Family;
 /// `v4` or `v6`, and of the scenarios only the Nth of M parts, besides the core.
 pub const VARIABLE: &str = "TPROXY_LAB_SELECTION";
 
+/// The scenario of 100,000 idle connections, which runs only where it is named in full.
+pub const IDLE: &str = "idle_100000_connections";
+
 /// A part of the scenarios.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Selection {

@@ -26,6 +26,7 @@ mod handshake;
 mod harness;
 mod host;
 mod icmp;
+mod idle;
 mod interfaces;
 mod leftovers;
 mod links;
@@ -64,7 +65,7 @@ use std::thread;
 use clap::Parser as _;
 use libtest_mimic::{Completion, Failed, Trial};
 use serde_json::Value;
-use xtask::lab::selection::Selection;
+use xtask::lab::selection::{IDLE, Selection};
 use xtask::lab::{Family, Lab, load, proxy, reclaim};
 
 use common::{Scenario, Scenarios, Skip};
@@ -153,6 +154,9 @@ fn main() -> ExitCode {
     for (name, scenario) in once.iter().copied().flatten() {
         let name = format!("{name}::both");
         trials.push(Trial::ignorable_test(name, move || run(*scenario, Family::V4)));
+    }
+    if std::env::args().any(|argument| argument == IDLE) {
+        trials.push(Trial::ignorable_test(format!("{IDLE}::v4"), || run(idle::idle, Family::V4)));
     }
     let (mut arguments, trials) = CommandLine::parse().select(trials);
     let cores = thread::available_parallelism().map_or(1, NonZero::get);
