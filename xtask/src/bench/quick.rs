@@ -4,6 +4,7 @@
 //! worker and, but for bulk transfers, with one client that waits for each answer. So the
 //! figures are those of every machine, but for what two sides that run at once leave to chance.
 
+mod allocations;
 mod calls;
 mod checks;
 
@@ -17,6 +18,7 @@ use xtask::lab::daemon::wait_for;
 use xtask::lab::sockets::Protocol;
 use xtask::lab::{Daemon, Family, peer};
 
+use self::allocations::Allocations;
 use self::calls::{Calls, Counter};
 use self::checks::Outcome;
 use super::arena::{Arena, Programs, Run};
@@ -150,6 +152,14 @@ impl Subject {
         Ok((run, counter.detach()?))
     }
 
+    /// Runs a load, and counts what the proxy allocates from before its start to the end of all it opened.
+    fn allocations(&mut self, words: &str, seconds: u64) -> Result<(Run, u64)> {
+        let allocations = Allocations::attach(self.proxy()?.pid())?;
+        let run = self.arena.run(words, seconds, false)?;
+        self.quiet()?;
+        Ok((run, allocations.count()?))
+    }
+
     /// Connections that are open and have had an exchange.
     fn idle(&self, connections: u64) -> Result<Idle> {
         Idle::open(&self.arena.lab, &self.arena.programs.tproxy_load, connections)
@@ -255,12 +265,17 @@ fn tcp_connections(subject: &mut Subject) -> Result<Vec<Outcome>> {
     let segments = subject.segments()? - before;
     let mut outcomes = calls.outcomes(&checks::TCP_CALLS, &checks::TCP_WAITS, connections);
     outcomes.push(checks::TCP_SEGMENTS.seen(each(segments, completed(&run)?)));
+    let (run, allocations) = subject.allocations(&words, 60)?;
+    outcomes.push(checks::TCP_ALLOCATIONS.seen(each(allocations, completed(&run)?)));
     Ok(outcomes)
 }
 
 fn tcp_exchanges(subject: &mut Subject) -> Result<Vec<Outcome>> {
     let (run, calls) = subject.traced("exchange --connections 1", 1)?;
-    Ok(calls.outcomes(&checks::EXCHANGE_CALLS, &checks::EXCHANGE_WAITS, completed(&run)?))
+    let mut outcomes = calls.outcomes(&checks::EXCHANGE_CALLS, &checks::EXCHANGE_WAITS, completed(&run)?);
+    let (run, allocations) = subject.allocations("exchange --connections 1", 1)?;
+    outcomes.push(checks::EXCHANGE_ALLOCATIONS.seen(each(allocations, completed(&run)?)));
+    Ok(outcomes)
 }
 
 /// Calls that take bytes out of the kernel, or into it.
@@ -286,12 +301,19 @@ fn tcp_bulk(subject: &mut Subject) -> Result<Vec<Outcome>> {
 
 fn udp_flows(subject: &mut Subject) -> Result<Vec<Outcome>> {
     let (run, calls) = subject.traced("udp-new --in-flight 1", 3)?;
-    Ok(calls.outcomes(&checks::UDP_FLOW_CALLS, &checks::UDP_FLOW_WAITS, completed(&run)?))
+    let mut outcomes = calls.outcomes(&checks::UDP_FLOW_CALLS, &checks::UDP_FLOW_WAITS, completed(&run)?);
+    let (run, allocations) = subject.allocations("udp-new --in-flight 1", 3)?;
+    outcomes.push(checks::UDP_FLOW_ALLOCATIONS.seen(each(allocations, completed(&run)?)));
+    Ok(outcomes)
 }
 
 fn udp_exchanges(subject: &mut Subject) -> Result<Vec<Outcome>> {
     let (run, calls) = subject.traced("udp-exchange --flows 1", 1)?;
-    Ok(calls.outcomes(&checks::UDP_EXCHANGE_CALLS, &checks::UDP_EXCHANGE_WAITS, completed(&run)?))
+    let mut outcomes =
+        calls.outcomes(&checks::UDP_EXCHANGE_CALLS, &checks::UDP_EXCHANGE_WAITS, completed(&run)?);
+    let (run, allocations) = subject.allocations("udp-exchange --flows 1", 1)?;
+    outcomes.push(checks::UDP_EXCHANGE_ALLOCATIONS.seen(each(allocations, completed(&run)?)));
+    Ok(outcomes)
 }
 
 fn udp_one_way(subject: &mut Subject) -> Result<Vec<Outcome>> {
