@@ -46,8 +46,8 @@ pub(crate) struct Args {
     /// Write the results into README.md too, with their plots
     #[arg(long, conflicts_with_all = ["cases", "peers"])]
     record: bool,
-    /// Only check what does not depend on the machine, in half a minute: system calls, segments,
-    /// descriptors, memory; part `bench` of `cargo xtask test`
+    /// Only check what does not depend on the machine, in two minutes: system calls, segments,
+    /// allocations, descriptors, memory, instructions a packet; part `bench` of `cargo xtask test`
     #[arg(long, exclusive = true)]
     quick: bool,
 }

@@ -16,12 +16,12 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use serde_json::json;
 
 use self::archive::Archive;
 use self::debian::Unpacked;
-use self::guest::{Ended, Guest, MEMORY};
+use self::guest::{Ended, Guest, Size};
 pub(crate) use self::kernel::Kernel;
 use self::qemu::Qemu;
 use self::results::Results;
@@ -31,11 +31,11 @@ use crate::term::{Progress, say};
 use crate::totals::Totals;
 use crate::{needs, packages, workspace};
 
-/// How long one guest may run, and on how many processors: with its share of the matrix,
-/// and with everything. A second processor costs a third more of the machine's time:
-/// emulated ones wait for each other.
-const SHARE: (Duration, usize) = (Duration::from_mins(20), 1);
-const EVERYTHING: (Duration, usize) = (Duration::from_hours(1), 2);
+/// Guests with their share of the matrix, with everything, and one that counts instructions.
+/// A second processor costs a third more of the machine's time: emulated ones wait for each other.
+const SHARE: Size = Size { limit: Duration::from_mins(20), processors: 1, memory: 2048, counted: false };
+const EVERYTHING: Size = Size { limit: Duration::from_hours(1), processors: 2, ..SHARE };
+const COUNTED: Size = Size { limit: Duration::from_mins(5), processors: 1, memory: 1024, counted: true };
 
 /// What is to be run, and where.
 pub(crate) struct Matrix<'a> {
@@ -153,8 +153,8 @@ impl Matrix<'_> {
         modules::add(&mut archive, unpacked)?;
         root::add_run(&mut archive, self.tests, self.filters, all.then(|| kernel.selection()))?;
         let dir = workspace::target().join("vm").join(kernel.suite()).join("run");
-        let (limit, processors) = if all { SHARE } else { EVERYTHING };
-        Guest::boot(qemu.command(), kernel, unpacked, &archive.finish()?, dir, processors, limit)
+        let size = if all { SHARE } else { EVERYTHING };
+        Guest::boot(qemu.command(), kernel, unpacked, &archive.finish()?, dir, size)
     }
 
     fn judge(&self, release: &str, ended: &Ended) -> Results {
@@ -165,13 +165,42 @@ impl Matrix<'_> {
     }
 }
 
+/// What a program prints in a guest of this kernel in which a nanosecond is an instruction; `script`
+/// runs it, by its file name.
+///
+/// # Errors
+/// The guest cannot be made, or crashes.
+pub(crate) fn run_counted(kernel: Kernel, program: &Path, script: &str) -> Result<String> {
+    let qemu = Qemu::ensure()?;
+    packages::ensure(needs::VM)?;
+    let unpacked = debian::fetch(kernel)?;
+    let archive = root::of_program(program, script)?.finish()?;
+    let dir = workspace::target().join("vm").join(kernel.suite()).join("counted");
+    let started = Instant::now();
+    let label = format!("counting instructions on Linux {}", unpacked.release);
+    let mut progress = Progress::new(&label);
+    let mut guest = Guest::boot(qemu.command(), kernel, &unpacked, &archive, dir, COUNTED)?;
+    let ended = loop {
+        if let Some(ended) = guest.ended()? {
+            break ended;
+        }
+        thread::sleep(Duration::from_millis(200));
+        progress.tick(started.elapsed(), String::new);
+    };
+    progress.finish(started.elapsed(), ended.crash.is_none());
+    match ended.crash {
+        Some(crash) => bail!("the guest: {crash}"),
+        None => Ok(ended.output),
+    }
+}
+
 /// As many guests run as there are cores, where the memory is there.
 fn places() -> Result<usize> {
     let meminfo = fs::read_to_string("/proc/meminfo").context("cannot read /proc/meminfo")?;
     let available =
         meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.split_whitespace().next());
     let mib: u64 = available.context("no MemAvailable")?.parse::<u64>()? / 1024;
-    let memory = usize::try_from(mib / (MEMORY * 3 / 2))?;
+    let memory = usize::try_from(mib / (SHARE.memory * 3 / 2))?;
     Ok(thread::available_parallelism()?.get().min(memory).max(1))
 }
 

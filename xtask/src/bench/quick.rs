@@ -7,6 +7,7 @@
 mod allocations;
 mod calls;
 mod checks;
+mod instructions;
 
 use std::net::{SocketAddr, UdpSocket};
 use std::path::Path;
@@ -52,7 +53,7 @@ struct Probe {
 }
 
 /// Memory first: what other traffic leaves behind is not that of idle connections.
-const PROBES: [Probe; 8] = [
+const PROBES: [Probe; 9] = [
     Probe { name: "idle_memory", run: idle_memory },
     Probe { name: "descriptors", run: descriptors },
     Probe { name: "tcp_connections", run: tcp_connections },
@@ -61,6 +62,7 @@ const PROBES: [Probe; 8] = [
     Probe { name: "udp_flows", run: udp_flows },
     Probe { name: "udp_exchanges", run: udp_exchanges },
     Probe { name: "udp_one_way", run: udp_one_way },
+    Probe { name: "packet_instructions", run: |_| instructions::count() },
 ];
 
 /// What came of the checks.

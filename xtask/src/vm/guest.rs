@@ -11,10 +11,20 @@ use xtask::lab::reclaim;
 use super::debian::Unpacked;
 use super::kernel::Kernel;
 
-/// Memory of a guest in MiB. The initramfs is in it twice while it is unpacked.
-pub(crate) const MEMORY: u64 = 2048;
 /// How many of the console's last lines tell of a crash.
 const TAIL: usize = 30;
+
+/// What a guest has, and how long it may run.
+#[derive(Clone, Copy)]
+pub(crate) struct Size {
+    pub(crate) limit: Duration,
+    pub(crate) processors: usize,
+    /// In MiB. The initramfs is in it twice while it is unpacked.
+    pub(crate) memory: u64,
+    /// Its clocks tick once for each instruction, and so does its processor's counter: what takes
+    /// a nanosecond there is one instruction, on every machine.
+    pub(crate) counted: bool,
+}
 
 /// A running guest; killed when dropped.
 pub(crate) struct Guest {
@@ -36,15 +46,14 @@ pub(crate) struct Ended {
 }
 
 impl Guest {
-    /// Boots a kernel on so many processors; `dir` gets the initramfs and what the ports print.
+    /// Boots a kernel; `dir` gets the initramfs and what the ports print.
     pub(crate) fn boot(
         mut qemu: Command,
         kernel: Kernel,
         unpacked: &Unpacked,
         initramfs: &[u8],
         dir: PathBuf,
-        processors: usize,
-        limit: Duration,
+        size: Size,
     ) -> Result<Self> {
         fs::create_dir_all(&dir)?;
         let initrd = dir.join("initramfs");
@@ -56,13 +65,18 @@ impl Guest {
         // needs two thirds of the time. Without the rest a change of tasks or into the
         // kernel is emulated in fewer steps, a sixth of all time; AVX has to go with
         // xsave, or Linux 7.2 dies of its PCLMULQDQ code, which takes it for given.
-        qemu.args(["-M", "pc", "-accel", "tcg,thread=multi"])
+        if size.counted {
+            qemu.args(["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off"]);
+        } else {
+            qemu.args(["-accel", "tcg,thread=multi"]);
+        }
+        qemu.args(["-M", "pc"])
             .args([
                 "-cpu",
                 "max,la57=off,cx16=off,erms=off,fsrm=off,smap=off,smep=off,umip=off,pku=off,\
                  xsave=off,avx=off,avx2=off,fma=off,f16c=off,pclmulqdq=off",
             ])
-            .args(["-smp", &processors.to_string(), "-m", &MEMORY.to_string()])
+            .args(["-smp", &size.processors.to_string(), "-m", &size.memory.to_string()])
             .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
             .arg("-kernel")
             .arg(&unpacked.image)
@@ -85,7 +99,7 @@ impl Guest {
         qemu.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         let child = qemu.spawn().context("cannot run QEMU")?;
         let signals = reclaim::supervise(child.id());
-        Ok(Self { kernel, child, _signals: signals, started: Instant::now(), limit, dir })
+        Ok(Self { kernel, child, _signals: signals, started: Instant::now(), limit: size.limit, dir })
     }
 
     /// What the tests have printed so far.

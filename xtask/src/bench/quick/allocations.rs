@@ -83,8 +83,8 @@ mod tests {
 
     #[test]
     fn the_allocator_is_in_the_c_library() {
-        let maps = fs::read_to_string("/proc/self/maps").unwrap();
-        let (library, _) = place(&maps, libc::malloc as *const () as usize).unwrap();
+        let maps = fs::read_to_string("/proc/self/maps").expect("maps");
+        let (library, _) = place(&maps, libc::malloc as *const () as usize).expect("the library");
         assert!(library.contains("libc"), "{library}");
     }
 }
