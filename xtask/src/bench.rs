@@ -34,7 +34,7 @@ pub(crate) struct Args {
     /// What to measure, separated by commas; else all but `steering`
     #[arg(long, value_delimiter = ',', value_name = "CASE")]
     cases: Vec<Case>,
-    /// Only these, separated by commas; else all that can do it
+    /// Only these, separated by commas; else all that can do it, but no `exp-…`
     #[arg(long, value_delimiter = ',', value_name = "PEER")]
     peers: Vec<Peer>,
     /// Rounds; each measures every candidate once
@@ -67,6 +67,11 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let programs = Programs {
         tproxy_user: build::ensure_all(Profile::Release)?.tproxy_user,
         tproxy_load: build::program("tproxy-load", Profile::Release)?,
+        experiments: plan
+            .iter()
+            .any(|(_, peers)| peers.iter().any(|peer| peer.is_experiment()))
+            .then(|| build::program("tproxy-experiments", Profile::Release))
+            .transpose()?,
     };
     let conditions = results::Conditions::now(args.rounds, args.seconds)?;
     let mut comparison = Comparison::new(args.rounds, args.seconds, programs, &plan)?;
@@ -114,6 +119,11 @@ fn check() -> Result<()> {
 fn plan(args: &Args) -> Vec<(Case, Vec<Peer>)> {
     let cases = if args.cases.is_empty() { Case::ALL.as_slice() } else { &args.cases };
     let chosen = |peer: &&Peer| args.peers.is_empty() || args.peers.contains(*peer);
-    let plan = cases.iter().map(|case| (*case, case.peers().iter().filter(chosen).copied().collect()));
+    let experiments =
+        |case: Case| args.peers.iter().filter(move |peer| peer.is_experiment() && case.is_for_experiments());
+    let plan = cases.iter().map(|case| {
+        let peers = case.peers().iter().filter(chosen).chain(experiments(*case));
+        (*case, peers.copied().collect())
+    });
     plan.filter(|(case, peers): &(Case, Vec<Peer>)| case.in_kernel() || !peers.is_empty()).collect()
 }

@@ -103,7 +103,8 @@ pub(crate) fn run(tproxy_user: &Path, filters: &[String]) -> Result<Results> {
     }
     limits::raise()?;
     let tproxy_load = build::program("tproxy-load", Profile::Dev)?;
-    let mut subject = Subject::start(&Programs { tproxy_user: tproxy_user.to_owned(), tproxy_load })?;
+    let programs = Programs { tproxy_user: tproxy_user.to_owned(), tproxy_load, experiments: None };
+    let mut subject = Subject::start(&programs)?;
     for probe in probes {
         match subject.quiet().and_then(|()| (probe.run)(&mut subject)) {
             Ok(outcomes) => results.outcomes.extend(outcomes),
