@@ -127,3 +127,26 @@ fn plan(args: &Args) -> Vec<(Case, Vec<Peer>)> {
     });
     plan.filter(|(case, peers): &(Case, Vec<Peer>)| case.in_kernel() || !peers.is_empty()).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn experiments_take_part_only_where_they_are_asked_for() {
+        let of = |peers: &[Peer]| {
+            plan(&Args {
+                cases: vec![Case::Bulk, Case::Connect],
+                peers: peers.into(),
+                rounds: 1,
+                seconds: 1,
+                record: false,
+                quick: false,
+            })
+        };
+        let (_, all) = &of(&[])[0];
+        assert!(all.contains(&Peer::Ebpf) && !all.iter().any(|peer| peer.is_experiment()), "{all:?}");
+        let asked = [Peer::Direct, Peer::ExpCopy];
+        assert_eq!(of(&asked), [(Case::Bulk, asked.into()), (Case::Connect, vec![Peer::Direct])]);
+    }
+}

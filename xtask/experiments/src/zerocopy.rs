@@ -1,6 +1,9 @@
 //! read(2), and send(2) with `MSG_ZEROCOPY`: the second copy is saved, and each buffer has to wait
 //! until the kernel tells that it needs it no longer
 //! (`Documentation/networking/msg_zerocopy.rst` of the kernel).
+//!
+//! What another socket of the same host receives, over loopback or veth, is copied all the same, on
+//! its way in (`skb_orphan_frags_rx`): how much was, each direction tells at its end.
 
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind, Read as _};

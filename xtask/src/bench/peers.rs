@@ -54,19 +54,19 @@ pub(crate) enum Peer {
     V2ray,
     /// shadowsocks-libev: ss-redir, behind iptables REDIRECT and TPROXY, before its server
     Shadowsocks,
-    /// tproxy-experiments, behind iptables TPROXY: read(2) and write(2)
+    /// An experiment, behind iptables TPROXY: read(2) and write(2)
     ExpCopy,
-    /// splice(2), pipes of 64 KiB
+    /// Another: splice(2), pipes of 64 KiB
     ExpSplice64,
-    /// splice(2), pipes of 256 KiB
+    /// Another: splice(2), pipes of 256 KiB
     ExpSplice256,
-    /// splice(2), pipes of 1 MiB
+    /// Another: splice(2), pipes of 1 MiB
     ExpSplice1024,
-    /// send(2) with `MSG_ZEROCOPY`
+    /// Another: send(2) with `MSG_ZEROCOPY`
     ExpZerocopy,
-    /// `io_uring`: receives and sends
+    /// Another: receives and sends of `io_uring`
     ExpIoUring,
-    /// `io_uring`: splices
+    /// Another: splices of `io_uring`
     ExpIoUringSplice,
 }
 
