@@ -34,7 +34,7 @@ pub(crate) struct Args {
     /// What to measure, separated by commas; else all but `steering`
     #[arg(long, value_delimiter = ',', value_name = "CASE")]
     cases: Vec<Case>,
-    /// Only these, separated by commas; else all that can do it
+    /// Only these, separated by commas; else all that can do it, but no `exp-…`
     #[arg(long, value_delimiter = ',', value_name = "PEER")]
     peers: Vec<Peer>,
     /// Rounds; each measures every candidate once
@@ -46,8 +46,8 @@ pub(crate) struct Args {
     /// Write the results into README.md too, with their plots
     #[arg(long, conflicts_with_all = ["cases", "peers"])]
     record: bool,
-    /// Only check what does not depend on the machine, in half a minute: system calls, segments,
-    /// descriptors, memory; part `bench` of `cargo xtask test`
+    /// Only check what does not depend on the machine, in two minutes: system calls, segments,
+    /// allocations, descriptors, memory, instructions a packet; part `bench` of `cargo xtask test`
     #[arg(long, exclusive = true)]
     quick: bool,
 }
@@ -67,6 +67,11 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let programs = Programs {
         tproxy_user: build::ensure_all(Profile::Release)?.tproxy_user,
         tproxy_load: build::program("tproxy-load", Profile::Release)?,
+        experiments: plan
+            .iter()
+            .any(|(_, peers)| peers.iter().any(|peer| peer.is_experiment()))
+            .then(|| build::program("tproxy-experiments", Profile::Release))
+            .transpose()?,
     };
     let conditions = results::Conditions::now(args.rounds, args.seconds)?;
     let mut comparison = Comparison::new(args.rounds, args.seconds, programs, &plan)?;
@@ -114,6 +119,34 @@ fn check() -> Result<()> {
 fn plan(args: &Args) -> Vec<(Case, Vec<Peer>)> {
     let cases = if args.cases.is_empty() { Case::ALL.as_slice() } else { &args.cases };
     let chosen = |peer: &&Peer| args.peers.is_empty() || args.peers.contains(*peer);
-    let plan = cases.iter().map(|case| (*case, case.peers().iter().filter(chosen).copied().collect()));
+    let experiments =
+        |case: Case| args.peers.iter().filter(move |peer| peer.is_experiment() && case.is_for_experiments());
+    let plan = cases.iter().map(|case| {
+        let peers = case.peers().iter().filter(chosen).chain(experiments(*case));
+        (*case, peers.copied().collect())
+    });
     plan.filter(|(case, peers): &(Case, Vec<Peer>)| case.in_kernel() || !peers.is_empty()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn experiments_take_part_only_where_they_are_asked_for() {
+        let of = |peers: &[Peer]| {
+            plan(&Args {
+                cases: vec![Case::Bulk, Case::Connect],
+                peers: peers.into(),
+                rounds: 1,
+                seconds: 1,
+                record: false,
+                quick: false,
+            })
+        };
+        let (_, all) = &of(&[])[0];
+        assert!(all.contains(&Peer::Ebpf) && !all.iter().any(|peer| peer.is_experiment()), "{all:?}");
+        let asked = [Peer::Direct, Peer::ExpCopy];
+        assert_eq!(of(&asked), [(Case::Bulk, asked.into()), (Case::Connect, vec![Peer::Direct])]);
+    }
 }

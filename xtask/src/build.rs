@@ -4,6 +4,7 @@ use std::{
     fs::{self, File, TryLockError},
     io::{self, Write as _},
     path::{Path, PathBuf},
+    process::Command,
 };
 
 use anyhow::{Context as _, Result, bail};
@@ -197,13 +198,25 @@ pub(crate) fn userspace(profile: Profile) -> Result<PathBuf> {
 
 /// Builds the program of a package of the same name, and returns where cargo put it.
 pub(crate) fn program(name: &str, profile: Profile) -> Result<PathBuf> {
-    let messages = workspace::target().join(format!("log/{name}.json"));
     let mut cargo = workspace::cargo("build");
-    cargo.args(["--locked", "--package", name, "--bin", name]);
-    cargo.args(["--message-format", "json-render-diagnostics"]);
+    cargo.args(["--package", name, "--bin", name]);
     if profile == Profile::Release {
         cargo.arg("--release");
     }
+    executable_of(cargo, name)
+}
+
+/// Builds a benchmark of `tproxy-user`, as tests are built, and returns where cargo put it.
+pub(crate) fn benchmark(name: &str) -> Result<PathBuf> {
+    let mut cargo = workspace::cargo("test");
+    cargo.args(["--no-run", "--package", "tproxy-user", "--bench", name]);
+    executable_of(cargo, name)
+}
+
+/// Runs a build of cargo's, and returns where it put this program.
+fn executable_of(mut cargo: Command, name: &str) -> Result<PathBuf> {
+    let messages = workspace::target().join(format!("log/{name}.json"));
+    cargo.args(["--locked", "--message-format", "json-render-diagnostics"]);
     if let Some(parent) = messages.parent() {
         fs::create_dir_all(parent)?;
     }

@@ -279,15 +279,19 @@ impl Lab {
              route add 2001:db8:f000::/36 via 2001:db8:2::2 congctl cubic\n",
         );
         self.router.ip_batch(&router)?;
-        let edge = |router: (IpAddr, IpAddr), own: (IpAddr, IpAddr)| {
+        // The router's own address is one that servers see: of a proxy that does not keep the
+        // client's.
+        let edge = |(router4, router6): (IpAddr, IpAddr), own: (IpAddr, IpAddr)| {
             format!(
                 "link set lo up\n\
                  link set eth0 up\n\
                  addr add {}/24 dev eth0\n\
                  addr add {}/64 dev eth0 nodad\n\
-                 route add default via {} congctl cubic\n\
-                 route add ::/0 via {} congctl cubic\n",
-                own.0, own.1, router.0, router.1
+                 route add {router4} dev eth0 congctl cubic\n\
+                 route add {router6} dev eth0 congctl cubic\n\
+                 route add default via {router4} congctl cubic\n\
+                 route add ::/0 via {router6} congctl cubic\n",
+                own.0, own.1
             )
         };
         let both = |address: fn(Family) -> IpAddr| (address(Family::V4), address(Family::V6));

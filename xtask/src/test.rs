@@ -68,7 +68,8 @@ enum Part {
     Golden,
     /// The whole proxy with real programs in network namespaces, and its relay behind iptables TPROXY
     Netns,
-    /// What each connection and datagram costs the proxy: system calls, segments, descriptors, memory
+    /// What each connection and datagram costs the proxy: system calls, segments, allocations,
+    /// descriptors, memory, instructions of the eBPF programs
     Bench,
     /// The parser and the classification on inputs that a fuzzer makes, for some seconds
     Fuzz,

@@ -16,7 +16,7 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use serde_json::json;
 use xtask::lab::{NOTE, selection};
 
@@ -32,11 +32,13 @@ use crate::term::{Progress, say};
 use crate::totals::Totals;
 use crate::{needs, packages, workspace};
 
-/// Guests with their share of the matrix, with everything, and with 100,000 connections.
-/// A second processor costs a third more of the machine's time: emulated ones wait for each other.
-const SHARE: Size = Size { limit: Duration::from_mins(20), processors: 1, memory: 2048 };
-const EVERYTHING: Size = Size { limit: Duration::from_hours(1), processors: 2, memory: 2048 };
+/// Guests with their share of the matrix, with everything, with 100,000 connections, and one that
+/// counts instructions. A second processor costs a third more of the machine's time: emulated ones
+/// wait for each other.
+const SHARE: Size = Size { limit: Duration::from_mins(20), processors: 1, memory: 2048, counted: false };
+const EVERYTHING: Size = Size { limit: Duration::from_hours(1), processors: 2, ..SHARE };
 const IDLE: Size = Size { memory: 5120, ..EVERYTHING };
+const COUNTED: Size = Size { limit: Duration::from_mins(5), processors: 1, memory: 1024, counted: true };
 
 /// What is to be run, and where.
 pub(crate) struct Matrix<'a> {
@@ -175,6 +177,35 @@ impl Matrix<'_> {
         let mut results = Results::parse(&ended.output, release, &expected);
         results.faults.extend(ended.crash.clone());
         results
+    }
+}
+
+/// What a program prints in a guest of this kernel in which a nanosecond is an instruction; `script`
+/// runs it, by its file name.
+///
+/// # Errors
+/// The guest cannot be made, or crashes.
+pub(crate) fn run_counted(kernel: Kernel, program: &Path, script: &str) -> Result<String> {
+    let qemu = Qemu::ensure()?;
+    packages::ensure(needs::VM)?;
+    let unpacked = debian::fetch(kernel)?;
+    let archive = root::of_program(program, script)?.finish()?;
+    let dir = workspace::target().join("vm").join(kernel.suite()).join("counted");
+    let started = Instant::now();
+    let label = format!("counting instructions on Linux {}", unpacked.release);
+    let mut progress = Progress::new(&label);
+    let mut guest = Guest::boot(qemu.command(), kernel, &unpacked, &archive, dir, COUNTED)?;
+    let ended = loop {
+        if let Some(ended) = guest.ended()? {
+            break ended;
+        }
+        thread::sleep(Duration::from_millis(200));
+        progress.tick(started.elapsed(), String::new);
+    };
+    progress.finish(started.elapsed(), ended.crash.is_none());
+    match ended.crash {
+        Some(crash) => bail!("the guest: {crash}"),
+        None => Ok(ended.output),
     }
 }
 

@@ -18,6 +18,8 @@ use super::proof;
 pub(crate) struct Programs {
     pub(crate) tproxy_user: PathBuf,
     pub(crate) tproxy_load: PathBuf,
+    /// Where an experiment takes part.
+    pub(crate) experiments: Option<PathBuf>,
 }
 
 /// A lab with a candidate in its router, proven to do its work, and a server.
@@ -43,7 +45,7 @@ pub(crate) struct Run {
 impl Arena {
     /// Starts a candidate, and proves it.
     pub(crate) fn new(peer: Peer, programs: &Programs, protocols: &[Protocol]) -> Result<Self> {
-        Self::started(peer, programs, protocols, |lab| peer.start(lab, &programs.tproxy_user))
+        Self::started(peer, programs, protocols, |lab| peer.start(lab, programs))
     }
 
     /// The same, of one that is started in its own way.

@@ -117,6 +117,12 @@ impl Case {
         }
     }
 
+    /// Whether experiments are compared too, where they are asked for: they are about established
+    /// connections.
+    pub(crate) const fn is_for_experiments(self) -> bool {
+        matches!(self, Self::Bulk | Self::BulkPlain)
+    }
+
     /// Whether it is one of the benchmarks of `tproxy-user`.
     pub(crate) const fn in_kernel(self) -> bool {
         matches!(self, Self::Policy | Self::Packet)

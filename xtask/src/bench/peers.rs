@@ -1,5 +1,6 @@
 //! The candidates, each set up as its documentation tells, in the router of a lab.
 
+mod experiment;
 mod haproxy;
 mod nginx;
 mod redsocks;
@@ -8,12 +9,11 @@ mod shadowsocks;
 mod tproxy;
 mod v2ray;
 
-use std::path::Path;
-
 use anyhow::Result;
 use clap::ValueEnum;
 use xtask::lab::{Daemon, Lab, Proxy};
 
+use super::arena::Programs;
 use super::series::Role;
 use crate::needs;
 use crate::packages::Need;
@@ -54,6 +54,20 @@ pub(crate) enum Peer {
     V2ray,
     /// shadowsocks-libev: ss-redir, behind iptables REDIRECT and TPROXY, before its server
     Shadowsocks,
+    /// An experiment, behind iptables TPROXY: read(2) and write(2)
+    ExpCopy,
+    /// Another: splice(2), pipes of 64 KiB
+    ExpSplice64,
+    /// Another: splice(2), pipes of 256 KiB
+    ExpSplice256,
+    /// Another: splice(2), pipes of 1 MiB
+    ExpSplice1024,
+    /// Another: send(2) with `MSG_ZEROCOPY`
+    ExpZerocopy,
+    /// Another: receives and sends of `io_uring`
+    ExpIoUring,
+    /// Another: splices of `io_uring`
+    ExpIoUringSplice,
 }
 
 impl Peer {
@@ -70,6 +84,13 @@ impl Peer {
             Self::Redsocks => "redsocks",
             Self::V2ray => "v2ray",
             Self::Shadowsocks => "shadowsocks",
+            Self::ExpCopy => "exp-copy",
+            Self::ExpSplice64 => "exp-splice64",
+            Self::ExpSplice256 => "exp-splice256",
+            Self::ExpSplice1024 => "exp-splice1024",
+            Self::ExpZerocopy => "exp-zerocopy",
+            Self::ExpIoUring => "exp-io-uring",
+            Self::ExpIoUringSplice => "exp-io-uring-splice",
         }
     }
 
@@ -85,14 +106,29 @@ impl Peer {
             Self::Redsocks => "redsocks",
             Self::V2ray => "v2ray",
             Self::Shadowsocks => "shadowsocks-libev",
+            _ => self.key(),
         }
+    }
+
+    /// Whether it is one that shows a way to move bytes, and no proxy to use.
+    pub(crate) const fn is_experiment(self) -> bool {
+        matches!(
+            self,
+            Self::ExpCopy
+                | Self::ExpSplice64
+                | Self::ExpSplice256
+                | Self::ExpSplice1024
+                | Self::ExpZerocopy
+                | Self::ExpIoUring
+                | Self::ExpIoUringSplice
+        )
     }
 
     pub(crate) const fn role(self) -> Role {
         match self {
-            Self::Direct | Self::Faithful | Self::Iptables | Self::IptablesCounting => Role::Reference,
             Self::Ebpf | Self::Passing => Role::Ours,
             Self::Haproxy | Self::Nginx | Self::Redsocks | Self::V2ray | Self::Shadowsocks => Role::Peer,
+            _ => Role::Reference,
         }
     }
 
@@ -103,29 +139,30 @@ impl Peer {
 
     /// Whether UDP does.
     pub(crate) const fn relays_udp(self) -> bool {
-        self.relays() && !matches!(self, Self::Haproxy | Self::Redsocks)
+        self.relays() && !self.is_experiment() && !matches!(self, Self::Haproxy | Self::Redsocks)
     }
 
     /// Whether servers see the client's address.
     pub(crate) const fn keeps_source(self) -> bool {
-        !matches!(self, Self::Redsocks | Self::V2ray | Self::Shadowsocks)
+        !self.is_experiment() && !matches!(self, Self::Redsocks | Self::V2ray | Self::Shadowsocks)
     }
 
     /// What it runs.
     pub(crate) const fn needs(self) -> &'static [Need] {
         match self {
             Self::Direct | Self::Ebpf | Self::Passing | Self::Faithful => &[],
-            Self::Iptables | Self::IptablesCounting => needs::BENCH_IPTABLES,
             Self::Haproxy => needs::BENCH_HAPROXY,
             Self::Nginx => needs::BENCH_NGINX,
             Self::Redsocks => needs::BENCH_REDSOCKS,
             Self::V2ray => needs::BENCH_V2RAY,
             Self::Shadowsocks => needs::BENCH_SHADOWSOCKS,
+            _ => needs::BENCH_IPTABLES,
         }
     }
 
     /// Starts it in a lab's router.
-    pub(crate) fn start(self, lab: &Lab, tproxy_user: &Path) -> Result<Running> {
+    pub(crate) fn start(self, lab: &Lab, programs: &Programs) -> Result<Running> {
+        let tproxy_user = &programs.tproxy_user;
         match self {
             Self::Direct => Ok(Running::default()),
             Self::Ebpf => tproxy::start(lab, tproxy_user, "--iface lan"),
@@ -147,6 +184,13 @@ impl Peer {
             Self::Redsocks => redsocks::start(lab),
             Self::V2ray => v2ray::start(lab),
             Self::Shadowsocks => shadowsocks::start(lab),
+            Self::ExpCopy => experiment::start(lab, programs, "copy"),
+            Self::ExpSplice64 => experiment::start(lab, programs, "splice --pipe 64"),
+            Self::ExpSplice256 => experiment::start(lab, programs, "splice --pipe 256"),
+            Self::ExpSplice1024 => experiment::start(lab, programs, "splice --pipe 1024"),
+            Self::ExpZerocopy => experiment::start(lab, programs, "zerocopy"),
+            Self::ExpIoUring => experiment::start(lab, programs, "io-uring"),
+            Self::ExpIoUringSplice => experiment::start(lab, programs, "io-uring-splice"),
         }
     }
 }

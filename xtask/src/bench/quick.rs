@@ -4,8 +4,10 @@
 //! worker and, but for bulk transfers, with one client that waits for each answer. So the
 //! figures are those of every machine, but for what two sides that run at once leave to chance.
 
+mod allocations;
 mod calls;
 mod checks;
+mod instructions;
 
 use std::net::{SocketAddr, UdpSocket};
 use std::path::Path;
@@ -17,6 +19,7 @@ use xtask::lab::daemon::wait_for;
 use xtask::lab::sockets::Protocol;
 use xtask::lab::{Daemon, Family, peer};
 
+use self::allocations::Allocations;
 use self::calls::{Calls, Counter};
 use self::checks::Outcome;
 use super::arena::{Arena, Programs, Run};
@@ -50,7 +53,7 @@ struct Probe {
 }
 
 /// Memory first: what other traffic leaves behind is not that of idle connections.
-const PROBES: [Probe; 8] = [
+const PROBES: [Probe; 9] = [
     Probe { name: "idle_memory", run: idle_memory },
     Probe { name: "descriptors", run: descriptors },
     Probe { name: "tcp_connections", run: tcp_connections },
@@ -59,6 +62,7 @@ const PROBES: [Probe; 8] = [
     Probe { name: "udp_flows", run: udp_flows },
     Probe { name: "udp_exchanges", run: udp_exchanges },
     Probe { name: "udp_one_way", run: udp_one_way },
+    Probe { name: "packet_instructions", run: |_| instructions::count() },
 ];
 
 /// What came of the checks.
@@ -99,7 +103,8 @@ pub(crate) fn run(tproxy_user: &Path, filters: &[String]) -> Result<Results> {
     }
     limits::raise()?;
     let tproxy_load = build::program("tproxy-load", Profile::Dev)?;
-    let mut subject = Subject::start(&Programs { tproxy_user: tproxy_user.to_owned(), tproxy_load })?;
+    let programs = Programs { tproxy_user: tproxy_user.to_owned(), tproxy_load, experiments: None };
+    let mut subject = Subject::start(&programs)?;
     for probe in probes {
         match subject.quiet().and_then(|()| (probe.run)(&mut subject)) {
             Ok(outcomes) => results.outcomes.extend(outcomes),
@@ -148,6 +153,14 @@ impl Subject {
         let run = self.arena.run(words, seconds, true)?;
         self.quiet()?;
         Ok((run, counter.detach()?))
+    }
+
+    /// Runs a load, and counts what the proxy allocates from before its start to the end of all it opened.
+    fn allocations(&mut self, words: &str, seconds: u64) -> Result<(Run, u64)> {
+        let allocations = Allocations::attach(self.proxy()?.pid())?;
+        let run = self.arena.run(words, seconds, false)?;
+        self.quiet()?;
+        Ok((run, allocations.count()?))
     }
 
     /// Connections that are open and have had an exchange.
@@ -255,12 +268,17 @@ fn tcp_connections(subject: &mut Subject) -> Result<Vec<Outcome>> {
     let segments = subject.segments()? - before;
     let mut outcomes = calls.outcomes(&checks::TCP_CALLS, &checks::TCP_WAITS, connections);
     outcomes.push(checks::TCP_SEGMENTS.seen(each(segments, completed(&run)?)));
+    let (run, allocations) = subject.allocations(&words, 60)?;
+    outcomes.push(checks::TCP_ALLOCATIONS.seen(each(allocations, completed(&run)?)));
     Ok(outcomes)
 }
 
 fn tcp_exchanges(subject: &mut Subject) -> Result<Vec<Outcome>> {
     let (run, calls) = subject.traced("exchange --connections 1", 1)?;
-    Ok(calls.outcomes(&checks::EXCHANGE_CALLS, &checks::EXCHANGE_WAITS, completed(&run)?))
+    let mut outcomes = calls.outcomes(&checks::EXCHANGE_CALLS, &checks::EXCHANGE_WAITS, completed(&run)?);
+    let (run, allocations) = subject.allocations("exchange --connections 1", 1)?;
+    outcomes.push(checks::EXCHANGE_ALLOCATIONS.seen(each(allocations, completed(&run)?)));
+    Ok(outcomes)
 }
 
 /// Calls that take bytes out of the kernel, or into it.
@@ -286,12 +304,19 @@ fn tcp_bulk(subject: &mut Subject) -> Result<Vec<Outcome>> {
 
 fn udp_flows(subject: &mut Subject) -> Result<Vec<Outcome>> {
     let (run, calls) = subject.traced("udp-new --in-flight 1", 3)?;
-    Ok(calls.outcomes(&checks::UDP_FLOW_CALLS, &checks::UDP_FLOW_WAITS, completed(&run)?))
+    let mut outcomes = calls.outcomes(&checks::UDP_FLOW_CALLS, &checks::UDP_FLOW_WAITS, completed(&run)?);
+    let (run, allocations) = subject.allocations("udp-new --in-flight 1", 3)?;
+    outcomes.push(checks::UDP_FLOW_ALLOCATIONS.seen(each(allocations, completed(&run)?)));
+    Ok(outcomes)
 }
 
 fn udp_exchanges(subject: &mut Subject) -> Result<Vec<Outcome>> {
     let (run, calls) = subject.traced("udp-exchange --flows 1", 1)?;
-    Ok(calls.outcomes(&checks::UDP_EXCHANGE_CALLS, &checks::UDP_EXCHANGE_WAITS, completed(&run)?))
+    let mut outcomes =
+        calls.outcomes(&checks::UDP_EXCHANGE_CALLS, &checks::UDP_EXCHANGE_WAITS, completed(&run)?);
+    let (run, allocations) = subject.allocations("udp-exchange --flows 1", 1)?;
+    outcomes.push(checks::UDP_EXCHANGE_ALLOCATIONS.seen(each(allocations, completed(&run)?)));
+    Ok(outcomes)
 }
 
 fn udp_one_way(subject: &mut Subject) -> Result<Vec<Outcome>> {

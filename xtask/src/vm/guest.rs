@@ -21,6 +21,9 @@ pub(crate) struct Size {
     pub(crate) processors: usize,
     /// In MiB. The initramfs is in it twice while it is unpacked.
     pub(crate) memory: u64,
+    /// Its clocks tick once for each instruction, and so does its processor's counter: what takes
+    /// a nanosecond there is one instruction, on every machine.
+    pub(crate) counted: bool,
 }
 
 /// A running guest; killed when dropped.
@@ -62,7 +65,12 @@ impl Guest {
         // needs two thirds of the time. Without the rest a change of tasks or into the
         // kernel is emulated in fewer steps, a sixth of all time; AVX has to go with
         // xsave, or Linux 7.2 dies of its PCLMULQDQ code, which takes it for given.
-        qemu.args(["-M", "pc", "-accel", "tcg,thread=multi"])
+        if size.counted {
+            qemu.args(["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off"]);
+        } else {
+            qemu.args(["-accel", "tcg,thread=multi"]);
+        }
+        qemu.args(["-M", "pc"])
             .args([
                 "-cpu",
                 "max,la57=off,cx16=off,erms=off,fsrm=off,smap=off,smep=off,umip=off,pku=off,\

@@ -13,6 +13,8 @@ use crate::{needs, packages};
 
 const INIT: &str = include_str!("init.sh");
 const PROXY: &str = "/tests/tproxy-user";
+/// What `init.sh` runs.
+const RUN: &str = "/tests/run";
 /// How much longer a guest may take than the machine itself, without
 /// acceleration and beside another guest.
 const SLOWDOWN: u32 = 10;
@@ -44,10 +46,10 @@ pub(crate) struct Test {
     pub(crate) path: PathBuf,
 }
 
-/// Everything but the modules and the choice of tests: the same for all kernels.
-pub(crate) fn common(tests: &[Test], proxy: &Path) -> Result<Archive> {
+/// What boots, and has a shell with its tools.
+fn base() -> Result<Archive> {
     let mut archive = Archive::default();
-    for dir in ["/proc", "/sys", "/dev", "/tmp", "/run", "/root", "/var/log/nginx", "/var/lib/nginx"] {
+    for dir in ["/proc", "/sys", "/dev", "/tmp", "/run", "/root"] {
         archive.directory(Path::new(dir))?;
     }
     archive.program(Path::new("/init"), INIT.as_bytes())?;
@@ -58,6 +60,24 @@ pub(crate) fn common(tests: &[Test], proxy: &Path) -> Result<Archive> {
     // Not busybox's shell: Debian's runs its own `ip` whatever PATH says.
     archive.host_program(&found("dash")?, Path::new("/bin/sh"))?;
     archive.host_program(&found("busybox")?, Path::new("/bin/busybox"))?;
+    Ok(archive)
+}
+
+/// A guest that runs one program, by a script in its directory.
+pub(crate) fn of_program(program: &Path, script: &str) -> Result<Archive> {
+    let mut archive = base()?;
+    let name = program.file_name().context("a program without a name")?;
+    archive.host_program(program, &Path::new("/tests").join(name))?;
+    archive.program(Path::new(RUN), format!("cd /tests\n{script}").as_bytes())?;
+    Ok(archive)
+}
+
+/// Everything but the modules and the choice of tests: the same for all kernels.
+pub(crate) fn common(tests: &[Test], proxy: &Path) -> Result<Archive> {
+    let mut archive = base()?;
+    for dir in ["/var/log/nginx", "/var/lib/nginx"] {
+        archive.directory(Path::new(dir))?;
+    }
     for program in needs::NETNS.iter().map(packages::Need::probe).chain(COMPANIONS.iter().copied()) {
         let path = found(program)?;
         // Before the directory of busybox's own.
@@ -117,7 +137,7 @@ pub(crate) fn add_run(
             "echo 'begin {name}'; ./{name} --test-threads {THREADS}{skipped} {filters}; echo \"end {name} $?\""
         )?;
     }
-    archive.program(Path::new("/tests/run"), script.as_bytes())
+    archive.program(Path::new(RUN), script.as_bytes())
 }
 
 /// A word for the shell.

@@ -2,6 +2,7 @@
 
 use std::rc::Rc;
 
+use smallvec::SmallVec;
 use tproxy_common::abi::UDP;
 
 use super::exit::Exit;
@@ -28,8 +29,9 @@ impl Flows {
         datagrams: impl Iterator<Item = (Received, &'a [u8])>,
         dont_fragment: bool,
     ) {
-        let mut groups: Vec<Group> = Vec::new();
-        let mut members = Vec::new();
+        // Where few have come, as of request and response, nothing is allocated.
+        let mut groups = SmallVec::<[Group; 4]>::new();
+        let mut members = SmallVec::<[_; 8]>::new();
         for (datagram, payload) in datagrams {
             let last =
                 groups.last().filter(|last| last.alike == datagram && self.belongs(&last.flow, payload));
@@ -49,7 +51,7 @@ impl Flows {
             members.push((group, payload));
         }
         members.sort_by_key(|(group, _)| *group);
-        let mut payloads = Vec::new();
+        let mut payloads = SmallVec::<[_; 8]>::new();
         for (group, members) in groups.iter().zip(members.chunk_by(|one, next| one.0 == next.0)) {
             payloads.clear();
             payloads.extend(members.iter().map(|(_, payload)| *payload));

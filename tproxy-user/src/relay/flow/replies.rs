@@ -4,6 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::AsFd as _;
 
+use smallvec::SmallVec;
 use tokio::io::Interest;
 use tokio::time::Instant;
 
@@ -52,7 +53,7 @@ impl Flows {
             }
         };
         let mut from = None;
-        let mut payloads = Vec::new();
+        let mut payloads = SmallVec::<[_; 8]>::new();
         for (reply, datagram) in batch.datagrams() {
             let Some((server, at)) = flow.exit.source(reply.sender, datagram) else { continue };
             let payload = &datagram[at..];
