@@ -29,8 +29,8 @@ pub(super) const AFTER: Duration = Duration::from_secs(2);
 /// Those that come back before others are asked.
 const BATCH: usize = 64;
 
-/// So many leave enough memory behind to give it back to the kernel, some 200 KiB; after this time,
-/// in which others may come.
+/// So many that come leave enough memory behind to give it back to the kernel, some 200 KiB, and so
+/// do those that go, once they have ended; after this time, in which others may come and go.
 const MANY: (usize, Duration) = (100, Duration::from_secs(1));
 
 /// A quiet connection. Dropping it resets both sides.
@@ -84,8 +84,8 @@ struct Lot {
     epoll: Epoll,
     /// By the number that their events have; the one that is quiet for longest first.
     connections: Queue<Quiet>,
-    /// Since memory was given back.
-    arrived: usize,
+    /// Have come or gone since memory was given back.
+    moved: usize,
     /// When it is given back again.
     gives_back: Option<Instant>,
 }
@@ -94,7 +94,7 @@ impl Lot {
     fn new() -> io::Result<(Self, AsyncFd<OwnedFd>)> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         let events = sockopt::watch(epoll.0.try_clone()?)?;
-        let lot = Self { epoll, connections: Queue::new(), arrived: 0, gives_back: None };
+        let lot = Self { epoll, connections: Queue::new(), moved: 0, gives_back: None };
         Ok((lot, events))
     }
 
@@ -109,8 +109,13 @@ impl Lot {
             return quiet.resume();
         }
         self.connections.push(quiet);
-        self.arrived += 1;
-        if self.arrived >= MANY.0 {
+        self.has_moved();
+    }
+
+    /// One has come or gone.
+    fn has_moved(&mut self) {
+        self.moved += 1;
+        if self.moved >= MANY.0 {
             self.gives_back.get_or_insert_with(|| Instant::now() + MANY.1);
         }
     }
@@ -133,6 +138,7 @@ impl Lot {
             {
                 self.forget(&quiet);
                 quiet.resume();
+                self.has_moved();
             }
         }
         Ok(count == BATCH)
@@ -153,7 +159,7 @@ impl Lot {
         if is_due(self.gives_back) {
             self.connections.shrink();
             memory::give_back();
-            (self.arrived, self.gives_back) = (0, None);
+            (self.moved, self.gives_back) = (0, None);
         }
         if is_due(self.expiry(idle))
             && let Some(quiet) = self.connections.take_first()

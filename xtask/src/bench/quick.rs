@@ -21,7 +21,7 @@ use xtask::lab::{Daemon, Family, peer};
 
 use self::allocations::Allocations;
 use self::calls::{Calls, Counter};
-use self::checks::Outcome;
+use self::checks::{Check, Outcome};
 use super::arena::{Arena, Programs, Run};
 use super::generator::{Idle, PORT};
 use super::limits;
@@ -168,6 +168,18 @@ impl Subject {
         Idle::open(&self.arena.lab, &self.arena.programs.tproxy_load, connections)
     }
 
+    /// Its resident memory once it has given back what it can: where all is slow that takes longer.
+    fn settled_memory(&self, is_fine: impl Fn(u64) -> bool) -> Result<u64> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            thread::sleep(GIVEN_BACK);
+            let memory = self.proxy()?.memory()?;
+            if is_fine(memory) || Instant::now() >= deadline {
+                return Ok(memory);
+            }
+        }
+    }
+
     /// TCP segments that the router has sent, without those that were sent again.
     fn segments(&self) -> Result<u64> {
         let table = self.arena.lab.router.try_enter(|| fs::read_to_string("/proc/thread-self/net/snmp"))?;
@@ -205,18 +217,15 @@ fn idle_memory(subject: &mut Subject) -> Result<Vec<Outcome>> {
     let _first = subject.idle(FIRST)?;
     thread::sleep(GIVEN_BACK);
     let before = subject.proxy()?.memory()?;
-    let _idle = subject.idle(connections)?;
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        thread::sleep(GIVEN_BACK);
-        let after = subject.proxy()?.memory()?;
-        let bytes = each(after, connections) - each(before, connections);
-        // Where all is slow it takes longer.
-        if checks::IDLE_MEMORY.allows(bytes) || Instant::now() >= deadline {
-            let detail = format!("{connections} connections: from {before} to {after} bytes");
-            return Ok(vec![checks::IDLE_MEMORY.of(bytes, detail)]);
-        }
-    }
+    let idle = subject.idle(connections)?;
+    let each_after = |after: u64| each(after, connections) - each(before, connections);
+    let opened = subject.settled_memory(|after| checks::IDLE_MEMORY.allows(each_after(after)))?;
+    drop(idle);
+    let ended = subject.settled_memory(|after| checks::ENDED_MEMORY.allows(each_after(after)))?;
+    let outcome = |check: &'static Check, after: u64| {
+        check.of(each_after(after), format!("{connections} connections: from {before} to {after} bytes"))
+    };
+    Ok(vec![outcome(&checks::IDLE_MEMORY, opened), outcome(&checks::ENDED_MEMORY, ended)])
 }
 
 fn descriptors(subject: &mut Subject) -> Result<Vec<Outcome>> {

@@ -102,6 +102,10 @@ const fn check(what: &'static str, bound: Bound) -> Check {
 /// 280 to 345: 256 of the table of those that are quiet, and what is left free in the pages of the heap.
 pub(super) const IDLE_MEMORY: Check = check("bytes of memory, an idle TCP connection", Bound::AtMost(400.0));
 
+/// What ended connections leave behind, in the heap's pages and in tables that do not shrink.
+pub(super) const ENDED_MEMORY: Check =
+    check("bytes of memory, a TCP connection that was idle and has ended", Bound::Below(150.0));
+
 /// One socket towards each side.
 pub(super) const TCP_FILES: Check = check("descriptors, an open TCP connection", Bound::Exactly(2.0));
 
