@@ -104,7 +104,7 @@ pub(super) const IDLE_MEMORY: Check = check("bytes of memory, an idle TCP connec
 
 /// What ended connections leave behind, in the heap's pages and in tables that do not shrink.
 pub(super) const ENDED_MEMORY: Check =
-    check("bytes of memory, a TCP connection that was idle and has ended", Bound::Below(150.0));
+    check("bytes of memory, an idle connection that has ended", Bound::Below(150.0));
 
 /// One socket towards each side.
 pub(super) const TCP_FILES: Check = check("descriptors, an open TCP connection", Bound::Exactly(2.0));
