@@ -157,18 +157,20 @@ pub(crate) fn unheard(verdict: u8) -> i32 {
     if verdict == Verdict::Reject as u8 { drop(Counter::PolicyDropped) } else { fail() }
 }
 
-/// A packet of a proxied connection that is no SYN. Where the connection has ended, or the
-/// proxy, to pass it on would show the server a client that it does not know; the stack
+/// A packet of a proxied connection that is no SYN. Where the connection has ended,
+/// to pass it on would show the server a client that it does not know; the stack
 /// answers with a reset, over IPv4 by the listener that `tproxy_lookup` gives it.
 #[inline(always)]
 fn known(skb: &Skb, packet: &Packet, flow: FlowRef) -> i32 {
     flow.up(skb, packet);
-    if settings::early_demux() == 1 {
+    let proxy_listens = sock::listener(skb, packet).is_some();
+    if proxy_listens && settings::early_demux() == 1 {
         return to_stack(skb, Mark::Tproxy, Counter::SteeredEstablished);
     }
     match sock::connection(skb, packet) {
         Some(sock) => to_connection(skb, sock, Mark::Tproxy),
-        None => to_stack(skb, Mark::Tproxy, Counter::SteeredLate),
+        None if proxy_listens => to_stack(skb, Mark::Tproxy, Counter::SteeredLate),
+        None => fail(),
     }
 }
 

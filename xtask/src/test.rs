@@ -45,7 +45,7 @@ Examples:
   cargo xtask test vm 6.1 newest   on these kernels, and there everything
   cargo xtask test 5.10 -- T7      some scenarios on one kernel
   cargo xtask test newest -- idle_100000_connections
-                                   what each of 100,000 idle connections takes: 20 minutes
+                                   what each of 100,000 idle connections takes: 7 to 26 minutes
 
 The last line says how many passed, failed and, if any, were skipped. A test that
 cannot run on this machine is skipped with its reason, and never counts as passed.

@@ -9,7 +9,7 @@ tests![
     datagrams_with_df_have_a_listener_of_their_own,
     without_a_listener_fail_decides,
     a_port_used_again_while_no_proxy_listens_stays_passed,
-    without_a_proxy_the_stack_answers_late_packets,
+    without_a_proxy_late_packets_go_their_way,
     fragments_too_ask_whether_a_proxy_listens,
 ];
 
@@ -66,14 +66,12 @@ fn a_port_used_again_while_no_proxy_listens_stays_passed() {
     kernel.run(program::CAPTURE, &p::ack_v4()).expect(PASS, "pass_policy");
 }
 
-fn without_a_proxy_the_stack_answers_late_packets() {
-    for (early_demux, counter) in [(0, "steered_late"), (1, "steered_established")] {
-        for fail_open in [0, 1] {
-            let mut kernel = Kernel::new(&Settings { early_demux, fail_open, ..usual() });
-            kernel.run(program::CAPTURE, &p::syn_v4());
-            kernel.remove_listeners();
-            kernel.run(program::CAPTURE, &p::ack_v4()).expect(STEERED, counter);
-        }
+fn without_a_proxy_late_packets_go_their_way() {
+    for early_demux in [0, 1] {
+        let mut kernel = Kernel::new(&Settings { early_demux, ..usual() });
+        kernel.run(program::CAPTURE, &p::syn_v4());
+        kernel.remove_listeners();
+        kernel.run(program::CAPTURE, &p::ack_v4()).expect(PASS, "fail_open");
     }
 }
 

@@ -1,7 +1,7 @@
 //! `cargo xtask bench --quick`: what does not depend on the machine.
 //!
-//! Nothing here is a time: system calls, segments, descriptors and bytes are counted, of one
-//! worker and, but for bulk transfers, with one client that waits for each answer. So the
+//! Nothing here is a time: system calls, allocations, segments, descriptors, bytes and instructions
+//! are counted, of one worker and, but for bulk transfers, with one client that waits for each answer. So the
 //! figures are those of every machine, but for what two sides that run at once leave to chance.
 
 mod allocations;
@@ -160,7 +160,10 @@ impl Subject {
         let allocations = Allocations::attach(self.proxy()?.pid())?;
         let run = self.arena.run(words, seconds, false)?;
         self.quiet()?;
-        Ok((run, allocations.count()?))
+        let count = allocations.count()?;
+        // Each connection and flow that begins takes some.
+        ensure!(count > 0, "no call of the allocator was counted");
+        Ok((run, count))
     }
 
     /// Connections that are open and have had an exchange.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
 use xtask::lab::daemon::wait_for;
-use xtask::lab::load::{Load, LoadServer, Report};
+use xtask::lab::load::{self, Load, LoadServer, Report};
 use xtask::lab::pace::{self, patience};
 use xtask::lab::peer;
 use xtask::lab::proxy::{self, Launch};
@@ -29,6 +29,7 @@ pub(crate) const SCENARIOS: Scenarios = &[
     ("F2_kill_9_under_load_fail_closed", |lab, family| {
         killed(lab, family, "--iface lan --fail closed", Fail::Closed)
     }),
+    ("F2_who_was_left_open_is_reset_fail_open", left_open),
     ("F2_kill_9_with_own_traffic", |lab, family| {
         killed(lab, family, "--iface lan --own-traffic --fail open", Fail::Open)
     }),
@@ -178,6 +179,28 @@ pub(crate) fn killed(lab: &Lab, family: Family, flags: &str, fail: Fail) -> Resu
     expect_service(lab, family).context("after kill -9 and cleanup, traffic must be forwarded")?;
     ensure!(server.foreign() == 0, "{} connections did not come from the client's address", server.foreign());
     Ok(())
+}
+
+/// A client that keeps its half of a connection open, when the kernel of the proxy that was killed
+/// has forgotten it, is told so as soon as it says something.
+fn left_open(lab: &Lab, family: Family) -> Result<()> {
+    needs_proxy()?;
+    lab.router.set_sysctls(&[("net/ipv4/tcp_fin_timeout", "1")])?;
+    let _server = LoadServer::start(&lab.server, at(family.unspecified(), PORT), family.client())?;
+    let proxy = start_proxy(lab, "--iface lan --fail open")?;
+    let to = at(family.anywhere(1), PORT);
+    let mut client = peer::connect(&lab.client, None, to, Duration::from_secs(5))?;
+    load::ask(&mut client)?;
+    proxy.kill()?;
+    client.set_read_timeout(Some(Duration::from_secs(5)))?;
+    ensure!(peer::read(&mut client, &mut [0; 16])? == 0, "it was not ended with the proxy");
+    std::thread::sleep(Duration::from_secs(4));
+    client.write_all(b"is anybody there?")?;
+    wait_for("a reset", Duration::from_secs(5), || {
+        Ok(client.take_error()?.is_some_and(|error| {
+            matches!(error.kind(), std::io::ErrorKind::ConnectionReset | std::io::ErrorKind::BrokenPipe)
+        }))
+    })
 }
 
 fn expect_nothing_passes(lab: &Lab, family: Family) -> Result<()> {
