@@ -1,8 +1,9 @@
 //! `cargo xtask bench --quick`: what does not depend on the machine.
 //!
 //! Nothing here is a time: system calls, allocations, segments, descriptors, bytes and instructions
-//! are counted, of one worker and, but for bulk transfers, with one client that waits for each answer. So the
-//! figures are those of every machine, but for what two sides that run at once leave to chance.
+//! are counted, of one worker and, but for bulk transfers, with one client that waits for each
+//! answer. So the figures are those of every machine, but for what two sides that run at once leave
+//! to chance.
 
 mod allocations;
 mod calls;

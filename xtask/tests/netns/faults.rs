@@ -29,7 +29,7 @@ pub(crate) const SCENARIOS: Scenarios = &[
     ("F2_kill_9_under_load_fail_closed", |lab, family| {
         killed(lab, family, "--iface lan --fail closed", Fail::Closed)
     }),
-    ("F2_who_was_left_open_is_reset_fail_open", left_open),
+    ("F2_who_was_left_open_is_reset", left_open),
     ("F2_kill_9_with_own_traffic", |lab, family| {
         killed(lab, family, "--iface lan --own-traffic --fail open", Fail::Open)
     }),
