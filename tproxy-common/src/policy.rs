@@ -21,7 +21,7 @@
 pub mod layout;
 mod search;
 
-use crate::abi::{Addr, Family};
+use crate::abi::{Addr, Family, TCP, UDP};
 
 /// The unit in which an image is read: two cache lines.
 pub type Line = [u32; LINE];
@@ -152,6 +152,12 @@ pub trait Image: Sized {
     /// of arithmetic that stands for them.
     fn opaque(&self, number: u64) -> u64;
 
+    /// [`settled`].
+    #[inline(always)]
+    fn settled(&self, v6: u32, protocol: u8) -> Option<u32> {
+        settled(self, v6, protocol)
+    }
+
     /// [`short_class`].
     #[inline(always)]
     fn short_class(&self, dimension: u32, value: u32) -> Option<u32> {
@@ -250,13 +256,29 @@ impl<V> Known<V> {
 /// `None` where the image is none that the compiler makes.
 #[inline(always)]
 pub fn decide(image: &impl Image, facts: &impl Facts, work: &mut Work) -> Option<(u32, u32)> {
-    vectors(image, word(image.line(0)?, layout::USED), facts, work)?;
-    let rule = first_in_all(image, work)?;
-    // Again, as a program has few words to keep it in meanwhile.
+    let mut rule = image.settled(u32::from(facts.family() == Family::V6), facts.protocol())?;
+    if rule == layout::UNSETTLED {
+        vectors(image, word(image.line(0)?, layout::USED), facts, work)?;
+        rule = first_in_all(image, work)?;
+    }
+    // The header again, as a program has few words to keep it in meanwhile.
     let header = image.line(0)?;
     let rule = rule.min(word(header, layout::RULES));
     let line = image.line(word(header, layout::VERDICTS).wrapping_add(rule / LINE as u32))?;
     Some((word(line, rule as usize), rule))
+}
+
+/// The rule that decides over a family and a protocol by themselves, or [`layout::UNSETTLED`]: most
+/// sets of rules ask little, and looking a dimension up costs more than all that is around it.
+/// `v6` is 1 for IPv6. `None` as with [`decide`].
+#[inline(always)]
+pub fn settled(image: &impl Image, v6: u32, protocol: u8) -> Option<u32> {
+    let of_udp = match protocol {
+        TCP => 0,
+        UDP => 1,
+        _ => return Some(layout::UNSETTLED),
+    };
+    Some(word(image.line(0)?, layout::SETTLED + 2 * (v6 as usize % 2) + of_udp))
 }
 
 /// Looks the dimensions up that rules ask for, and lists the vectors that are to be joined.

@@ -6,7 +6,7 @@ use aya_ebpf::btf_maps::lpm_trie::Key;
 use aya_ebpf::macros::btf_map;
 use tproxy_common::abi::{Addr, Decision, Family, Verdict};
 use tproxy_common::policy::{
-    Facts, Image, Known, Line, Work, decide, in_all, layout, long_class, short_class,
+    Facts, Image, Known, Line, Work, decide, in_all, layout, long_class, settled, short_class,
 };
 use tproxy_common::wire::{Packet, dscp};
 
@@ -117,6 +117,14 @@ fn number_of(image: &PolicyImage) -> u32 {
     image.get(0).map_or(0, |header| header[layout::NUMBER])
 }
 
+/// The rule that decides over a family and a protocol by themselves, [`layout::UNSETTLED`] where
+/// there is none, or [`NONE`].
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn tproxy_settled(v6: u32, protocol: u32) -> u64 {
+    answer(POLICY.get(0).and_then(|image| settled(&Rules(image), v6, protocol as u8)))
+}
+
 /// The class of a value of one word in a dimension, or [`NONE`].
 #[inline(never)]
 #[unsafe(no_mangle)]
@@ -187,6 +195,11 @@ impl Image for Rules {
             core::arch::asm!("{0} = {0}", inlateout(reg) number, options(pure, nomem, nostack, preserves_flags));
         }
         number
+    }
+
+    #[inline(always)]
+    fn settled(&self, v6: u32, protocol: u8) -> Option<u32> {
+        answered(tproxy_settled(v6, u32::from(protocol)))
     }
 
     #[inline(always)]

@@ -12,6 +12,11 @@ pub const VERDICTS: usize = 1;
 pub const RULES: usize = 2;
 /// Header: what tells the image from others that take its place. Whoever puts it there sets it.
 pub const NUMBER: usize = 3;
+/// Header: a word for TCP and one for UDP over IPv4, then the same over IPv6: the rule that
+/// decides whatever else a packet is, [`UNSETTLED`] where that depends.
+pub const SETTLED: usize = 4;
+/// No rule's number.
+pub const UNSETTLED: u32 = u32::MAX;
 
 /// Words that describe a dimension.
 pub const DESCRIPTION: usize = LINE / 2;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use proptest::prelude::*;
-use tproxy_common::abi::{Family, mapped};
+use tproxy_common::abi::{Family, TCP, UDP, mapped};
 use tproxy_common::policy::{Known, LINE, MAX_RULES, layout};
 
 use super::compile::{Condition, Rule, RuleSet, Selector, Unfit, compile};
@@ -141,6 +141,37 @@ fn without_rules_the_default_decides() {
     let set = RuleSet { rules: Vec::new(), otherwise: 7777 };
     let packet = packet_with(Selector::Protocol, 17).expect("UDP");
     assert_eq!(Memory(compile(&set).expect("no rule")).decide(&packet), (7777, 0));
+}
+
+#[test]
+fn what_the_family_and_the_protocol_decide_is_settled() {
+    let ask = |selector, first: u128, last: u128| Condition {
+        selector,
+        values: Arc::new(Ranges::new(vec![(first, last)])),
+    };
+    let only = |protocol: u8| ask(Selector::Protocol, protocol.into(), protocol.into());
+    let dns = ask(Selector::DestinationPort, 53, 53);
+    let every_port = ask(Selector::DestinationPort, 0, u16::MAX.into());
+    let over_v4 = [
+        ask(Selector::Source4, 0, u32::MAX.into()),
+        Condition { selector: Selector::Source6, values: Arc::default() },
+    ];
+    let depends = layout::UNSETTLED;
+    for (rules, expected) in [
+        (vec![], [0; 4]),
+        (vec![vec![only(TCP)]], [0, 1, 0, 1]),
+        (vec![vec![only(UDP)], vec![]], [1, 0, 1, 0]),
+        (vec![vec![only(UDP), dns.clone()], vec![only(TCP)]], [1, depends, 1, depends]),
+        (vec![over_v4.to_vec(), vec![only(TCP)]], [0, 0, 1, 2]),
+        (vec![vec![dns], vec![]], [depends; 4]),
+        // A fragment has none.
+        (vec![vec![every_port]], [depends; 4]),
+        (vec![vec![ask(Selector::Source4, 0, 5)]], [depends, depends, 0, 0]),
+    ] {
+        let rules = rules.into_iter().map(|conditions| Rule { conditions, verdict: 1 }).collect();
+        let image = compile(&RuleSet { rules, otherwise: 2 }).expect("few rules");
+        assert_eq!(image[0][layout::SETTLED..][..4], expected);
+    }
 }
 
 #[test]
