@@ -2,6 +2,7 @@
 
 use core::hint::black_box;
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
+use core::ptr::NonNull;
 
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use aya_ebpf::helpers::bpf_ktime_get_ns;
@@ -45,75 +46,85 @@ pub(crate) fn skip_counter(skip: Skip) -> Counter {
 /// a program runs; at worst another flow has taken the slot, and the few
 /// packets of that instant are counted there.
 #[derive(Clone, Copy)]
-pub(crate) struct FlowRef(*mut Flow);
+pub(crate) struct FlowRef(NonNull<Flow>);
 
 impl FlowRef {
+    #[inline(always)]
+    const fn entry(self) -> *mut Flow {
+        self.0.as_ptr()
+    }
+
     /// Finds a flow.
     #[inline(always)]
     pub(crate) fn find(key: &FlowKey) -> Option<Self> {
-        FLOWS.get_ptr_mut(key).map(Self)
+        FLOWS.get_ptr_mut(key).and_then(NonNull::new).map(Self)
     }
 
-    /// Enters a new flow, or finds the one that another CPU has just entered.
-    /// An entry with another verdict, and a TCP entry that is over, is begun again.
+    /// Enters the flow of the packet that this run has parsed, with that packet: what was found of
+    /// it before decides whether it is new. One that another CPU has just entered gets the packet
+    /// too. An entry with another verdict, and a TCP entry that is over, is begun again.
     #[inline(never)]
-    pub(crate) fn open(skb: &Skb, key: &FlowKey, decision: Decision, origin: Origin) -> Option<Self> {
-        let existing = Self::find(key);
-        let flags = match &existing {
+    pub(crate) fn open(skb: &Skb, key: &FlowKey, found: Option<Self>, decision: Decision, origin: Origin) {
+        let Some(packet) = scratch::packet() else { return };
+        let flags = match found {
             Some(flow) if flow.is_decided(decision) && !flow.is_reopened(key.protocol) => {
-                return existing;
+                flow.arrives_on(skb);
+                return flow.up(skb, packet);
             }
             Some(_) => BPF_ANY,
             None => BPF_NOEXIST,
         };
+        let (packets, bytes) = skb.on_the_wire(packet);
+        let now = now();
         // Of zeros that it knows the compiler makes a call of `memset`, whose frame
         // is one too many where each takes a multiple of 32 bytes of the stack
         // (Linux before 6.8).
         let zero = black_box(0);
         let flow = Flow {
-            packets_up: zero,
-            bytes_up: zero,
+            packets_up: packets,
+            bytes_up: bytes,
             packets_down: zero,
             bytes_down: zero,
-            first_seen: now(),
+            first_seen: now,
+            last_seen: now,
             ifindex: skb.ifindex(),
             rule: decision.rule(),
             target: decision.target(),
             verdict: decision.raw_verdict(),
             fallback: decision.fallback(),
             origin: origin as u8,
+            seen_up: packet.tcp_flags & tcp_seen::ALL,
             ..Flow::default()
         };
         if FLOWS.insert(key, &flow, u64::from(flags)).is_ok() {
             count(Counter::FlowsCreated);
-        }
-        let found = Self::find(key);
-        if found.is_none() {
+        } else if let Some(flow) = Self::find(key) {
+            flow.up(skb, packet);
+        } else {
             count(Counter::FlowInsertFailed);
         }
-        found
     }
 
     #[inline(always)]
     fn is_reopened(&self, protocol: u8) -> bool {
         // SAFETY: see `FlowRef`; the two bytes are read, not kept.
-        is_reopened(unsafe { &*self.0 }, protocol)
+        is_reopened(unsafe { self.0.as_ref() }, protocol)
     }
 
     /// The verdict as the map holds it.
     #[inline(always)]
     pub(crate) fn verdict(&self) -> u8 {
         // SAFETY: see `FlowRef`.
-        unsafe { (*self.0).verdict }
+        unsafe { (*self.entry()).verdict }
     }
 
     /// What was decided of it.
     #[inline(always)]
     pub(crate) fn decision(&self) -> Decision {
         // SAFETY: see `FlowRef`.
-        let (verdict, fallback) = unsafe { ((*self.0).verdict, (*self.0).fallback) };
+        let (verdict, fallback) = unsafe { ((*self.entry()).verdict, (*self.entry()).fallback) };
         // SAFETY: see `FlowRef`.
-        let (rule, target) = unsafe { ((*self.0).rule, (*self.0).target) };
+        let (rule, target) = unsafe { ((*self.entry()).rule, (*self.entry()).target) };
         Decision::of_flow(verdict, fallback, rule, target)
     }
 
@@ -143,7 +154,8 @@ impl FlowRef {
             && DECIDED.get_ptr(key).is_some_and(|decided| {
                 // SAFETY: see `FlowRef`, for both entries.
                 unsafe {
-                    (*decided).verdict == Verdict::Drop as u8 && (*decided).first_seen == (*self.0).first_seen
+                    (*decided).verdict == Verdict::Drop as u8
+                        && (*decided).first_seen == (*self.entry()).first_seen
                 }
             })
     }
@@ -151,36 +163,42 @@ impl FlowRef {
     /// Whether a UDP flow has been quiet for so long that it is over.
     #[inline(always)]
     pub(crate) fn is_stale(&self) -> bool {
-        // SAFETY: see `FlowRef`.
-        now().saturating_sub(unsafe { (*self.0).last_seen }) > settings::udp_timeout()
+        now().saturating_sub(self.last_seen()) > settings::udp_timeout()
     }
 
     /// Whether it came in on an upstream-facing interface.
     #[inline(always)]
     pub(crate) fn is_from_uplink(&self) -> bool {
         // SAFETY: see `FlowRef`.
-        unsafe { (*self.0).origin == Origin::Uplink as u8 }
+        unsafe { (*self.entry()).origin == Origin::Uplink as u8 }
     }
 
     /// Whether this host itself sends it.
     #[inline(always)]
     pub(crate) fn is_own(&self) -> bool {
         // SAFETY: see `FlowRef`.
-        unsafe { (*self.0).origin == Origin::Own as u8 }
+        unsafe { (*self.entry()).origin == Origin::Own as u8 }
     }
 
     /// The interface that it arrived on (own traffic: leaves by).
     #[inline(always)]
     pub(crate) fn ifindex(&self) -> u32 {
         // SAFETY: see `FlowRef`.
-        unsafe { (*self.0).ifindex }
+        unsafe { (*self.entry()).ifindex }
     }
 
     /// Notes that the client is behind this packet's interface now.
     #[inline(always)]
     pub(crate) fn arrives_on(&self, skb: &Skb) {
         // SAFETY: see `FlowRef`; the field is valid and aligned.
-        unsafe { (*self.0).ifindex = skb.ifindex() };
+        unsafe { (*self.entry()).ifindex = skb.ifindex() };
+    }
+
+    /// When a packet of it was seen last, as [`now`].
+    #[inline(always)]
+    pub(crate) fn last_seen(&self) -> u64 {
+        // SAFETY: see `FlowRef`.
+        unsafe { (*self.entry()).last_seen }
     }
 
     /// Whether a packet of it was seen within the time that connection tracking
@@ -188,8 +206,7 @@ impl FlowRef {
     #[inline(always)]
     pub(crate) fn is_recent(&self) -> bool {
         const UDP_STREAM: u64 = 120_000_000_000;
-        // SAFETY: see `FlowRef`.
-        now().saturating_sub(unsafe { (*self.0).last_seen }) < UDP_STREAM
+        now().saturating_sub(self.last_seen()) < UDP_STREAM
     }
 
     /// Whether a client's TCP connection passes, has not ended and was heard of just now.
@@ -197,7 +214,7 @@ impl FlowRef {
     pub(crate) fn is_passed_and_alive(&self) -> bool {
         const JUST_NOW: u64 = 1_000_000_000;
         // SAFETY: see `FlowRef`; the fields are read, not kept.
-        let flow = unsafe { &*self.0 };
+        let flow = unsafe { self.0.as_ref() };
         flow.verdict == Verdict::Pass as u8
             && flow.origin == Origin::Captured as u8
             && !flow.is_over()
@@ -216,10 +233,10 @@ impl FlowRef {
     pub(crate) fn add_up(self, packets: u64, bytes: u64, tcp_flags: u8) {
         // SAFETY: see `FlowRef`; the fields are valid and aligned.
         unsafe {
-            add(&raw mut (*self.0).packets_up, packets);
-            add(&raw mut (*self.0).bytes_up, bytes);
-            see(&raw mut (*self.0).seen_up, tcp_flags);
-            (*self.0).last_seen = now();
+            add(&raw mut (*self.entry()).packets_up, packets);
+            add(&raw mut (*self.entry()).bytes_up, bytes);
+            see(&raw mut (*self.entry()).seen_up, tcp_flags);
+            (*self.entry()).last_seen = now();
         }
     }
 
@@ -235,10 +252,10 @@ impl FlowRef {
     pub(crate) fn add_down(self, packets: u64, bytes: u64, tcp_flags: u8) {
         // SAFETY: see `FlowRef`; the fields are valid and aligned.
         unsafe {
-            add(&raw mut (*self.0).packets_down, packets);
-            add(&raw mut (*self.0).bytes_down, bytes);
-            see(&raw mut (*self.0).seen_down, tcp_flags);
-            (*self.0).last_seen = now();
+            add(&raw mut (*self.entry()).packets_down, packets);
+            add(&raw mut (*self.entry()).bytes_down, bytes);
+            see(&raw mut (*self.entry()).seen_down, tcp_flags);
+            (*self.entry()).last_seen = now();
         }
     }
 }
@@ -351,12 +368,11 @@ pub(crate) fn arrives_for_host(skb: &Skb, packet: &Packet) {
 #[inline(never)]
 fn note_request_from_outside(skb: &Skb, packet: &Packet) {
     let key = up_key(packet);
+    let found = FlowRef::find(&key);
     // A client's flow, on its way out.
-    if FlowRef::find(&key).is_some_and(|flow| !flow.is_from_uplink()) {
+    if found.is_some_and(|flow| !flow.is_from_uplink()) {
         return;
     }
-    if let Some(flow) = FlowRef::open(skb, &key, Decision::by_default(Verdict::Pass), Origin::Uplink) {
-        flow.up(skb, packet);
-        note_host_pair(packet);
-    }
+    FlowRef::open(skb, &key, found, Decision::by_default(Verdict::Pass), Origin::Uplink);
+    note_host_pair(packet);
 }

@@ -106,9 +106,7 @@ fn tcp(skb: &Skb, packet: &Packet) -> i32 {
         decision = Decision::by_default(Verdict::Proxy);
     }
     if !Verdict::is_for_proxy(decision.raw_verdict(), TCP) {
-        if let Some(flow) = FlowRef::open(skb, &key, decision, Origin::Captured) {
-            flow.up(skb, packet);
-        }
+        FlowRef::open(skb, &key, flow, decision, Origin::Captured);
         return if decision.raw_verdict() == Verdict::Reject as u8 {
             reset::answer(skb, packet)
         } else {
@@ -119,15 +117,12 @@ fn tcp(skb: &Skb, packet: &Packet) -> i32 {
         // An entry of an earlier, proxied connection would have the packets
         // that follow answered with a reset.
         if proxied && settings::fail_open() == 1 {
-            FlowRef::open(skb, &key, Decision::by_default(Verdict::Pass), Origin::Captured);
+            FlowRef::open(skb, &key, flow, Decision::by_default(Verdict::Pass), Origin::Captured);
         }
         return fail();
     };
-    if let Some(flow) = FlowRef::open(skb, &key, decision, Origin::Captured)
-        && !let_in
-    {
-        flow.arrives_on(skb);
-        flow.up(skb, packet);
+    if !let_in {
+        FlowRef::open(skb, &key, flow, decision, Origin::Captured);
     }
     // Of a flow that is asked about, the first bytes say where it goes, and a client sends
     // them once it is answered.
@@ -163,7 +158,7 @@ pub(crate) fn unheard(verdict: u8) -> i32 {
 #[inline(always)]
 fn known(skb: &Skb, packet: &Packet, flow: FlowRef) -> i32 {
     flow.up(skb, packet);
-    let proxy_listens = sock::listener(skb, packet).is_some();
+    let proxy_listens = sock::has_listener(skb, packet, flow.last_seen());
     if proxy_listens && settings::early_demux() == 1 {
         return to_stack(skb, Mark::Tproxy, Counter::SteeredEstablished);
     }
@@ -187,7 +182,8 @@ fn natted(skb: &Skb, packet: &Packet, reason: Counter) -> i32 {
 #[inline(never)]
 fn udp(skb: &Skb, packet: &Packet) -> i32 {
     let key = up_key(packet);
-    let flow = match FlowRef::find(&key).filter(|flow| !flow.is_stale()) {
+    let found = FlowRef::find(&key);
+    let flow = match found.filter(|flow| !flow.is_stale()) {
         Some(flow) if flow.is_proxied(UDP) => {
             if flow.is_dropped_by_name(&key) {
                 flow.up(skb, packet);
@@ -219,9 +215,7 @@ fn udp(skb: &Skb, packet: &Packet) -> i32 {
             }
             let decision = policy::decision(skb);
             if !Verdict::is_for_proxy(decision.raw_verdict(), UDP) {
-                if let Some(flow) = FlowRef::open(skb, &key, decision, Origin::Captured) {
-                    flow.up(skb, packet);
-                }
+                FlowRef::open(skb, &key, found, decision, Origin::Captured);
                 return unproxied(decision.raw_verdict());
             }
             let Some(sock) = sock::listener(skb, packet) else { return unheard(decision.raw_verdict()) };
@@ -234,9 +228,7 @@ fn udp(skb: &Skb, packet: &Packet) -> i32 {
                 return drop(Counter::LoopDropped);
             }
             note_host_pair(packet);
-            if let Some(flow) = FlowRef::open(skb, &key, decision, Origin::Captured) {
-                flow.up(skb, packet);
-            }
+            FlowRef::open(skb, &key, found, decision, Origin::Captured);
             return to_socket(skb, sock, Mark::Tproxy, Counter::SteeredUdp);
         }
     };
@@ -269,10 +261,8 @@ pub(crate) fn note_request_to_host(skb: &Skb, packet: &Packet) {
     {
         return;
     }
-    let decision = Decision::by_default(Verdict::Pass);
-    if let Some(flow) = FlowRef::open(skb, &up_key(packet), decision, Origin::Uplink) {
-        flow.up(skb, packet);
-    }
+    let key = up_key(packet);
+    FlowRef::open(skb, &key, FlowRef::find(&key), Decision::by_default(Verdict::Pass), Origin::Uplink);
 }
 
 /// Remembers who asked whom, for replies whose fragments arrive before their first.

@@ -124,9 +124,14 @@ fn first<S: Side>(skb: &Skb, packet: &Packet, key: &FragmentKey, known: Option<*
         {
             request.down(skb, packet);
             request.add_down(pending_packets, pending_bytes, 0);
-        } else if let Some(flow) = FlowRef::open(skb, &up_key(packet), decision, Origin::Captured) {
-            flow.up(skb, packet);
-            flow.add_up(pending_packets, pending_bytes, 0);
+        } else {
+            let key = up_key(packet);
+            FlowRef::open(skb, &key, FlowRef::find(&key), decision, Origin::Captured);
+            if pending_packets != 0
+                && let Some(flow) = FlowRef::find(&key)
+            {
+                flow.add_up(pending_packets, pending_bytes, 0);
+            }
         }
     }
     verdict

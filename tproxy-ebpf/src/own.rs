@@ -58,7 +58,8 @@ fn leaving(skb: &Skb, packet: &mut Packet) -> i32 {
 #[inline(never)]
 fn own(skb: &Skb, packet: &Packet) -> i32 {
     let key = up_key(packet);
-    if let Some(flow) = FlowRef::find(&key)
+    let found = FlowRef::find(&key);
+    if let Some(flow) = found
         && !packet.is_syn()
         && (packet.protocol != UDP || !flow.is_stale())
     {
@@ -95,14 +96,12 @@ fn own(skb: &Skb, packet: &Packet) -> i32 {
             return unheard(decision.raw_verdict());
         }
         // See `capture`: an entry of an earlier, proxied connection.
-        if FlowRef::find(&key).is_some() && settings::fail_open() == 1 {
-            FlowRef::open(skb, &key, Decision::by_default(Verdict::Pass), Origin::Own);
+        if found.is_some() && settings::fail_open() == 1 {
+            FlowRef::open(skb, &key, found, Decision::by_default(Verdict::Pass), Origin::Own);
         }
         return fail();
     }
-    if let Some(flow) = FlowRef::open(skb, &key, decision, Origin::Own) {
-        flow.up(skb, packet);
-    }
+    FlowRef::open(skb, &key, found, decision, Origin::Own);
     if captured {
         to_loopback(skb, packet)
     } else if decision.raw_verdict() == Verdict::Reject as u8 {

@@ -4,11 +4,13 @@
 use core::ptr::NonNull;
 
 use aya_ebpf::bindings::bpf_sock;
+use aya_ebpf::btf_maps::PerCpuArray;
 use aya_ebpf::cty::c_void;
 use aya_ebpf::helpers::generated::{
     bpf_map_lookup_elem, bpf_sk_assign, bpf_sk_fullsock, bpf_sk_lookup_udp, bpf_sk_release,
     bpf_skc_lookup_tcp,
 };
+use aya_ebpf::macros::btf_map;
 use tproxy_common::abi::{Addr, Endpoint, Family, ListenerKind, TCP, joined, listener_index, mapped};
 use tproxy_common::flow;
 use tproxy_common::wire::{Packet, plain_source_v4, plain_source_v6};
@@ -358,7 +360,30 @@ pub(crate) fn listener(skb: &Skb, packet: &Packet) -> Option<Sock> {
     NonNull::new(sk.cast()).map(Sock)
 }
 
-/// The same where TC programs cannot read a socket map (Linux 5.7).
+/// When [`listener`] was there last, as this CPU has seen.
+#[btf_map]
+static LISTENED: PerCpuArray<u64, 1> = PerCpuArray::new();
+
+/// Whether the proxy listens, or did 10 ms ago. All CPUs count the references to a listener in
+/// one place, which the packets of established connections so stay away from. A client that is
+/// wrong about the proxy for that long sends its segment again.
+#[inline(always)]
+pub(crate) fn has_listener(skb: &Skb, packet: &Packet, now: u64) -> bool {
+    const JUST_NOW: u64 = 10_000_000;
+    let Some(listened) = LISTENED.get_ptr_mut(0) else { return false };
+    // SAFETY: the entry is valid and belongs to this CPU.
+    if now.saturating_sub(unsafe { *listened }) < JUST_NOW {
+        return true;
+    }
+    let listens = listener(skb, packet).is_some();
+    if listens {
+        // SAFETY: as above.
+        unsafe { *listened = now };
+    }
+    listens
+}
+
+/// The same as [`listener`] where TC programs cannot read a socket map (Linux 5.7).
 #[inline(never)]
 fn listener_by_tuple(skb: &Skb, packet: &Packet, index: u32) -> Option<Sock> {
     let address = match packet.family {

@@ -1,5 +1,8 @@
 //! Where the listeners are, and what is done while there are none.
 
+use std::thread::sleep;
+use std::time::Duration;
+
 use crate::kernel::{DROP, Kernel, PASS, STEERED, usual};
 use crate::packets::{self as p, fragment_v4};
 use tproxy_common::abi::{ListenerKind, Settings, program};
@@ -10,6 +13,7 @@ tests![
     without_a_listener_fail_decides,
     a_port_used_again_while_no_proxy_listens_stays_passed,
     without_a_proxy_late_packets_go_their_way,
+    a_proxy_that_has_gone_is_noticed_within_a_moment,
     fragments_too_ask_whether_a_proxy_listens,
 ];
 
@@ -73,6 +77,15 @@ fn without_a_proxy_late_packets_go_their_way() {
         kernel.remove_listeners();
         kernel.run(program::CAPTURE, &p::ack_v4()).expect(PASS, "fail_open");
     }
+}
+
+fn a_proxy_that_has_gone_is_noticed_within_a_moment() {
+    let mut kernel = Kernel::new(&Settings { early_demux: 1, ..usual() });
+    kernel.run(program::CAPTURE, &p::syn_v4());
+    kernel.run(program::CAPTURE, &p::ack_v4()).expect(STEERED, "steered_established");
+    kernel.remove_listeners();
+    sleep(Duration::from_millis(50));
+    kernel.run(program::CAPTURE, &p::ack_v4()).expect(PASS, "fail_open");
 }
 
 fn fragments_too_ask_whether_a_proxy_listens() {
