@@ -20,8 +20,11 @@
 
 pub mod layout;
 mod search;
+mod settled;
 
-use crate::abi::{Addr, Family, TCP, UDP};
+pub use settled::settled;
+
+use crate::abi::{Addr, Family};
 
 /// The unit in which an image is read: two cache lines.
 pub type Line = [u32; LINE];
@@ -154,8 +157,8 @@ pub trait Image: Sized {
 
     /// [`settled`].
     #[inline(always)]
-    fn settled(&self, v6: u32, protocol: u8) -> Option<u32> {
-        settled(self, v6, protocol)
+    fn settled(&self, family: Family, protocol: u8) -> Option<u32> {
+        settled(self, family, protocol)
     }
 
     /// [`short_class`].
@@ -256,7 +259,7 @@ impl<V> Known<V> {
 /// `None` where the image is none that the compiler makes.
 #[inline(always)]
 pub fn decide(image: &impl Image, facts: &impl Facts, work: &mut Work) -> Option<(u32, u32)> {
-    let mut rule = image.settled(u32::from(facts.family() == Family::V6), facts.protocol())?;
+    let mut rule = image.settled(facts.family(), facts.protocol())?;
     if rule == layout::UNSETTLED {
         vectors(image, word(image.line(0)?, layout::USED), facts, work)?;
         rule = first_in_all(image, work)?;
@@ -266,19 +269,6 @@ pub fn decide(image: &impl Image, facts: &impl Facts, work: &mut Work) -> Option
     let rule = rule.min(word(header, layout::RULES));
     let line = image.line(word(header, layout::VERDICTS).wrapping_add(rule / LINE as u32))?;
     Some((word(line, rule as usize), rule))
-}
-
-/// The rule that decides over a family and a protocol by themselves, or [`layout::UNSETTLED`]: most
-/// sets of rules ask little, and looking a dimension up costs more than all that is around it.
-/// `v6` is 1 for IPv6. `None` as with [`decide`].
-#[inline(always)]
-pub fn settled(image: &impl Image, v6: u32, protocol: u8) -> Option<u32> {
-    let of_udp = match protocol {
-        TCP => 0,
-        UDP => 1,
-        _ => return Some(layout::UNSETTLED),
-    };
-    Some(word(image.line(0)?, layout::SETTLED + 2 * (v6 as usize % 2) + of_udp))
 }
 
 /// Looks the dimensions up that rules ask for, and lists the vectors that are to be joined.

@@ -117,12 +117,13 @@ fn number_of(image: &PolicyImage) -> u32 {
     image.get(0).map_or(0, |header| header[layout::NUMBER])
 }
 
-/// The rule that decides over a family and a protocol by themselves, [`layout::UNSETTLED`] where
-/// there is none, or [`NONE`].
+/// The rule that decides over a family (1: IPv6) and a protocol by themselves,
+/// [`layout::UNSETTLED`] where there is none, or [`NONE`].
 #[inline(never)]
 #[unsafe(no_mangle)]
 extern "C" fn tproxy_settled(v6: u32, protocol: u32) -> u64 {
-    answer(POLICY.get(0).and_then(|image| settled(&Rules(image), v6, protocol as u8)))
+    let family = if v6 == 1 { Family::V6 } else { Family::V4 };
+    answer(POLICY.get(0).and_then(|image| settled(&Rules(image), family, protocol as u8)))
 }
 
 /// The class of a value of one word in a dimension, or [`NONE`].
@@ -198,8 +199,8 @@ impl Image for Rules {
     }
 
     #[inline(always)]
-    fn settled(&self, v6: u32, protocol: u8) -> Option<u32> {
-        answered(tproxy_settled(v6, u32::from(protocol)))
+    fn settled(&self, family: Family, protocol: u8) -> Option<u32> {
+        answered(tproxy_settled(u32::from(family == Family::V6), u32::from(protocol)))
     }
 
     #[inline(always)]

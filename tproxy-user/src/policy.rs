@@ -14,6 +14,7 @@ pub mod question;
 pub mod ranges;
 pub mod rules;
 mod scope;
+mod settled;
 pub mod targets;
 #[cfg(test)]
 mod tests;

@@ -3,12 +3,11 @@
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
-use tproxy_common::abi::{Family, TCP, UDP};
 use tproxy_common::policy::{
     Dimension, LINE, Line, MAX_LEVELS, MAX_RULES, SUMMARY_WORDS, VECTOR_LINES, layout,
 };
 
-use super::ranges::Ranges;
+use super::{ranges::Ranges, settled::settled};
 
 /// One rule: it matches a packet that meets all its conditions.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -161,49 +160,9 @@ pub fn compile(set: &RuleSet) -> Result<Vec<Line>, Unfit> {
     }
     let verdicts: Vec<u32> = set.rules.iter().map(|rule| rule.verdict).chain([set.otherwise]).collect();
     image[0][layout::RULES] = word(set.rules.len());
-    let kinds = [(Family::V4, TCP), (Family::V4, UDP), (Family::V6, TCP), (Family::V6, UDP)];
-    image[0][layout::SETTLED..][..kinds.len()]
-        .copy_from_slice(&kinds.map(|(family, protocol)| settled(set, family, protocol)));
+    image[0][layout::SETTLED..][..4].copy_from_slice(&settled(set));
     image[0][layout::VERDICTS] = append(&mut image, &verdicts, 0);
     Ok(image)
-}
-
-/// The number of the rule that decides over a family and a protocol whatever else a packet is, that
-/// of no rule being how many there are; [`layout::UNSETTLED`] where it depends on what else it is.
-fn settled(set: &RuleSet, family: Family, protocol: u8) -> u32 {
-    for (number, rule) in set.rules.iter().enumerate() {
-        let meets: Vec<_> = rule.conditions.iter().map(|c| c.is_met(family, protocol)).collect();
-        if meets.contains(&Some(false)) {
-            continue;
-        }
-        return if meets.contains(&None) { layout::UNSETTLED } else { word(number) };
-    }
-    word(set.rules.len())
-}
-
-impl Condition {
-    /// Whether packets of this family and protocol meet it; `None` where it depends on what else
-    /// they are.
-    fn is_met(&self, family: Family, protocol: u8) -> Option<bool> {
-        let family_of_address = match self.selector {
-            Selector::Protocol => return Some(self.values.contains(protocol.into())),
-            Selector::Source4 | Selector::Destination4 => Family::V4,
-            Selector::Source6 | Selector::Destination6 => Family::V6,
-            _ => return None,
-        };
-        if family_of_address != family {
-            return Some(true);
-        }
-        let bits = match family {
-            Family::V4 => 32,
-            Family::V6 => 128,
-        };
-        match self.values.as_slice() {
-            [] => Some(false),
-            [(0, last)] if *last == u128::MAX >> (128 - bits) => Some(true),
-            _ => None,
-        }
-    }
 }
 
 /// Classes of a dimension: leaves have half words for their numbers.
@@ -401,7 +360,7 @@ fn append(image: &mut Vec<Line>, words: &[u32], filling: u32) -> u32 {
 }
 
 /// An image of 2^32 words would be larger than any memory that the kernel gives to a map.
-fn word(number: usize) -> u32 {
+pub(super) fn word(number: usize) -> u32 {
     u32::try_from(number).expect("fewer than 2^32 lines")
 }
 
