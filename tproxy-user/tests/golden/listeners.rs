@@ -68,6 +68,7 @@ fn a_port_used_again_while_no_proxy_listens_stays_passed() {
     kernel.run(program::CAPTURE, &p::syn_v4()).expect(PASS, "fail_open");
     // Were it still taken for a proxied one, the client would get a reset.
     kernel.run(program::CAPTURE, &p::ack_v4()).expect(PASS, "pass_policy");
+    assert_eq!(kernel.only_flow().1.packets_up, 2, "both have passed");
 }
 
 fn without_a_proxy_late_packets_go_their_way() {
