@@ -2,6 +2,7 @@
 
 use std::cell::Cell;
 use std::io;
+use std::mem;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
@@ -19,10 +20,13 @@ use crate::wire::Wire;
 /// Reads in a row before other connections get their turn.
 const ROUNDS: usize = 16;
 
+/// Bytes at a time that are worth a pipe: less is copied sooner than its pages are moved.
+const WORTH_A_PIPE: usize = 16 << 10;
+
 /// One direction of a connection.
 ///
 /// It begins with a buffer, which is cheapest for what is short. Where more is there than a buffer
-/// takes, pages are moved through a pipe instead, until no more is there.
+/// takes, pages are moved through a pipe instead, as long as much comes at a time.
 pub(super) struct Direction<'a> {
     from: &'a Wire,
     to: &'a Wire,
@@ -33,8 +37,10 @@ pub(super) struct Direction<'a> {
     bytes: (&'a Cell<u64>, &'a Value),
     last_byte: Instant,
     step: Step<'a>,
-    /// The latest read found more than a buffer takes.
+    /// Pages are to be moved.
     bulk: bool,
+    /// Bytes that were there since it has waited for any.
+    at_a_time: usize,
     /// Waits for a reset of the source while that is not read.
     reset: Option<Pin<Box<dyn Future<Output = ()> + 'a>>>,
 }
@@ -57,7 +63,8 @@ impl<'a> Direction<'a> {
         bytes: (&'a Cell<u64>, &'a Value),
     ) -> Self {
         let last_byte = Instant::now();
-        Self { from, to, source, pool, bytes, last_byte, step: Step::Read, bulk: false, reset: None }
+        let (step, bulk, at_a_time, reset) = (Step::Read, false, 0, None);
+        Self { from, to, source, pool, bytes, last_byte, step, bulk, at_a_time, reset }
     }
 
     pub(super) const fn is_open(&self) -> bool {
@@ -170,11 +177,17 @@ impl<'a> Direction<'a> {
         {
             match from.try_io(Interest::READABLE, || pipe.fill(from)) {
                 Ok(0) => return Ok(Step::Close),
-                Ok(_) => return Ok(Step::Drain(pipe)),
+                Ok(filled) => {
+                    self.at_a_time += filled;
+                    return Ok(Step::Drain(pipe));
+                }
                 Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error),
                 // Nothing is there; or urgent data, which stops a splice, and nothing would tell
                 // when it may go on.
-                Err(_) => return self.read_into_buffer(|buffer| sockopt::receive(from, buffer)),
+                Err(_) => {
+                    self.bulk = mem::take(&mut self.at_a_time) >= WORTH_A_PIPE;
+                    return self.read_into_buffer(|buffer| sockopt::receive(from, buffer));
+                }
             }
         }
         self.read_into_buffer(|buffer| from.try_read(buffer))
@@ -185,9 +198,9 @@ impl<'a> Direction<'a> {
         read: impl FnOnce(&mut [u8]) -> io::Result<usize>,
     ) -> io::Result<Step<'a>> {
         let mut buffer = self.pool.take();
-        self.bulk = false;
         let end = read(&mut buffer)?;
         self.bulk = end == buffer.len();
+        self.at_a_time = end;
         Ok(if end == 0 { Step::Close } else { Step::Write { buffer, at: 0, end } })
     }
 
@@ -228,4 +241,35 @@ fn attempt<T>(
 /// Whether trying again may help.
 fn is_passing(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    use super::super::tests::connection;
+    use super::*;
+
+    #[tokio::test]
+    async fn pages_are_moved_while_much_comes_at_a_time() {
+        let (mut client, from) = connection().await;
+        let (mut server, to) = connection().await;
+        let (from, to) = (Wire::Plain(from), Wire::Plain(to));
+        let (pool, own, total) = (Pool::default(), Cell::default(), Value::default());
+        let mut direction = Direction::new((Side::Client, &from), &to, &pool, (&own, &total));
+        // Each arrives whole, and has left again before the next: the source runs dry in between.
+        for (bytes, is_bulk) in [(300_000, true), (40_000, true), (40_000, true), (1_000, false)] {
+            client.write_all(&vec![7; bytes]).await.expect("an open connection");
+            let mut got = vec![0; bytes];
+            let arrival = server.read_exact(&mut got);
+            tokio::select! {
+                ended = poll_fn(|cx| direction.poll(None, false, cx)) => panic!("{ended:?}"),
+                arrived = arrival => assert_eq!(arrived.ok(), Some(bytes)),
+            }
+            let dry = poll_fn(|cx| Poll::Ready(direction.poll(None, false, cx))).await;
+            assert_eq!((dry, direction.bulk), (Poll::Pending, is_bulk), "{bytes} bytes at a time");
+        }
+    }
 }

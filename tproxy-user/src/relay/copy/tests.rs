@@ -11,7 +11,7 @@ const LONG: Duration = Duration::from_mins(1);
 const SHORT: Duration = Duration::from_millis(100);
 
 /// A connection as its peer and the relay hold it.
-async fn connection() -> (TcpStream, TcpStream) {
+pub(super) async fn connection() -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("a listener");
     let addr = listener.local_addr().expect("its address");
     let (ours, theirs) = tokio::join!(listener.accept(), TcpStream::connect(addr));
