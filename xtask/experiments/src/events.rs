@@ -14,6 +14,9 @@ use crate::{Listener, Pair, report};
 
 /// Moves one direction of a connection.
 pub(crate) trait Mover {
+    /// What of either socket to be told of.
+    const EVENTS: EpollFlags = EpollFlags::EPOLLIN.union(EpollFlags::EPOLLOUT);
+
     /// Moves some bytes; false: the source has ended, and all is on its way.
     ///
     /// # Errors
@@ -67,9 +70,10 @@ pub(crate) fn run<M: Mover>(listener: &Listener, mover: impl Fn() -> Result<M>) 
                 let Some(sockets) = listener.connect(client) else { continue };
                 let movers = [Some(mover()?), Some(mover()?)];
                 let entry = connections.vacant_entry();
+                turn.push(entry.key());
                 for socket in &sockets {
                     socket.set_nonblocking(true)?;
-                    let events = EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT | EpollFlags::EPOLLET;
+                    let events = M::EVENTS | EpollFlags::EPOLLET;
                     epoll.add(socket, EpollEvent::new(events, entry.key() as u64)).context("epoll_ctl")?;
                 }
                 entry.insert(Connection { sockets, movers });

@@ -4,9 +4,11 @@
 //! the client wanted to go, as this host, and moves bytes until both directions have ended.
 //! `cargo xtask bench --cases bulk --peers direct,ebpf,exp-copy,…` measures it.
 
+mod bpf;
 mod copy;
 mod events;
 mod ring;
+mod sockmap;
 mod splice;
 mod zerocopy;
 
@@ -51,6 +53,8 @@ enum Mover {
     Splice,
     /// read(2), and send(2) with `MSG_ZEROCOPY`
     Zerocopy,
+    /// A socket map, whose program sends what is received from the other socket
+    Sockmap,
     /// Receives and sends of `io_uring`, both of a direction under way at once
     IoUring,
     /// Splices of `io_uring`
@@ -75,6 +79,10 @@ fn run(args: &Args) -> Result<()> {
         Mover::Copy => events::run(&listener, || Ok(copy::Copy::new())),
         Mover::Splice => events::run(&listener, || splice::Splice::new(pipe)),
         Mover::Zerocopy => events::run(&listener, || Ok(zerocopy::Zerocopy::new())),
+        Mover::Sockmap => {
+            let maps = sockmap::Maps::new()?;
+            events::run(&listener, || Ok(sockmap::Sockmap::new(&maps)))
+        }
         Mover::IoUring => ring::run(&listener, || Ok(ring::Messages::new())),
         Mover::IoUringSplice => ring::run(&listener, || ring::Splices::new(pipe)),
     }

@@ -1,4 +1,4 @@
-//! Every mover, as a program on loopback. Without `io_uring` its movers are shown as ignored.
+//! Every mover, as a program on loopback. Those that this host or user cannot run are shown as ignored.
 
 #[path = "../../../tproxy-user/tests/harness/mod.rs"]
 mod harness;
@@ -12,13 +12,15 @@ use std::time::Duration;
 use clap::Parser as _;
 use io_uring::IoUring;
 use libtest_mimic::Trial;
+use nix::unistd::geteuid;
 
-const MOVERS: [&str; 7] = [
+const MOVERS: [&str; 8] = [
     "copy",
     "splice --pipe 64",
     "splice --pipe 256",
     "splice --pipe 1024",
     "zerocopy",
+    "sockmap",
     "io-uring",
     "io-uring-splice",
 ];
@@ -37,10 +39,13 @@ fn main() {
             mover.replace(" --", "_").replace([' ', '-'], "_")
         );
         let trial = Trial::test(name, run);
-        if !mover.starts_with("io-uring") {
-            return trial;
+        match mover {
+            "sockmap" => trial.with_kind("needs root").with_ignored_flag(!geteuid().is_root()),
+            "io-uring" | "io-uring-splice" => {
+                trial.with_kind("needs io_uring of Linux 6.1").with_ignored_flag(ring.is_err())
+            }
+            _ => trial,
         }
-        trial.with_kind("needs io_uring of Linux 6.1").with_ignored_flag(ring.is_err())
     });
     let (arguments, trials) = harness::CommandLine::parse().select(trials.into());
     libtest_mimic::run(&arguments, trials).exit();

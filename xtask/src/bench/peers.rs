@@ -64,6 +64,8 @@ pub(crate) enum Peer {
     ExpSplice1024,
     /// Another: send(2) with `MSG_ZEROCOPY`
     ExpZerocopy,
+    /// Another: a socket map
+    ExpSockmap,
     /// Another: receives and sends of `io_uring`
     ExpIoUring,
     /// Another: splices of `io_uring`
@@ -89,6 +91,7 @@ impl Peer {
             Self::ExpSplice256 => "exp-splice256",
             Self::ExpSplice1024 => "exp-splice1024",
             Self::ExpZerocopy => "exp-zerocopy",
+            Self::ExpSockmap => "exp-sockmap",
             Self::ExpIoUring => "exp-io-uring",
             Self::ExpIoUringSplice => "exp-io-uring-splice",
         }
@@ -119,6 +122,7 @@ impl Peer {
                 | Self::ExpSplice256
                 | Self::ExpSplice1024
                 | Self::ExpZerocopy
+                | Self::ExpSockmap
                 | Self::ExpIoUring
                 | Self::ExpIoUringSplice
         )
@@ -189,6 +193,7 @@ impl Peer {
             Self::ExpSplice256 => experiment::start(lab, programs, "splice --pipe 256"),
             Self::ExpSplice1024 => experiment::start(lab, programs, "splice --pipe 1024"),
             Self::ExpZerocopy => experiment::start(lab, programs, "zerocopy"),
+            Self::ExpSockmap => experiment::start(lab, programs, "sockmap"),
             Self::ExpIoUring => experiment::start(lab, programs, "io-uring"),
             Self::ExpIoUringSplice => experiment::start(lab, programs, "io-uring-splice"),
         }
