@@ -119,8 +119,7 @@ fn check() -> Result<()> {
 fn plan(args: &Args) -> Vec<(Case, Vec<Peer>)> {
     let cases = if args.cases.is_empty() { Case::ALL.as_slice() } else { &args.cases };
     let chosen = |peer: &&Peer| args.peers.is_empty() || args.peers.contains(*peer);
-    let experiments =
-        |case: Case| args.peers.iter().filter(move |peer| peer.is_experiment() && case.is_for_experiments());
+    let experiments = |case: Case| args.peers.iter().filter(move |peer| case.is_for_experiment(**peer));
     let plan = cases.iter().map(|case| {
         let peers = case.peers().iter().filter(chosen).chain(experiments(*case));
         (*case, peers.copied().collect())

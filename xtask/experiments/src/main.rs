@@ -2,11 +2,13 @@
 //!
 //! A relay with one thread: it accepts what is handed to it (iptables TPROXY), connects to where
 //! the client wanted to go, as this host, and moves bytes until both directions have ended.
-//! `cargo xtask bench --cases bulk --peers direct,ebpf,exp-copy,…` measures it.
+//! `cargo xtask bench --cases bulk --peers direct,ebpf,exp-copy,…` measures it. It also forwards
+//! packets without relaying anything, to know what that could reach.
 
 mod bpf;
 mod copy;
 mod events;
+mod forward;
 mod ring;
 mod sockmap;
 mod splice;
@@ -27,9 +29,17 @@ const CHUNK: usize = 64 << 10;
 /// How long one connect may take. Nothing else is done meanwhile: connections are few here.
 const CONNECT: Duration = Duration::from_secs(5);
 
-/// Relays TCP connections in one of several ways.
+/// Ways to move the bytes of TCP connections, to compare.
 #[derive(Parser)]
-struct Args {
+enum Command {
+    /// Relays TCP connections in one of several ways
+    Relay(Relay),
+    /// Forwards IPv4 packets between two devices, for ever
+    Forward { one: String, another: String },
+}
+
+#[derive(clap::Args)]
+struct Relay {
     /// How bytes are moved
     #[arg(long)]
     mover: Mover,
@@ -62,7 +72,11 @@ enum Mover {
 }
 
 fn main() -> ExitCode {
-    match run(&Args::parse()) {
+    let done = match Command::parse() {
+        Command::Relay(relay) => run(&relay),
+        Command::Forward { one, another } => forward::run([&one, &another]),
+    };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("tproxy-experiments: {error:#}");
@@ -71,7 +85,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(args: &Args) -> Result<()> {
+fn run(args: &Relay) -> Result<()> {
     let listener = Listener::new(args.port, args.to)?;
     println!("{}", listener.address()?);
     let pipe = args.pipe << 10;

@@ -64,7 +64,12 @@ impl Drop for Relay {
 impl Relay {
     fn start(mover: &str, to: SocketAddr) -> io::Result<(Self, SocketAddr)> {
         let mut command = Command::new(env!("CARGO_BIN_EXE_tproxy-experiments"));
-        command.arg("--mover").args(mover.split(' ')).args(["--port", "0", "--to", &to.to_string()]);
+        command.args(["relay", "--mover"]).args(mover.split(' ')).args([
+            "--port",
+            "0",
+            "--to",
+            &to.to_string(),
+        ]);
         let mut relay = Self(command.stdout(Stdio::piped()).spawn()?);
         let mut line = String::new();
         BufReader::new(relay.0.stdout.take().expect("its stdout")).read_line(&mut line)?;

@@ -117,10 +117,14 @@ impl Case {
         }
     }
 
-    /// Whether experiments are compared too, where they are asked for: they are about established
-    /// connections.
-    pub(crate) const fn is_for_experiments(self) -> bool {
-        matches!(self, Self::Bulk | Self::BulkPlain)
+    /// Whether an experiment is compared too, where it is asked for: they are about what is
+    /// established, and relay TCP alone.
+    pub(crate) const fn is_for_experiment(self, peer: Peer) -> bool {
+        match self {
+            Self::Bulk | Self::BulkPlain => peer.is_experiment(),
+            Self::UdpExchange | Self::UdpSend => matches!(peer, Peer::ExpForward),
+            _ => false,
+        }
     }
 
     /// Whether it is one of the benchmarks of `tproxy-user`.

@@ -70,6 +70,8 @@ pub(crate) enum Peer {
     ExpIoUring,
     /// Another: splices of `io_uring`
     ExpIoUringSplice,
+    /// Another, without iptables: a program at TC forwards, nothing is relayed
+    ExpForward,
 }
 
 impl Peer {
@@ -94,6 +96,7 @@ impl Peer {
             Self::ExpSockmap => "exp-sockmap",
             Self::ExpIoUring => "exp-io-uring",
             Self::ExpIoUringSplice => "exp-io-uring-splice",
+            Self::ExpForward => "exp-forward",
         }
     }
 
@@ -125,6 +128,7 @@ impl Peer {
                 | Self::ExpSockmap
                 | Self::ExpIoUring
                 | Self::ExpIoUringSplice
+                | Self::ExpForward
         )
     }
 
@@ -138,7 +142,7 @@ impl Peer {
 
     /// Whether packets go through a program at all.
     pub(crate) const fn relays(self) -> bool {
-        !matches!(self, Self::Direct | Self::Passing)
+        !matches!(self, Self::Direct | Self::Passing | Self::ExpForward)
     }
 
     /// Whether UDP does.
@@ -154,7 +158,7 @@ impl Peer {
     /// What it runs.
     pub(crate) const fn needs(self) -> &'static [Need] {
         match self {
-            Self::Direct | Self::Ebpf | Self::Passing | Self::Faithful => &[],
+            Self::Direct | Self::Ebpf | Self::Passing | Self::Faithful | Self::ExpForward => &[],
             Self::Haproxy => needs::BENCH_HAPROXY,
             Self::Nginx => needs::BENCH_NGINX,
             Self::Redsocks => needs::BENCH_REDSOCKS,
@@ -188,14 +192,15 @@ impl Peer {
             Self::Redsocks => redsocks::start(lab),
             Self::V2ray => v2ray::start(lab),
             Self::Shadowsocks => shadowsocks::start(lab),
-            Self::ExpCopy => experiment::start(lab, programs, "copy"),
-            Self::ExpSplice64 => experiment::start(lab, programs, "splice --pipe 64"),
-            Self::ExpSplice256 => experiment::start(lab, programs, "splice --pipe 256"),
-            Self::ExpSplice1024 => experiment::start(lab, programs, "splice --pipe 1024"),
-            Self::ExpZerocopy => experiment::start(lab, programs, "zerocopy"),
-            Self::ExpSockmap => experiment::start(lab, programs, "sockmap"),
-            Self::ExpIoUring => experiment::start(lab, programs, "io-uring"),
-            Self::ExpIoUringSplice => experiment::start(lab, programs, "io-uring-splice"),
+            Self::ExpCopy => experiment::relay(lab, programs, "copy"),
+            Self::ExpSplice64 => experiment::relay(lab, programs, "splice --pipe 64"),
+            Self::ExpSplice256 => experiment::relay(lab, programs, "splice --pipe 256"),
+            Self::ExpSplice1024 => experiment::relay(lab, programs, "splice --pipe 1024"),
+            Self::ExpZerocopy => experiment::relay(lab, programs, "zerocopy"),
+            Self::ExpSockmap => experiment::relay(lab, programs, "sockmap"),
+            Self::ExpIoUring => experiment::relay(lab, programs, "io-uring"),
+            Self::ExpIoUringSplice => experiment::relay(lab, programs, "io-uring-splice"),
+            Self::ExpForward => experiment::forward(lab, programs),
         }
     }
 }
