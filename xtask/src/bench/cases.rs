@@ -102,7 +102,7 @@ impl Case {
     /// Who is compared.
     pub(crate) const fn peers(self) -> &'static [Peer] {
         match self {
-            Self::Pass => &[Peer::Direct, Peer::Passing],
+            Self::Pass => &[Peer::Direct, Peer::Ruled, Peer::Passing],
             Self::Bulk | Self::Connect | Self::Exchange | Self::Memory => TCP,
             // Those that relay without another program behind them.
             Self::BulkPlain => {

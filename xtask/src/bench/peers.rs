@@ -37,6 +37,9 @@ pub(crate) enum Peer {
     Ebpf,
     /// The same, with a policy that passes all
     Passing,
+    /// Forwarding alone, with the routing rule that every way of steering by mark takes, and that
+    /// nothing matches
+    Ruled,
     /// tproxy-user, with `--handshake faithful`
     Faithful,
     /// tproxy-user behind iptables TPROXY: the same relay, steered by others
@@ -80,6 +83,7 @@ impl Peer {
             Self::Direct => "direct",
             Self::Ebpf => "ebpf",
             Self::Passing => "passing",
+            Self::Ruled => "rule",
             Self::Faithful => "faithful",
             Self::Iptables => "iptables",
             Self::IptablesCounting => "iptables-counting",
@@ -104,6 +108,7 @@ impl Peer {
         match self {
             Self::Direct => "direct",
             Self::Ebpf | Self::Passing => "tproxy",
+            Self::Ruled => "direct, with an ip rule",
             Self::Faithful => "tproxy, faithful",
             Self::Iptables => "iptables TPROXY, same relay",
             Self::IptablesCounting => "iptables TPROXY, flows counted",
@@ -142,7 +147,7 @@ impl Peer {
 
     /// Whether packets go through a program at all.
     pub(crate) const fn relays(self) -> bool {
-        !matches!(self, Self::Direct | Self::Passing | Self::ExpForward)
+        !matches!(self, Self::Direct | Self::Passing | Self::Ruled | Self::ExpForward)
     }
 
     /// Whether UDP does.
@@ -158,7 +163,9 @@ impl Peer {
     /// What it runs.
     pub(crate) const fn needs(self) -> &'static [Need] {
         match self {
-            Self::Direct | Self::Ebpf | Self::Passing | Self::Faithful | Self::ExpForward => &[],
+            Self::Direct | Self::Ebpf | Self::Passing | Self::Ruled | Self::Faithful | Self::ExpForward => {
+                &[]
+            }
             Self::Haproxy => needs::BENCH_HAPROXY,
             Self::Nginx => needs::BENCH_NGINX,
             Self::Redsocks => needs::BENCH_REDSOCKS,
@@ -177,6 +184,7 @@ impl Peer {
             Self::Passing => {
                 tproxy::start(lab, tproxy_user, "--iface lan --proto tcp --not-to 198.18.0.0/15")
             }
+            Self::Ruled => rules::routing(lab).map(|()| Running::default()),
             Self::Faithful => tproxy::start(lab, tproxy_user, "--iface lan --handshake faithful"),
             Self::Iptables => {
                 rules::tproxy(lab)?;

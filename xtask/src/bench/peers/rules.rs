@@ -65,6 +65,11 @@ pub(super) fn routes(lab: &Lab) -> Result<()> {
         lab,
         &["-t mangle -N DIVERT", "-t mangle -A DIVERT -j MARK --set-mark 1", "-t mangle -A DIVERT -j ACCEPT"],
     )?;
+    routing(lab)
+}
+
+/// The routing rule, and its route.
+pub(super) fn routing(lab: &Lab) -> Result<()> {
     lab.router.sh("ip rule add fwmark 1 lookup 100")?;
     lab.router.sh("ip route add local 0.0.0.0/0 dev lo table 100").map(drop)
 }
