@@ -17,7 +17,9 @@ mod series;
 mod statistics;
 mod table;
 
-use anyhow::{Result, ensure};
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result, ensure};
 use xtask::lab::reclaim;
 
 use self::arena::Programs;
@@ -43,6 +45,10 @@ pub(crate) struct Args {
     /// Seconds that one measurement lasts; a third of it where that is enough
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=60))]
     seconds: u64,
+    /// Measure this `tproxy-user`, such as an installed one, and not what is built here; but for
+    /// `policy` and `packet`
+    #[arg(long, value_name = "PROGRAM", conflicts_with = "record")]
+    tproxy_user: Option<PathBuf>,
     /// Write the results into README.md too, with their plots
     #[arg(long, conflicts_with_all = ["cases", "peers"])]
     record: bool,
@@ -64,8 +70,12 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let needs: Vec<_> =
         plan.iter().flat_map(|(_, peers)| peers).flat_map(|peer| peer.needs()).copied().collect();
     packages::ensure(&[needs::BENCH, needs.as_slice()].concat())?;
+    let built = build::ensure_all(Profile::Release)?.tproxy_user;
     let programs = Programs {
-        tproxy_user: build::ensure_all(Profile::Release)?.tproxy_user,
+        // Absolute: the labs' programs have other working directories.
+        tproxy_user: args.tproxy_user.as_ref().map_or(Ok(built), |path| {
+            path.canonicalize().with_context(|| format!("--tproxy-user {}", path.display()))
+        })?,
         tproxy_load: build::program("tproxy-load", Profile::Release)?,
         experiments: plan
             .iter()
@@ -139,6 +149,7 @@ mod tests {
                 peers: peers.into(),
                 rounds: 1,
                 seconds: 1,
+                tproxy_user: None,
                 record: false,
                 quick: false,
             })
