@@ -36,7 +36,7 @@ pub(crate) struct Args {
     /// What to measure, separated by commas; else all but `steering`
     #[arg(long, value_delimiter = ',', value_name = "CASE")]
     cases: Vec<Case>,
-    /// Only these, separated by commas; else all that can do it, but no `exp-…`
+    /// Only these, separated by commas; else all that can do it, but no `exp-…`, nor `one-worker`
     #[arg(long, value_delimiter = ',', value_name = "PEER")]
     peers: Vec<Peer>,
     /// Rounds; each measures every candidate once
@@ -129,9 +129,9 @@ fn check() -> Result<()> {
 fn plan(args: &Args) -> Vec<(Case, Vec<Peer>)> {
     let cases = if args.cases.is_empty() { Case::ALL.as_slice() } else { &args.cases };
     let chosen = |peer: &&Peer| args.peers.is_empty() || args.peers.contains(*peer);
-    let experiments = |case: Case| args.peers.iter().filter(move |peer| case.is_for_experiment(**peer));
+    let asked = |case: Case| args.peers.iter().filter(move |peer| case.is_for_asked(**peer));
     let plan = cases.iter().map(|case| {
-        let peers = case.peers().iter().filter(chosen).chain(experiments(*case));
+        let peers = case.peers().iter().filter(chosen).chain(asked(*case));
         (*case, peers.copied().collect())
     });
     plan.filter(|(case, peers): &(Case, Vec<Peer>)| case.in_kernel() || !peers.is_empty()).collect()

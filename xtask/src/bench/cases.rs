@@ -117,12 +117,13 @@ impl Case {
         }
     }
 
-    /// Whether an experiment is compared too, where it is asked for: they are about what is
+    /// Whether one is compared too, where it is asked for. Experiments are about what is
     /// established, and relay TCP alone.
-    pub(crate) const fn is_for_experiment(self, peer: Peer) -> bool {
-        match self {
-            Self::Bulk | Self::BulkPlain => peer.is_experiment(),
-            Self::UdpExchange | Self::UdpSend => matches!(peer, Peer::ExpForward),
+    pub(crate) const fn is_for_asked(self, peer: Peer) -> bool {
+        match (self, peer) {
+            (Self::Connect | Self::Exchange | Self::Bulk, Peer::OneWorker)
+            | (Self::UdpExchange | Self::UdpSend, Peer::ExpForward) => true,
+            (Self::Bulk | Self::BulkPlain, _) => peer.is_experiment(),
             _ => false,
         }
     }

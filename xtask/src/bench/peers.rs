@@ -40,6 +40,8 @@ pub(crate) enum Peer {
     /// Forwarding alone, with the routing rule that every way of steering by mark takes, and that
     /// nothing matches
     Ruled,
+    /// tproxy-user, with `--workers 1`: compared where it is asked for
+    OneWorker,
     /// tproxy-user, with `--handshake faithful`
     Faithful,
     /// tproxy-user behind iptables TPROXY: the same relay, steered by others
@@ -84,6 +86,7 @@ impl Peer {
             Self::Ebpf => "ebpf",
             Self::Passing => "passing",
             Self::Ruled => "rule",
+            Self::OneWorker => "one-worker",
             Self::Faithful => "faithful",
             Self::Iptables => "iptables",
             Self::IptablesCounting => "iptables-counting",
@@ -109,6 +112,7 @@ impl Peer {
             Self::Direct => "direct",
             Self::Ebpf | Self::Passing => "tproxy",
             Self::Ruled => "direct, with an ip rule",
+            Self::OneWorker => "tproxy, one worker",
             Self::Faithful => "tproxy, faithful",
             Self::Iptables => "iptables TPROXY, same relay",
             Self::IptablesCounting => "iptables TPROXY, flows counted",
@@ -185,6 +189,7 @@ impl Peer {
                 tproxy::start(lab, tproxy_user, "--iface lan --proto tcp --not-to 198.18.0.0/15")
             }
             Self::Ruled => rules::routing(lab).map(|()| Running::default()),
+            Self::OneWorker => tproxy::start(lab, tproxy_user, "--iface lan --workers 1"),
             Self::Faithful => tproxy::start(lab, tproxy_user, "--iface lan --handshake faithful"),
             Self::Iptables => {
                 rules::tproxy(lab)?;
