@@ -8,6 +8,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::FutureExt as _;
 use tokio::io::unix::AsyncFd;
 use tokio::net::TcpStream;
 use tokio::sync::OwnedSemaphorePermit;
@@ -164,7 +165,12 @@ fn admit(
     // Before another is accepted, which would take the descriptor.
     let exit = legs.map(|legs| Exit::open(worker, legs));
     let task = serve(Rc::clone(worker), stream, record, (client, destination, exit), (permit, slot));
-    drop(spawn_local(task));
+    let mut task = Box::pin(task);
+    // Not spawned first, which would have it wait for what other connections do: it is
+    // connecting meanwhile.
+    if (&mut task).now_or_never().is_none() {
+        drop(spawn_local(task));
+    }
 }
 
 /// The parts of the limits that one connection has.
