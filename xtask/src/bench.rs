@@ -70,12 +70,14 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let needs: Vec<_> =
         plan.iter().flat_map(|(_, peers)| peers).flat_map(|peer| peer.needs()).copied().collect();
     packages::ensure(&[needs::BENCH, needs.as_slice()].concat())?;
-    let built = build::ensure_all(Profile::Release)?.tproxy_user;
     let programs = Programs {
-        // Absolute: the labs' programs have other working directories.
-        tproxy_user: args.tproxy_user.as_ref().map_or(Ok(built), |path| {
-            path.canonicalize().with_context(|| format!("--tproxy-user {}", path.display()))
-        })?,
+        tproxy_user: match &args.tproxy_user {
+            None => build::ensure_all(Profile::Release)?.tproxy_user,
+            // Absolute, wherever it is started.
+            Some(path) => path
+                .canonicalize()
+                .with_context(|| format!("--tproxy-user {}: no program is there", path.display()))?,
+        },
         tproxy_load: build::program("tproxy-load", Profile::Release)?,
         experiments: plan
             .iter()
@@ -158,5 +160,7 @@ mod tests {
         assert!(all.contains(&Peer::Ebpf) && !all.iter().any(|peer| peer.is_experiment()), "{all:?}");
         let asked = [Peer::Direct, Peer::ExpCopy];
         assert_eq!(of(&asked), [(Case::Bulk, asked.into()), (Case::Connect, vec![Peer::Direct])]);
+        let worker = [Peer::OneWorker];
+        assert_eq!(of(&worker), [(Case::Bulk, worker.into()), (Case::Connect, worker.into())]);
     }
 }

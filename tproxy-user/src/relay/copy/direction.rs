@@ -20,7 +20,8 @@ use crate::wire::Wire;
 /// Reads in a row before other connections get their turn.
 const ROUNDS: usize = 16;
 
-/// Bytes at a time that are worth a pipe: less is copied sooner than its pages are moved.
+/// Bytes at a time that are worth a pipe: what comes in less than a quarter of a buffer is no bulk
+/// transfer any more.
 const WORTH_A_PIPE: usize = 16 << 10;
 
 /// One direction of a connection.

@@ -19,7 +19,7 @@ pub(super) fn relay(lab: &Lab, programs: &Programs, mover: &str) -> Result<Runni
 
 /// Forwarding at TC, where the router itself forwards nothing.
 pub(super) fn forward(lab: &Lab, programs: &Programs) -> Result<Running> {
-    lab.router.sh("sysctl -qw net.ipv4.ip_forward=0")?;
+    lab.router.set_sysctls(&[("net/ipv4/ip_forward", "0")])?;
     let command = command(lab, programs)?.args(["forward", "lan", "wan"]);
     let mut daemon = Daemon::start(lab, "tproxy-experiments", &command)?;
     daemon.wait_ready("its programs are attached", |daemon| Ok(daemon.log().contains("lan wan")))?;
