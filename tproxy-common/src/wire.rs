@@ -5,6 +5,7 @@
 //! the link layer (Ethernet, VLAN, none) does not matter here.
 
 pub mod icmp;
+pub mod plain;
 
 use core::hint::black_box;
 
@@ -83,6 +84,13 @@ pub mod tcp_flag {
     pub const RST: u8 = 0x04;
     /// The acknowledgement field counts.
     pub const ACK: u8 = 0x10;
+
+    /// Whether a segment with these flags opens a connection.
+    #[inline(always)]
+    #[must_use]
+    pub const fn opens(flags: u8) -> bool {
+        flags & (SYN | ACK | RST | FIN) == SYN
+    }
 }
 
 /// What the programs need to know of a TCP or UDP packet.
@@ -159,7 +167,7 @@ impl Packet {
     #[inline(always)]
     #[must_use]
     pub const fn is_syn(&self) -> bool {
-        self.tcp_flags & (tcp_flag::SYN | tcp_flag::ACK | tcp_flag::RST | tcp_flag::FIN) == tcp_flag::SYN
+        tcp_flag::opens(self.tcp_flags)
     }
 }
 
@@ -305,25 +313,6 @@ pub fn read_v6(from: &impl Load, packet: &mut Packet) -> Result<(), Skip> {
     }
     packet.protocol = next;
     read_transport(from, offset, packet)
-}
-
-/// Source address and port by one read: of an IPv4 packet without options that is no
-/// later fragment. For TCP and UDP; `None` does not say that the packet is neither.
-#[inline(always)]
-#[must_use]
-pub fn plain_source_v4(from: &impl Load) -> Option<(Addr, u16)> {
-    let [first, fragment, control, source, _, ports] = from.load(0)?;
-    let plain = byte(first, 0) == 0x45 && bits(fragment, 19, 13) == 0 && has_ports(byte(control, 1));
-    plain.then(|| (mapped(source.to_ne_bytes()), half(ports, 0)))
-}
-
-/// The same of an IPv6 packet without extension headers.
-#[inline(always)]
-#[must_use]
-pub fn plain_source_v6(from: &impl Load) -> Option<(Addr, u16)> {
-    let [first, fixed, a, b, c, d, _, _, _, _, ports] = from.load(0)?;
-    let plain = bits(first, 0, 4) == 6 && has_ports(byte(fixed, 2));
-    plain.then(|| (joined([a, b, c, d]), half(ports, 0)))
 }
 
 /// Differentiated services codepoint (RFC 2474): of the type of service octet, or of the

@@ -3,9 +3,8 @@
 use std::cell::Cell;
 
 use tproxy_common::abi::{Family, TCP, UDP};
-use tproxy_common::wire::{
-    Fragment, Load, Packet, Skip, parse_v4, parse_v6, plain_source_v4, plain_source_v6,
-};
+use tproxy_common::wire::plain::{self, Plain, PlainV4, PlainV6};
+use tproxy_common::wire::{Fragment, Load, Packet, Skip, parse_v4, parse_v6};
 
 /// Checks both parsers on bytes from the network header on.
 ///
@@ -16,12 +15,45 @@ pub fn check_packet(bytes: &[u8]) {
     check(bytes, |from| parse_v4(from), v4);
     check(bytes, |from| parse_v6(from), v6);
     for (plain, parsed) in
-        [(plain_source_v4(&bytes), parse_v4(&bytes)), (plain_source_v6(&bytes), parse_v6(&bytes))]
+        [(plain::source_v4(&bytes), parse_v4(&bytes)), (plain::source_v6(&bytes), parse_v6(&bytes))]
     {
         if let (Some(source), Ok(packet)) = (plain, parsed) {
             assert_eq!(source, (packet.source, packet.source_port), "the plain source of {bytes:02x?}");
         }
     }
+    let of_v4 = |_: &Packet| bytes[0] == 0x45 && bytes.len() >= 36;
+    check_plain(bytes, PlainV4::read(&bytes), parse_v4(&bytes), of_v4);
+    let of_v6 = |packet: &Packet| {
+        let is_usual = |address: &[u8; 16]| address[..4] != [0; 4] && address[0] < 0xfe;
+        let follows_at_once = bytes[6] == packet.protocol && bytes.len() >= 56;
+        follows_at_once && is_usual(&packet.source) && is_usual(&packet.destination)
+    };
+    check_plain(bytes, PlainV6::read(&bytes), parse_v6(&bytes), of_v6);
+}
+
+/// What is plain is read at once, and nothing else, and told as the parsers tell it.
+fn check_plain<P: Plain>(bytes: &[u8], plain: Option<P>, parsed: Parsed, is_plain: impl Fn(&Packet) -> bool) {
+    let is_whole = |packet: &Packet| packet.fragment == Fragment::Whole && packet.ip_len > 0;
+    let parsed = parsed.ok().filter(|packet| is_whole(packet) && is_plain(packet));
+    assert_eq!(plain.is_some(), parsed.is_some(), "whether it is plain: {bytes:02x?}");
+    let (Some(plain), Some(packet)) = (plain, parsed) else { return };
+    assert_eq!(plain.protocol(), packet.protocol, "{bytes:02x?}");
+    assert_eq!(plain.addresses(), (packet.source, packet.destination), "{bytes:02x?}");
+    assert_eq!(plain.ports(), (packet.source_port, packet.destination_port), "{bytes:02x?}");
+    assert_eq!(plain.ip_len(), packet.ip_len, "{bytes:02x?}");
+    assert_eq!(plain.header_len(), u32::from(packet.header_len), "{bytes:02x?}");
+    assert_eq!(plain.tcp_flags(), packet.tcp_flags, "{bytes:02x?}");
+    assert_eq!(plain.opens(), packet.is_syn(), "{bytes:02x?}");
+    assert_eq!(plain.dont_fragment(), packet.dont_fragment, "{bytes:02x?}");
+    let (up, down) = (plain.up_key(), plain.down_key());
+    assert_eq!(
+        (up.client, up.client_port, up.protocol),
+        (packet.source, packet.source_port, packet.protocol)
+    );
+    assert_eq!((down.client, down.client_port), (packet.destination, packet.destination_port));
+    let tuple: Vec<u8> = plain.tuple().iter().flat_map(|word| word.to_ne_bytes()).collect();
+    let (at, len) = if packet.family == Family::V4 { (12, 12) } else { (8, 36) };
+    assert_eq!(tuple, bytes[at..at + len], "{bytes:02x?}");
 }
 
 type Parsed = Result<Packet, Skip>;
