@@ -14,6 +14,7 @@ use tproxy_common::flow::tcp_seen;
 use tproxy_common::wire::{Packet, Skip};
 
 use crate::capture::note_host_pair;
+use crate::fast_path;
 use crate::fragment;
 use crate::maps::{COUNTERS, DECIDED, FLOWS};
 use crate::nat;
@@ -74,7 +75,7 @@ impl FlowRef {
             Some(_) => BPF_ANY,
             None => BPF_NOEXIST,
         };
-        let (packets, bytes) = skb.on_the_wire(packet);
+        let (packets, bytes) = skb.packet_on_the_wire(packet);
         let now = now();
         // Of zeros that it knows the compiler makes a call of `memset`, whose frame
         // is one too many where each takes a multiple of 32 bytes of the stack
@@ -162,8 +163,8 @@ impl FlowRef {
 
     /// Whether a UDP flow has been quiet for so long that it is over.
     #[inline(always)]
-    pub(crate) fn is_stale(&self) -> bool {
-        now().saturating_sub(self.last_seen()) > settings::udp_timeout()
+    pub(crate) fn is_stale(&self, now: u64) -> bool {
+        now.saturating_sub(self.last_seen()) > settings::udp_timeout()
     }
 
     /// Whether it came in on an upstream-facing interface.
@@ -224,38 +225,38 @@ impl FlowRef {
     /// Counts a packet of the client.
     #[inline(always)]
     pub(crate) fn up(self, skb: &Skb, packet: &Packet) {
-        let (packets, bytes) = skb.on_the_wire(packet);
-        self.add_up(packets, bytes, packet.tcp_flags);
+        let (packets, bytes) = skb.packet_on_the_wire(packet);
+        self.add_up(now(), packets, bytes, packet.tcp_flags);
     }
 
-    /// Counts packets of the client.
+    /// Counts packets of the client, which are seen [`now`].
     #[inline(always)]
-    pub(crate) fn add_up(self, packets: u64, bytes: u64, tcp_flags: u8) {
+    pub(crate) fn add_up(self, now: u64, packets: u64, bytes: u64, tcp_flags: u8) {
         // SAFETY: see `FlowRef`; the fields are valid and aligned.
         unsafe {
             add(&raw mut (*self.entry()).packets_up, packets);
             add(&raw mut (*self.entry()).bytes_up, bytes);
             see(&raw mut (*self.entry()).seen_up, tcp_flags);
-            (*self.entry()).last_seen = now();
+            (*self.entry()).last_seen = now;
         }
     }
 
     /// Counts a packet to the client.
     #[inline(always)]
     pub(crate) fn down(self, skb: &Skb, packet: &Packet) {
-        let (packets, bytes) = skb.on_the_wire(packet);
-        self.add_down(packets, bytes, packet.tcp_flags);
+        let (packets, bytes) = skb.packet_on_the_wire(packet);
+        self.add_down(now(), packets, bytes, packet.tcp_flags);
     }
 
-    /// Counts packets to the client.
+    /// Counts packets to the client, which are seen [`now`].
     #[inline(always)]
-    pub(crate) fn add_down(self, packets: u64, bytes: u64, tcp_flags: u8) {
+    pub(crate) fn add_down(self, now: u64, packets: u64, bytes: u64, tcp_flags: u8) {
         // SAFETY: see `FlowRef`; the fields are valid and aligned.
         unsafe {
             add(&raw mut (*self.entry()).packets_down, packets);
             add(&raw mut (*self.entry()).bytes_down, bytes);
             see(&raw mut (*self.entry()).seen_down, tcp_flags);
-            (*self.entry()).last_seen = now();
+            (*self.entry()).last_seen = now;
         }
     }
 }
@@ -328,6 +329,10 @@ pub(crate) fn down_key(packet: &Packet) -> FlowKey {
 /// NAT, counts replies, changes nothing.
 #[inline(always)]
 pub(crate) fn egress(skb: &Skb) -> i32 {
+    let action = fast_path::reply(skb);
+    if action != fast_path::SLOW {
+        return action;
+    }
     if let Some(packet) = scratch::parsed()
         && skb.parse(packet).is_ok()
         && fragment::resolve_ports(packet)

@@ -5,7 +5,8 @@ use tproxy_common::classify::is_special;
 use tproxy_common::counter::Counter;
 use tproxy_common::wire::{Fragment, Packet, Skip, hop_limit};
 
-use crate::account::{FlowRef, arrives_for_host, count, down_key, skip_counter, up_key};
+use crate::account::{FlowRef, arrives_for_host, count, down_key, now, skip_counter, up_key};
+use crate::fast_path;
 use crate::fragment::{self, Side};
 use crate::handshake;
 use crate::icmp;
@@ -27,7 +28,7 @@ const VLAN_ID: u32 = 0x0fff;
 #[inline(always)]
 pub(crate) fn ingress(skb: &Skb) -> i32 {
     handshake::accept_let_in(skb);
-    admitted(skb, |packet| {
+    admitted(skb, fast_path::captured, |packet| {
         let action = match packet.fragment {
             Fragment::Whole if packet.protocol == UDP => udp(skb, packet),
             Fragment::Whole => tcp(skb, packet),
@@ -38,16 +39,20 @@ pub(crate) fn ingress(skb: &Skb) -> i32 {
     })
 }
 
-/// Makes the checks that need no lookup, then lets `decide` decide. The packet
-/// is handed on by reference: a copy costs an eighth of the stack.
+/// Makes the checks that need no lookup, then lets `decide` decide over what the fast path
+/// leaves. The packet is handed on by reference: a copy costs an eighth of the stack.
 #[inline(always)]
-pub(crate) fn admitted(skb: &Skb, decide: impl FnOnce(&Packet) -> i32) -> i32 {
+pub(crate) fn admitted(skb: &Skb, fast: fn(&Skb) -> i32, decide: impl FnOnce(&Packet) -> i32) -> i32 {
     if !skb.is_for_host() {
         return pass(Counter::PassNotForUs);
     }
     // Identifier 0 carries a priority alone; the stack takes it off.
     if skb.vlan_present() != 0 && skb.vlan_tci() & VLAN_ID != 0 {
         return pass(Counter::PassVlan);
+    }
+    let action = fast(skb);
+    if action != fast_path::SLOW {
+        return action;
     }
     let Some(packet) = scratch::parsed() else { return NEXT };
     match skb.parse(packet) {
@@ -183,7 +188,7 @@ fn natted(skb: &Skb, packet: &Packet, reason: Counter) -> i32 {
 fn udp(skb: &Skb, packet: &Packet) -> i32 {
     let key = up_key(packet);
     let found = FlowRef::find(&key);
-    let flow = match found.filter(|flow| !flow.is_stale()) {
+    let flow = match found.filter(|flow| !flow.is_stale(now())) {
         Some(flow) if flow.is_proxied(UDP) => {
             if flow.is_dropped_by_name(&key) {
                 flow.up(skb, packet);
@@ -284,7 +289,8 @@ impl Side for Captured {
     fn decision(skb: &Skb, packet: &Packet) -> Decision {
         let (proxy, pass) = (Decision::by_default(Verdict::Proxy), Decision::by_default(Verdict::Pass));
         if let Some(flow) = FlowRef::find(&up_key(packet))
-            && ((packet.protocol == UDP && !flow.is_stale()) || (packet.protocol != UDP && !packet.is_syn()))
+            && ((packet.protocol == UDP && !flow.is_stale(now()))
+                || (packet.protocol != UDP && !packet.is_syn()))
         {
             return flow.decision();
         }

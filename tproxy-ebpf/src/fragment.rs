@@ -6,7 +6,7 @@ use tproxy_common::abi::{Decision, FragmentInfo, FragmentKey, Origin, UDP, Verdi
 use tproxy_common::counter::Counter;
 use tproxy_common::wire::{Fragment, Packet};
 
-use crate::account::{FlowRef, count, up_key};
+use crate::account::{FlowRef, count, now, up_key};
 use crate::capture::{answered_request, note_host_pair, note_request_to_host, unheard, unproxied};
 use crate::maps::FRAGMENTS;
 use crate::nat;
@@ -123,14 +123,14 @@ fn first<S: Side>(skb: &Skb, packet: &Packet, key: &FragmentKey, known: Option<*
             && !proxied
         {
             request.down(skb, packet);
-            request.add_down(pending_packets, pending_bytes, 0);
+            request.add_down(now(), pending_packets, pending_bytes, 0);
         } else {
             let key = up_key(packet);
             FlowRef::open(skb, &key, FlowRef::find(&key), decision, Origin::Captured);
             if pending_packets != 0
                 && let Some(flow) = FlowRef::find(&key)
             {
-                flow.add_up(pending_packets, pending_bytes, 0);
+                flow.add_up(now(), pending_packets, pending_bytes, 0);
             }
         }
     }
@@ -140,7 +140,7 @@ fn first<S: Side>(skb: &Skb, packet: &Packet, key: &FragmentKey, known: Option<*
 /// Likewise.
 #[inline(never)]
 fn later<S: Side>(skb: &Skb, packet: &Packet, key: &FragmentKey, known: Option<*mut FragmentInfo>) -> u8 {
-    let (packets, bytes) = skb.on_the_wire(packet);
+    let (packets, bytes) = skb.packet_on_the_wire(packet);
     let Some(info) = known else {
         count(Counter::FragmentUnknown);
         let verdict = if S::might_take(skb, packet) { Verdict::Proxy } else { Verdict::Pass };
@@ -167,9 +167,9 @@ fn later<S: Side>(skb: &Skb, packet: &Packet, key: &FragmentKey, known: Option<*
             whole.source_port = (*info).source_port;
             whole.destination_port = (*info).destination_port;
             if let Some(request) = request_of(whole) {
-                request.add_down(packets, bytes, 0);
+                request.add_down(now(), packets, bytes, 0);
             } else if let Some(flow) = FlowRef::find(&up_key(whole)) {
-                flow.add_up(packets, bytes, 0);
+                flow.add_up(now(), packets, bytes, 0);
             }
         }
         (*info).verdict

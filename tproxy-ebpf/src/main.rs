@@ -35,6 +35,7 @@
 
 mod account;
 mod capture;
+mod fast_path;
 mod fragment;
 mod group;
 mod handshake;

@@ -7,7 +7,7 @@ use tproxy_common::classify::is_special;
 use tproxy_common::counter::Counter;
 use tproxy_common::wire::{Fragment, Packet};
 
-use crate::account::{FlowRef, down_key, leaves, skip_counter, up_key};
+use crate::account::{FlowRef, down_key, leaves, now, skip_counter, up_key};
 use crate::capture::{unheard, unproxied};
 use crate::fragment::resolve_ports;
 use crate::handshake;
@@ -61,7 +61,7 @@ fn own(skb: &Skb, packet: &Packet) -> i32 {
     let found = FlowRef::find(&key);
     if let Some(flow) = found
         && !packet.is_syn()
-        && (packet.protocol != UDP || !flow.is_stale())
+        && (packet.protocol != UDP || !flow.is_stale(now()))
     {
         flow.up(skb, packet);
         if !flow.is_proxied(packet.protocol) {

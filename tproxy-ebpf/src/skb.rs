@@ -200,11 +200,16 @@ impl Skb {
 
     /// Packets and IP-layer bytes that this buffer is on the wire.
     #[inline(always)]
-    pub(crate) fn on_the_wire(&self, packet: &Packet) -> (u64, u64) {
+    pub(crate) fn packet_on_the_wire(&self, packet: &Packet) -> (u64, u64) {
         // Above 64 KiB the IP header has no length; only Ethernet devices build such packets.
         let ip_len =
             if packet.ip_len == 0 { self.len().saturating_sub(ETHERNET_HEADER) } else { packet.ip_len };
-        let header_len = u32::from(packet.header_len);
+        self.on_the_wire(ip_len, u32::from(packet.header_len))
+    }
+
+    /// The same of an IP packet of so many bytes, with headers of so many.
+    #[inline(always)]
+    pub(crate) fn on_the_wire(&self, ip_len: u32, header_len: u32) -> (u64, u64) {
         let segments = segments(ip_len, header_len, self.gso_segs(), self.gso_size());
         on_the_wire(ip_len, header_len, segments)
     }

@@ -13,7 +13,7 @@ use aya_ebpf::helpers::generated::{
 use aya_ebpf::macros::btf_map;
 use tproxy_common::abi::{Addr, Endpoint, Family, ListenerKind, TCP, joined, listener_index, mapped};
 use tproxy_common::flow;
-use tproxy_common::wire::{Packet, plain_source_v4, plain_source_v6};
+use tproxy_common::wire::{Packet, plain};
 
 use crate::maps::LISTENERS;
 use crate::scratch;
@@ -142,14 +142,17 @@ pub(crate) fn sender(skb: &Skb) -> Option<*const bpf_sock> {
 /// to, as nearly all have.
 #[inline(always)]
 pub(crate) fn is_source_plainly_kept(skb: &Skb) -> bool {
-    let Some(sk) = sender(skb) else { return false };
-    // SAFETY: a full socket, whose fields may be read.
+    let sk = skb.sk().cast_const();
+    if sk.is_null() {
+        return false;
+    }
+    // SAFETY: addresses and ports may be read from a socket of any kind.
     let is_source = |(addr, port): (Addr, u16), family| unsafe {
         read!(sk, src_port) == u32::from(port) && is_bound(sk, &addr, family)
     };
     match skb.family() {
-        Some(Family::V4) => plain_source_v4(skb).is_some_and(|source| is_source(source, Family::V4)),
-        Some(Family::V6) => plain_source_v6(skb).is_some_and(|source| is_source(source, Family::V6)),
+        Some(Family::V4) => plain::source_v4(skb).is_some_and(|source| is_source(source, Family::V4)),
+        Some(Family::V6) => plain::source_v6(skb).is_some_and(|source| is_source(source, Family::V6)),
         None => false,
     }
 }
@@ -296,6 +299,17 @@ pub(crate) fn connection(skb: &Skb, packet: &Packet) -> Option<Sock> {
     if sock.state() == TCP_LISTEN { None } else { Some(sock) }
 }
 
+/// The same by a tuple as it stands in a packet ([`Plain::tuple`](tproxy_common::wire::plain::Plain::tuple)).
+#[inline(always)]
+pub(crate) fn connection_of(skb: &Skb, tuple: &[u32]) -> Option<Sock> {
+    let size = size_of_val(tuple) as u32;
+    // SAFETY: the helper reads `size` bytes of the tuple.
+    let sk =
+        unsafe { bpf_skc_lookup_tcp(skb.ctx(), tuple.as_ptr().cast_mut().cast(), size, CURRENT_NETNS, 0) };
+    let sock = NonNull::new(sk).map(Sock)?;
+    if sock.state() == TCP_LISTEN { None } else { Some(sock) }
+}
+
 /// The proxy's own UDP socket that is bound to exactly the packet's
 /// destination. Others do not count: any service on a wildcard address matches.
 #[inline(always)]
@@ -352,8 +366,13 @@ pub(crate) fn listener(skb: &Skb, packet: &Packet) -> Option<Sock> {
     if settings::listener_by_tuple() == 1 {
         return listener_by_tuple(skb, packet, index);
     }
-    // SAFETY: the map takes a u32 key and answers a referenced socket or null
-    // (from TC: Linux 5.8).
+    listener_at(index)
+}
+
+/// The listener of this index (from TC: Linux 5.8).
+#[inline(always)]
+pub(crate) fn listener_at(index: u32) -> Option<Sock> {
+    // SAFETY: the map takes a u32 key and answers a referenced socket or null.
     let sk = unsafe {
         bpf_map_lookup_elem((&raw const LISTENERS).cast_mut().cast(), (&raw const index).cast::<c_void>())
     };
@@ -364,23 +383,27 @@ pub(crate) fn listener(skb: &Skb, packet: &Packet) -> Option<Sock> {
 #[btf_map]
 static LISTENED: PerCpuArray<u64, 1> = PerCpuArray::new();
 
-/// Whether the proxy listens, or did 10 ms ago. All CPUs count the references to a listener in
-/// one place, which the packets of established connections so stay away from. A client that is
-/// wrong about the proxy for that long sends its segment again.
+/// Whether the proxy listens, or did 10 ms ago, which spares most packets of established
+/// connections the lookup. A client that is wrong about the proxy for that long sends its
+/// segment again.
 #[inline(always)]
 pub(crate) fn has_listener(skb: &Skb, packet: &Packet, now: u64) -> bool {
-    const JUST_NOW: u64 = 10_000_000;
-    let Some(listened) = LISTENED.get_ptr_mut(0) else { return false };
-    // SAFETY: the entry is valid and belongs to this CPU.
-    if now.saturating_sub(unsafe { *listened }) < JUST_NOW {
+    if has_just_listened(now) {
         return true;
     }
     let listens = listener(skb, packet).is_some();
-    if listens {
-        // SAFETY: as above.
+    if listens && let Some(listened) = LISTENED.get_ptr_mut(0) {
+        // SAFETY: the entry is valid and belongs to this CPU.
         unsafe { *listened = now };
     }
     listens
+}
+
+/// Whether [`has_listener`] need not ask.
+#[inline(always)]
+pub(crate) fn has_just_listened(now: u64) -> bool {
+    const JUST_NOW: u64 = 10_000_000;
+    LISTENED.get(0).is_some_and(|listened| now.saturating_sub(*listened) < JUST_NOW)
 }
 
 /// The same as [`listener`] where TC programs cannot read a socket map (Linux 5.7).

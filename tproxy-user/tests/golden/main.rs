@@ -19,6 +19,7 @@ mod capture;
 mod corpus;
 mod differential;
 mod exchange;
+mod fast_path;
 mod fragments;
 #[path = "../harness/mod.rs"]
 mod harness;
@@ -45,6 +46,7 @@ fn main() {
         capture::TESTS,
         differential::TESTS,
         exchange::TESTS,
+        fast_path::TESTS,
         fragments::TESTS,
         headers::TESTS,
         link::TESTS,
