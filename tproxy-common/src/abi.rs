@@ -14,8 +14,9 @@ pub const ABI_VERSION: u32 = 7;
 /// Most workers (listeners of one kind) that [`map::LISTENERS`] holds.
 pub const MAX_WORKERS: u32 = 64;
 
-/// Capacity of the flow table where the user sets none, in flows.
-pub const DEFAULT_MAX_FLOWS: u32 = 131_072;
+/// Capacity of the flow table where the user sets none, in flows. The kernel gives a table the next
+/// power of two of buckets: a little above one they are twice as many, and half as full.
+pub const DEFAULT_MAX_FLOWS: u32 = 150_000;
 
 /// Names of maps and programs, as in the object and under the pin directory.
 pub mod map {

@@ -249,7 +249,7 @@ pub struct LimitArgs {
     /// UDP flows (one a client's address and port) at one time; each takes a descriptor
     #[arg(long, value_name = "NUMBER", default_value = "16384", value_parser = parse::count)]
     pub max_udp_flows: u32,
-    /// Entries of the flow table that `flows` shows; the oldest give way (104 bytes each) [default: 131072]
+    /// Entries of the flow table that `flows` shows; the oldest give way (104 bytes each) [default: 150000]
     #[arg(long, value_name = "NUMBER", value_parser = parse::flow_entries)]
     pub max_flows: Option<u32>,
     /// Worker threads, 1 to 64 [default: one a core]
