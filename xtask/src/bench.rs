@@ -160,6 +160,8 @@ mod tests {
         assert!(all.contains(&Peer::Ebpf) && !all.iter().any(|peer| peer.is_experiment()), "{all:?}");
         let asked = [Peer::Direct, Peer::ExpCopy];
         assert_eq!(of(&asked), [(Case::Bulk, asked.into()), (Case::Connect, vec![Peer::Direct])]);
+        let fewest = [Peer::ExpConnections];
+        assert_eq!(of(&fewest), [(Case::Connect, fewest.into())]);
         let worker = [Peer::OneWorker];
         assert_eq!(of(&worker), [(Case::Bulk, worker.into()), (Case::Connect, worker.into())]);
     }

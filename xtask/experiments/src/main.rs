@@ -3,9 +3,11 @@
 //! A relay with one thread: it accepts what is handed to it (iptables TPROXY), connects to where
 //! the client wanted to go, as this host, and moves bytes until both directions have ended.
 //! `cargo xtask bench --cases bulk --peers direct,ebpf,exp-copy,…` measures it. It also forwards
-//! packets without relaying anything, to know what that could reach.
+//! packets without relaying anything, and relays connections with the fewest system calls, to know
+//! what those could reach.
 
 mod bpf;
+mod connections;
 mod copy;
 mod events;
 mod forward;
@@ -34,6 +36,16 @@ const CONNECT: Duration = Duration::from_secs(5);
 enum Command {
     /// Relays TCP connections in one of several ways
     Relay(Relay),
+    /// Relays TCP connections with the fewest system calls, to their original destination and as
+    /// their client, which takes `CAP_NET_ADMIN` (`IP_TRANSPARENT`)
+    Connections {
+        /// The port to listen on
+        #[arg(long)]
+        port: u16,
+        /// Threads, each with a listener of its own
+        #[arg(long, default_value_t = 2)]
+        threads: usize,
+    },
     /// Forwards IPv4 packets between two devices, for ever
     Forward { one: String, another: String },
 }
@@ -74,6 +86,7 @@ enum Mover {
 fn main() -> ExitCode {
     let done = match Command::parse() {
         Command::Relay(relay) => run(&relay),
+        Command::Connections { port, threads } => connections::run(port, threads),
         Command::Forward { one, another } => forward::run([&one, &another]),
     };
     match done {
@@ -118,6 +131,19 @@ impl Listener {
         if to.is_none() {
             socket.set_ip_transparent_v4(true).context("IP_TRANSPARENT")?;
         }
+        Self::on(socket, port, to)
+    }
+
+    /// One of several on a port, whose connections inherit `TCP_NODELAY`.
+    fn shared(port: u16) -> Result<Self> {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+        socket.set_reuse_port(true)?;
+        socket.set_tcp_nodelay(true)?;
+        socket.set_ip_transparent_v4(true).context("IP_TRANSPARENT")?;
+        Self::on(socket, port, None)
+    }
+
+    fn on(socket: Socket, port: u16, to: Option<SocketAddr>) -> Result<Self> {
         let address = SocketAddr::from((Ipv4Addr::UNSPECIFIED, port));
         socket.bind(&address.into()).with_context(|| format!("cannot bind to {address}"))?;
         socket.listen(1024)?;

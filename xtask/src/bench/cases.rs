@@ -117,12 +117,14 @@ impl Case {
         }
     }
 
-    /// Whether one is compared too, where it is asked for. Experiments are about what is
-    /// established, and relay TCP alone.
+    /// Whether one is compared too, where it is asked for. Experiments relay TCP alone, and each is
+    /// about bytes of what is established or about new connections.
     pub(crate) const fn is_for_asked(self, peer: Peer) -> bool {
         match (self, peer) {
             (Self::Connect | Self::Exchange | Self::Bulk, Peer::OneWorker)
+            | (Self::Connect | Self::Exchange | Self::Steering, Peer::ExpConnections)
             | (Self::UdpExchange | Self::UdpSend, Peer::ExpForward) => true,
+            (Self::Bulk | Self::BulkPlain, Peer::ExpConnections) => false,
             (Self::Bulk | Self::BulkPlain, _) => peer.is_experiment(),
             _ => false,
         }

@@ -75,6 +75,8 @@ pub(crate) enum Peer {
     ExpIoUring,
     /// Another: splices of `io_uring`
     ExpIoUringSplice,
+    /// Another: new connections, by the fewest system calls
+    ExpConnections,
     /// Another, without iptables: a program at TC forwards, nothing is relayed
     ExpForward,
 }
@@ -103,6 +105,7 @@ impl Peer {
             Self::ExpSockmap => "exp-sockmap",
             Self::ExpIoUring => "exp-io-uring",
             Self::ExpIoUringSplice => "exp-io-uring-splice",
+            Self::ExpConnections => "exp-connections",
             Self::ExpForward => "exp-forward",
         }
     }
@@ -137,6 +140,7 @@ impl Peer {
                 | Self::ExpSockmap
                 | Self::ExpIoUring
                 | Self::ExpIoUringSplice
+                | Self::ExpConnections
                 | Self::ExpForward
         )
     }
@@ -161,7 +165,11 @@ impl Peer {
 
     /// Whether servers see the client's address.
     pub(crate) const fn keeps_source(self) -> bool {
-        !self.is_experiment() && !matches!(self, Self::Redsocks | Self::V2ray | Self::Shadowsocks)
+        match self {
+            Self::Redsocks | Self::V2ray | Self::Shadowsocks => false,
+            Self::ExpConnections => true,
+            _ => !self.is_experiment(),
+        }
     }
 
     /// What it runs.
@@ -213,6 +221,7 @@ impl Peer {
             Self::ExpSockmap => experiment::relay(lab, programs, "sockmap"),
             Self::ExpIoUring => experiment::relay(lab, programs, "io-uring"),
             Self::ExpIoUringSplice => experiment::relay(lab, programs, "io-uring-splice"),
+            Self::ExpConnections => experiment::connections(lab, programs),
             Self::ExpForward => experiment::forward(lab, programs),
         }
     }

@@ -17,6 +17,15 @@ pub(super) fn relay(lab: &Lab, programs: &Programs, mover: &str) -> Result<Runni
     Ok(Running::of(daemon))
 }
 
+/// New connections by the fewest system calls.
+pub(super) fn connections(lab: &Lab, programs: &Programs) -> Result<Running> {
+    rules::tproxy_tcp(lab)?;
+    let command = command(lab, programs)?.args(["connections", "--port", &PORT.to_string()]);
+    let mut daemon = Daemon::start(lab, "tproxy-experiments", &command)?;
+    daemon.wait_bound(&lab.router, Protocol::Tcp, PORT)?;
+    Ok(Running::of(daemon))
+}
+
 /// Forwarding at TC, where the router itself forwards nothing.
 pub(super) fn forward(lab: &Lab, programs: &Programs) -> Result<Running> {
     lab.router.set_sysctls(&[("net/ipv4/ip_forward", "0")])?;
