@@ -238,8 +238,10 @@ pub(super) fn relay(client_side: Connection, upstream_side: Connection, record: 
             Outcome::Ended(ending) => {
                 record.ends(End::Copied(ending));
                 if ending == Ending::Closed {
-                    client_side.close();
-                    upstream_side.close();
+                    let sockets = (client_side.agreed(), upstream_side.agreed());
+                    // What others wait for comes first: to close both takes 30 µs.
+                    yield_now().await;
+                    drop(sockets);
                 }
                 drop(shares);
             }
@@ -256,8 +258,8 @@ pub(super) fn relay(client_side: Connection, upstream_side: Connection, record: 
     }));
 }
 
-/// A connection that is reset when it is dropped, however that comes about, unless
-/// it was [closed](Self::close): an end that was not agreed on must not look like one.
+/// A connection that is reset when it is dropped, however that comes about, unless its end
+/// was [agreed](Self::agreed) on: one that was not must not look like that.
 #[derive(Debug)]
 pub(super) struct Connection {
     /// `None`: it is closed, or somebody else's.
@@ -269,8 +271,9 @@ impl Connection {
         Self { wire: Some(wire) }
     }
 
-    fn close(mut self) {
-        self.wire = None;
+    /// What is closed, not reset, when it is dropped.
+    fn agreed(mut self) -> Option<Wire> {
+        self.wire.take()
     }
 
     /// Takes the socket from the runtime; `None` inside TLS.
