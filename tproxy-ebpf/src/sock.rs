@@ -61,6 +61,12 @@ impl Sock {
         unsafe { core::ptr::read_volatile(&raw const (*self.0.as_ptr()).state) }
     }
 
+    /// Whether it is no listener.
+    #[inline(always)]
+    fn is_connection(&self) -> bool {
+        self.state() != TCP_LISTEN
+    }
+
     /// Whether it is what remains of a closed connection.
     #[inline(always)]
     pub(crate) fn is_time_wait(&self) -> bool {
@@ -295,8 +301,7 @@ fn udp(skb: &Skb, packet: &Packet) -> Option<Sock> {
 /// a wildcard address would match.
 #[inline(always)]
 pub(crate) fn connection(skb: &Skb, packet: &Packet) -> Option<Sock> {
-    let sock = tcp(skb, packet)?;
-    if sock.state() == TCP_LISTEN { None } else { Some(sock) }
+    tcp(skb, packet).filter(Sock::is_connection)
 }
 
 /// The same by a tuple as it stands in a packet ([`Plain::tuple`](tproxy_common::wire::plain::Plain::tuple)).
@@ -306,8 +311,7 @@ pub(crate) fn connection_of(skb: &Skb, tuple: &[u32]) -> Option<Sock> {
     // SAFETY: the helper reads `size` bytes of the tuple.
     let sk =
         unsafe { bpf_skc_lookup_tcp(skb.ctx(), tuple.as_ptr().cast_mut().cast(), size, CURRENT_NETNS, 0) };
-    let sock = NonNull::new(sk).map(Sock)?;
-    if sock.state() == TCP_LISTEN { None } else { Some(sock) }
+    NonNull::new(sk).map(Sock).filter(Sock::is_connection)
 }
 
 /// The proxy's own UDP socket that is bound to exactly the packet's

@@ -9,11 +9,14 @@ use crate::abi::{Addr, Family, FlowKey, TCP, UDP, joined, mapped};
 /// First byte of an IPv4 header without options: version and length (RFC 791).
 const V4_WITHOUT_OPTIONS: u8 = 0x45;
 
-/// A plain TCP or UDP packet, of which the parsers tell the same. A datagram of a few bytes is
-/// shorter than what is read.
+/// A plain TCP or UDP packet, of which the parsers tell the same; between addresses that are
+/// not special. A datagram of a few bytes is shorter than what is read.
 pub trait Plain: Sized {
     /// The family.
     const FAMILY: Family;
+
+    /// Bytes of its IP header.
+    const IP_HEADER: u32;
 
     /// Reads it.
     fn read(from: &impl Load) -> Option<Self>;
@@ -34,11 +37,20 @@ pub trait Plain: Sized {
     /// Bytes of the IP packet, not 0.
     fn ip_len(&self) -> u32;
 
+    /// The fourth word behind the IP header: of TCP its length and flags, of UDP payload.
+    fn control(&self) -> u32;
+
     /// Bytes of both headers.
-    fn header_len(&self) -> u32;
+    #[inline(always)]
+    fn header_len(&self) -> u32 {
+        Self::IP_HEADER + transport_len(self.protocol(), self.control())
+    }
 
     /// TCP flags ([`tcp_flag`]); 0 for UDP.
-    fn tcp_flags(&self) -> u8;
+    #[inline(always)]
+    fn tcp_flags(&self) -> u8 {
+        if self.protocol() == TCP { byte(self.control(), 1) } else { 0 }
+    }
 
     /// Whether it opens a connection.
     #[inline(always)]
@@ -68,7 +80,7 @@ pub trait Plain: Sized {
     }
 }
 
-/// Bytes of the transport header; of TCP's the fourth word tells, which of UDP's is payload.
+/// Bytes of the transport header, by [`Plain::control`].
 #[inline(always)]
 const fn transport_len(protocol: u8, control: u32) -> u32 {
     if protocol == UDP { UDP_HEADER } else { bits(control, 0, 4) * 4 }
@@ -80,16 +92,17 @@ const fn is_transport(protocol: u8, control: u32) -> bool {
     protocol == UDP || (protocol == TCP && transport_len(protocol, control) >= TCP_HEADER)
 }
 
+/// Whether an IPv4 address that begins so may be a [special](crate::classify::is_special) one.
 #[inline(always)]
-const fn flags(protocol: u8, control: u32) -> u8 {
-    if protocol == TCP { byte(control, 1) } else { 0 }
+const fn may_be_special_v4(addr: u32) -> bool {
+    matches!(byte(addr, 0), 0 | 127 | 169 | 224..)
 }
 
 /// Whether an IPv6 address that begins so may be a [special](crate::classify::is_special) one. In
 /// `::/32` are, among others, IPv4 addresses that are mapped: the flow table would take them for
 /// those of an IPv4 packet.
 #[inline(always)]
-const fn may_be_special(begin: u32) -> bool {
+const fn may_be_special_v6(begin: u32) -> bool {
     begin == 0 || byte(begin, 0) >= 0xfe
 }
 
@@ -98,6 +111,7 @@ pub struct PlainV4([u32; 9]);
 
 impl Plain for PlainV4 {
     const FAMILY: Family = Family::V4;
+    const IP_HEADER: u32 = IPV4_HEADER;
 
     #[inline(always)]
     fn read(from: &impl Load) -> Option<Self> {
@@ -106,7 +120,9 @@ impl Plain for PlainV4 {
         // A fragment has an offset, or says that more follow.
         let plain = byte(h[0], 0) == V4_WITHOUT_OPTIONS
             && bits(h[1], 18, 14) == 0
-            && is_transport(packet.protocol(), h[8])
+            && is_transport(packet.protocol(), packet.control())
+            && !may_be_special_v4(h[3])
+            && !may_be_special_v4(h[4])
             && packet.ip_len() >= packet.header_len();
         plain.then_some(packet)
     }
@@ -137,13 +153,8 @@ impl Plain for PlainV4 {
     }
 
     #[inline(always)]
-    fn header_len(&self) -> u32 {
-        IPV4_HEADER + transport_len(self.protocol(), self.0[8])
-    }
-
-    #[inline(always)]
-    fn tcp_flags(&self) -> u8 {
-        flags(self.protocol(), self.0[8])
+    fn control(&self) -> u32 {
+        self.0[8]
     }
 }
 
@@ -152,15 +163,16 @@ pub struct PlainV6([u32; 14]);
 
 impl Plain for PlainV6 {
     const FAMILY: Family = Family::V6;
+    const IP_HEADER: u32 = IPV6_HEADER;
 
     #[inline(always)]
     fn read(from: &impl Load) -> Option<Self> {
         let packet = Self(from.load(0)?);
         let h = &packet.0;
         let plain = bits(h[0], 0, 4) == 6
-            && is_transport(packet.protocol(), h[13])
-            && !may_be_special(h[2])
-            && !may_be_special(h[6])
+            && is_transport(packet.protocol(), packet.control())
+            && !may_be_special_v6(h[2])
+            && !may_be_special_v6(h[6])
             && half(h[1], 0) != 0
             && packet.ip_len() >= packet.header_len();
         plain.then_some(packet)
@@ -193,13 +205,8 @@ impl Plain for PlainV6 {
     }
 
     #[inline(always)]
-    fn header_len(&self) -> u32 {
-        IPV6_HEADER + transport_len(self.protocol(), self.0[13])
-    }
-
-    #[inline(always)]
-    fn tcp_flags(&self) -> u8 {
-        flags(self.protocol(), self.0[13])
+    fn control(&self) -> u32 {
+        self.0[13]
     }
 }
 

@@ -3,6 +3,7 @@
 use std::cell::Cell;
 
 use tproxy_common::abi::{Family, TCP, UDP};
+use tproxy_common::classify::is_special;
 use tproxy_common::wire::plain::{self, Plain, PlainV4, PlainV6};
 use tproxy_common::wire::{Fragment, Load, Packet, Skip, parse_v4, parse_v6};
 
@@ -21,7 +22,11 @@ pub fn check_packet(bytes: &[u8]) {
             assert_eq!(source, (packet.source, packet.source_port), "the plain source of {bytes:02x?}");
         }
     }
-    let of_v4 = |_: &Packet| bytes[0] == 0x45 && bytes.len() >= 36;
+    let of_v4 = |packet: &Packet| {
+        let is_usual = |address: &[u8; 16]| ![0, 127, 169].contains(&address[12]) && address[12] < 224;
+        let is_whole = bytes[0] == 0x45 && bytes.len() >= 36;
+        is_whole && is_usual(&packet.source) && is_usual(&packet.destination)
+    };
     check_plain(bytes, PlainV4::read(&bytes), parse_v4(&bytes), of_v4);
     let of_v6 = |packet: &Packet| {
         let is_usual = |address: &[u8; 16]| address[..4] != [0; 4] && address[0] < 0xfe;
@@ -37,6 +42,9 @@ fn check_plain<P: Plain>(bytes: &[u8], plain: Option<P>, parsed: Parsed, is_plai
     let parsed = parsed.ok().filter(|packet| is_whole(packet) && is_plain(packet));
     assert_eq!(plain.is_some(), parsed.is_some(), "whether it is plain: {bytes:02x?}");
     let (Some(plain), Some(packet)) = (plain, parsed) else { return };
+    for address in [&packet.source, &packet.destination] {
+        assert!(!is_special(address, packet.family), "a special address: {bytes:02x?}");
+    }
     assert_eq!(plain.protocol(), packet.protocol, "{bytes:02x?}");
     assert_eq!(plain.addresses(), (packet.source, packet.destination), "{bytes:02x?}");
     assert_eq!(plain.ports(), (packet.source_port, packet.destination_port), "{bytes:02x?}");
