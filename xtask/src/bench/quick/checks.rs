@@ -176,8 +176,8 @@ pub(super) const UDP_EXCHANGE_ALLOCATIONS: Check = check("allocations, a UDP exc
 /// `recvmmsg` or without segments it is more than 1.
 pub(super) const UDP_SEND_CALLS: Check = check("system calls, a UDP datagram one way", Bound::AtMost(0.4));
 
-/// By what the benchmark `packet` calls them: 712, 830, 862, 2,110, 557. Three per cent more
-/// than that, some 25 instructions: kernels get patches, and compilers change.
+/// By what the benchmark `packet` calls them: 730, 852, 862, 2,133, 572. Up to three per cent more
+/// than that: kernels get patches, and compilers change.
 pub(super) const PACKETS: [(&str, Check); 5] = [
     (
         "capture: TCP, a known flow",
