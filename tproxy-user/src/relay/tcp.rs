@@ -28,8 +28,7 @@ use crate::limits::ClientSlot;
 use crate::sockopt;
 use crate::wire::Wire;
 
-/// Connections accepted in a row before those already open get their turn: each is connecting by
-/// then, which takes 50 µs.
+/// Connections accepted in a row, and connecting, before those already open get their turn.
 const BATCH: usize = 4;
 
 /// Pauses after `accept` failed for want of descriptors or memory: short at
