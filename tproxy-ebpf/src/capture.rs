@@ -10,6 +10,7 @@ use crate::fast_path;
 use crate::fragment::{self, Side};
 use crate::handshake;
 use crate::icmp;
+use crate::listener;
 use crate::maps::HOST_PAIRS;
 use crate::nat;
 use crate::policy;
@@ -118,7 +119,7 @@ fn tcp(skb: &Skb, packet: &Packet) -> i32 {
             unproxied(decision.raw_verdict())
         };
     }
-    let Some(listener) = sock::listener(skb, packet) else {
+    let Some(listener) = listener::of(skb, packet) else {
         // An entry of an earlier, proxied connection would have the packets
         // that follow answered with a reset.
         if proxied && settings::fail_open() == 1 {
@@ -163,7 +164,7 @@ pub(crate) fn unheard(verdict: u8) -> i32 {
 #[inline(always)]
 fn known(skb: &Skb, packet: &Packet, flow: FlowRef) -> i32 {
     flow.up(skb, packet);
-    let proxy_listens = sock::has_listener(skb, packet, flow.last_seen());
+    let proxy_listens = listener::is_there(skb, packet, flow.last_seen());
     if proxy_listens && settings::early_demux() == 1 {
         return to_stack(skb, Mark::Tproxy, Counter::SteeredEstablished);
     }
@@ -223,7 +224,7 @@ fn udp(skb: &Skb, packet: &Packet) -> i32 {
                 FlowRef::open(skb, &key, found, decision, Origin::Captured);
                 return unproxied(decision.raw_verdict());
             }
-            let Some(sock) = sock::listener(skb, packet) else { return unheard(decision.raw_verdict()) };
+            let Some(sock) = listener::of(skb, packet) else { return unheard(decision.raw_verdict()) };
             // The route of its destination leads back in here. Taken again it
             // would be sent again, with a new TTL and without end.
             if settings::client_port() == 0
@@ -237,7 +238,7 @@ fn udp(skb: &Skb, packet: &Packet) -> i32 {
             return to_socket(skb, sock, Mark::Tproxy, Counter::SteeredUdp);
         }
     };
-    let Some(sock) = sock::listener(skb, packet) else { return unheard(flow.verdict()) };
+    let Some(sock) = listener::of(skb, packet) else { return unheard(flow.verdict()) };
     flow.up(skb, packet);
     to_socket(skb, sock, Mark::Tproxy, Counter::SteeredUdp)
 }

@@ -14,6 +14,7 @@ use tproxy_common::wire::plain::{Plain, PlainV4, PlainV6};
 
 use crate::account::{FlowRef, now};
 use crate::capture::unproxied;
+use crate::listener;
 use crate::settings;
 use crate::skb::Skb;
 use crate::sock;
@@ -65,7 +66,7 @@ fn captured_of<P: Plain>(skb: &Skb) -> i32 {
         return datagram(skb, &packet, flow, now);
     }
     let proxied = flow.is_proxied(TCP);
-    if proxied && (settings::early_demux() == 0 || !sock::has_just_listened(now)) {
+    if proxied && (settings::early_demux() == 0 || !listener::was_just_there(now)) {
         return SLOW;
     }
     up(skb, &packet, flow, now);
@@ -86,8 +87,8 @@ fn datagram<P: Plain>(skb: &Skb, packet: &P, flow: FlowRef, now: u64) -> i32 {
         return SLOW;
     }
     let ((source, _), (source_port, _)) = (packet.addresses(), packet.ports());
-    let index = sock::listener_index_of(P::FAMILY, UDP, packet.dont_fragment(), &source, source_port);
-    let Some(listener) = sock::listener_at(index) else { return SLOW };
+    let index = listener::index_of(P::FAMILY, UDP, packet.dont_fragment(), &source, source_port);
+    let Some(listener) = listener::at(index) else { return SLOW };
     up(skb, packet, flow, now);
     to_socket(skb, listener, Mark::Tproxy, Counter::SteeredUdp)
 }

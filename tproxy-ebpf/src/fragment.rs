@@ -8,13 +8,13 @@ use tproxy_common::wire::{Fragment, Packet};
 
 use crate::account::{FlowRef, count, now, up_key};
 use crate::capture::{answered_request, note_host_pair, note_request_to_host, unheard, unproxied};
+use crate::listener;
 use crate::maps::FRAGMENTS;
 use crate::nat;
 use crate::policy;
 use crate::scratch;
 use crate::settings;
 use crate::skb::Skb;
-use crate::sock;
 use crate::steer::{Mark, pass, to_stack};
 
 /// What differs between the two sides of the proxy. Neither is asked about
@@ -67,7 +67,7 @@ pub(crate) fn ingress<S: Side>(skb: &Skb, packet: &Packet) -> i32 {
         return unproxied(verdict);
     }
     // All workers listen, or none does: the port does not matter here.
-    if S::COUNTS && sock::listener(skb, packet).is_none() {
+    if S::COUNTS && listener::of(skb, packet).is_none() {
         return unheard(verdict);
     }
     to_stack(skb, Mark::Tproxy, Counter::SteeredFragment)

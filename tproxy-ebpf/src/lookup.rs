@@ -9,8 +9,8 @@ use tproxy_common::abi::{Addr, Family, FlowKey, joined, mapped};
 use tproxy_common::counter::Counter;
 
 use crate::account::{FlowRef, count};
+use crate::listener;
 use crate::maps::LISTENERS;
-use crate::sock::listener_index_of;
 
 /// `SK_PASS`: take the assigned socket, or go on with the usual lookup.
 const SK_PASS: u32 = 1;
@@ -64,7 +64,7 @@ fn key(sk: *const bpf_sk_lookup, remote: Addr, local: Addr) -> FlowKey {
 fn assign(ctx: &SkLookupContext, family: Family, key: &FlowKey) {
     if FlowRef::find(key).is_some_and(|flow| flow.is_proxied(key.protocol)) {
         // A datagram without a socket was reassembled: its sender allows fragments.
-        let index = listener_index_of(family, key.protocol, false, &key.client, key.client_port);
+        let index = listener::index_of(family, key.protocol, false, &key.client, key.client_port);
         if LISTENERS.redirect_sk_lookup(ctx, index, 0).is_ok() {
             count(Counter::LookupAssigned);
         }

@@ -40,6 +40,7 @@ mod fragment;
 mod group;
 mod handshake;
 mod icmp;
+mod listener;
 mod lookup;
 mod maps;
 mod nat;

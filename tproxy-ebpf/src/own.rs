@@ -11,6 +11,7 @@ use crate::account::{FlowRef, down_key, leaves, now, skip_counter, up_key};
 use crate::capture::{unheard, unproxied};
 use crate::fragment::resolve_ports;
 use crate::handshake;
+use crate::listener;
 use crate::policy;
 use crate::reset;
 use crate::scratch;
@@ -68,7 +69,7 @@ fn own(skb: &Skb, packet: &Packet) -> i32 {
             return unproxied(flow.verdict());
         }
         // While the proxy drains its connections nobody listens.
-        let taken = sock::listener(skb, packet).is_some()
+        let taken = listener::of(skb, packet).is_some()
             || (packet.protocol != UDP && sock::connection(skb, packet).is_some());
         return if taken { to_loopback(skb, packet) } else { unheard(flow.verdict()) };
     }
@@ -91,7 +92,7 @@ fn own(skb: &Skb, packet: &Packet) -> i32 {
     }
     let decision = policy::decision_on_own(skb);
     let captured = Verdict::is_for_proxy(decision.raw_verdict(), packet.protocol);
-    if captured && sock::listener(skb, packet).is_none() {
+    if captured && listener::of(skb, packet).is_none() {
         if decision.raw_verdict() == Verdict::Reject as u8 {
             return unheard(decision.raw_verdict());
         }
@@ -137,7 +138,7 @@ fn turned_back(skb: &Skb, packet: &Packet) -> i32 {
         return to_stack(skb, Mark::Own, Counter::SteeredFragment);
     }
     if packet.protocol == UDP {
-        return match sock::listener(skb, packet) {
+        return match listener::of(skb, packet) {
             Some(sock) => to_socket(skb, sock, Mark::Own, Counter::SteeredUdp),
             None => fail(),
         };
@@ -150,7 +151,7 @@ fn turned_back(skb: &Skb, packet: &Packet) -> i32 {
         // See `capture`: its client is to send its first bytes.
         && !FlowRef::find(&up_key(packet)).is_some_and(|flow| flow.is_asked())
     {
-        if sock::listener(skb, packet).is_none() {
+        if listener::of(skb, packet).is_none() {
             return fail();
         }
         return handshake::set_aside(skb, packet);
@@ -158,7 +159,7 @@ fn turned_back(skb: &Skb, packet: &Packet) -> i32 {
     match sock {
         // See `capture`: a SYN on a TIME_WAIT socket goes to that socket.
         Some(sock) => to_connection(skb, sock, Mark::Own),
-        None if packet.is_syn() => match sock::listener(skb, packet) {
+        None if packet.is_syn() => match listener::of(skb, packet) {
             Some(sock) => to_socket(skb, sock, Mark::Own, Counter::SteeredTcpNew),
             None => fail(),
         },

@@ -4,18 +4,12 @@
 use core::ptr::NonNull;
 
 use aya_ebpf::bindings::bpf_sock;
-use aya_ebpf::btf_maps::PerCpuArray;
-use aya_ebpf::cty::c_void;
 use aya_ebpf::helpers::generated::{
-    bpf_map_lookup_elem, bpf_sk_assign, bpf_sk_fullsock, bpf_sk_lookup_udp, bpf_sk_release,
-    bpf_skc_lookup_tcp,
+    bpf_sk_assign, bpf_sk_fullsock, bpf_sk_lookup_udp, bpf_sk_release, bpf_skc_lookup_tcp,
 };
-use aya_ebpf::macros::btf_map;
-use tproxy_common::abi::{Addr, Endpoint, Family, ListenerKind, TCP, joined, listener_index, mapped};
-use tproxy_common::flow;
+use tproxy_common::abi::{Addr, Endpoint, Family, TCP, joined, mapped};
 use tproxy_common::wire::{Packet, plain};
 
-use crate::maps::LISTENERS;
 use crate::scratch;
 use crate::settings;
 use crate::skb::Skb;
@@ -48,6 +42,16 @@ impl Drop for Sock {
 pub(crate) type AssignResult = i64;
 
 impl Sock {
+    /// What a lookup has answered.
+    ///
+    /// # Safety
+    ///
+    /// `sk` is null, or a socket with a reference that nobody else gives back.
+    #[inline(always)]
+    pub(crate) unsafe fn found(sk: *mut bpf_sock) -> Option<Self> {
+        NonNull::new(sk).map(Self)
+    }
+
     /// Hands the packet to this socket (`bpf_sk_assign`, Linux 5.7).
     #[inline(always)]
     pub(crate) fn assign(self, skb: &Skb) -> AssignResult {
@@ -286,6 +290,16 @@ lookup!(
     bpf_sk_lookup_udp
 );
 
+/// The listener of the packet's protocol at exactly this address, or on its wildcard.
+#[inline(always)]
+pub(crate) fn listener_at(skb: &Skb, packet: &Packet, address: &Addr, port: u16) -> Option<Sock> {
+    if packet.protocol != TCP {
+        return NonNull::new(lookup_udp(skb, packet, address, port)).map(Sock);
+    }
+    let sock = NonNull::new(lookup_tcp(skb, packet, address, port)).map(Sock)?;
+    if sock.is_connection() { None } else { Some(sock) }
+}
+
 #[inline(always)]
 fn tcp(skb: &Skb, packet: &Packet) -> Option<Sock> {
     NonNull::new(lookup_tcp(skb, packet, &packet.destination, packet.destination_port)).map(Sock)
@@ -336,91 +350,4 @@ pub(crate) fn is_sent_by_own_udp(skb: &Skb, packet: &Packet) -> bool {
 #[inline(always)]
 pub(crate) fn is_for_own_udp(skb: &Skb, packet: &Packet) -> bool {
     udp(skb, packet).is_some_and(|sock| sock.is_own())
-}
-
-/// Index of the listener that serves a client. The DF bit matters for UDP over IPv4 alone.
-#[inline(always)]
-pub(crate) fn listener_index_of(
-    family: Family,
-    protocol: u8,
-    dont_fragment: bool,
-    client: &Addr,
-    client_port: u16,
-) -> u32 {
-    let kind = match (protocol == TCP, family) {
-        (true, Family::V4) => ListenerKind::Tcp4,
-        (true, Family::V6) => ListenerKind::Tcp6,
-        (false, Family::V4) if dont_fragment => ListenerKind::Udp4Df,
-        (false, Family::V4) => ListenerKind::Udp4,
-        (false, Family::V6) => ListenerKind::Udp6,
-    };
-    listener_index(kind, flow::worker(client, client_port, settings::workers()))
-}
-
-/// The listener that serves the packet's sender.
-#[inline(always)]
-pub(crate) fn listener(skb: &Skb, packet: &Packet) -> Option<Sock> {
-    let index = listener_index_of(
-        packet.family,
-        packet.protocol,
-        packet.dont_fragment,
-        &packet.source,
-        packet.source_port,
-    );
-    if settings::listener_by_tuple() == 1 {
-        return listener_by_tuple(skb, packet, index);
-    }
-    listener_at(index)
-}
-
-/// The listener of this index (from TC: Linux 5.8).
-#[inline(always)]
-pub(crate) fn listener_at(index: u32) -> Option<Sock> {
-    // SAFETY: the map takes a u32 key and answers a referenced socket or null.
-    let sk = unsafe {
-        bpf_map_lookup_elem((&raw const LISTENERS).cast_mut().cast(), (&raw const index).cast::<c_void>())
-    };
-    NonNull::new(sk.cast()).map(Sock)
-}
-
-/// When [`listener`] was there last, as this CPU has seen.
-#[btf_map]
-static LISTENED: PerCpuArray<u64, 1> = PerCpuArray::new();
-
-/// Whether the proxy listens, or did 10 ms ago, which spares most packets of established
-/// connections the lookup. A client that is wrong about the proxy for that long sends its
-/// segment again.
-#[inline(always)]
-pub(crate) fn has_listener(skb: &Skb, packet: &Packet, now: u64) -> bool {
-    if has_just_listened(now) {
-        return true;
-    }
-    let listens = listener(skb, packet).is_some();
-    if listens && let Some(listened) = LISTENED.get_ptr_mut(0) {
-        // SAFETY: the entry is valid and belongs to this CPU.
-        unsafe { *listened = now };
-    }
-    listens
-}
-
-/// Whether [`has_listener`] need not ask.
-#[inline(always)]
-pub(crate) fn has_just_listened(now: u64) -> bool {
-    const JUST_NOW: u64 = 10_000_000;
-    LISTENED.get(0).is_some_and(|listened| now.saturating_sub(*listened) < JUST_NOW)
-}
-
-/// The same as [`listener`] where TC programs cannot read a socket map (Linux 5.7).
-#[inline(never)]
-fn listener_by_tuple(skb: &Skb, packet: &Packet, index: u32) -> Option<Sock> {
-    let address = match packet.family {
-        Family::V4 => tproxy_common::abi::mapped(settings::listen_v4()),
-        Family::V6 => settings::listen_v6(),
-    };
-    let port = settings::listener_port(index);
-    if packet.protocol != TCP {
-        return NonNull::new(lookup_udp(skb, packet, &address, port)).map(Sock);
-    }
-    let sock = NonNull::new(lookup_tcp(skb, packet, &address, port)).map(Sock)?;
-    if sock.state() == TCP_LISTEN { Some(sock) } else { None }
 }
