@@ -1,5 +1,9 @@
 //! What of `tproxy-user` reads bytes of others, compiled by itself: to instrument all of that crate
 //! takes minutes.
+#![expect(
+    dead_code,
+    reason = "what these files have beside it: writing requests, telling what a reply means"
+)]
 
 #[path = "../../src/policy/hostname.rs"]
 mod hostname;
