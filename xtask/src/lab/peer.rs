@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use nix::poll::{PollFd, PollFlags, PollTimeout};
-use socket2::{Domain, Protocol, SockRef, Socket, Type};
+use socket2::{Domain, Protocol, Socket, Type};
 use std::os::fd::AsFd;
 
 use super::namespace::Namespace;
@@ -285,14 +285,13 @@ pub fn try_connect(from: Option<SocketAddr>, to: SocketAddr, timeout: Duration) 
     Ok(stream)
 }
 
-/// Closes a connection with a reset.
+/// Ends a connection with a reset, at once: a close would wait for programs that
+/// are being started, as [`bind`] says.
 ///
 /// # Errors
 /// Where the socket refuses.
 pub fn reset(stream: TcpStream) -> io::Result<()> {
-    SockRef::from(&stream).set_linger(Some(Duration::ZERO))?;
-    drop(stream);
-    Ok(())
+    Ok(rustix::net::connect_unspec(stream)?)
 }
 
 /// Whether an error says that the other side has aborted the connection.
@@ -364,5 +363,22 @@ mod tests {
         drop(listener);
         listen(address).expect("free once the child has let go of it");
         child.join().expect("no panic");
+    }
+
+    #[test]
+    fn a_reset_ends_the_connection_although_a_child_still_holds_it() {
+        let listener = listen((std::net::Ipv4Addr::LOCALHOST, 0).into()).expect("a port");
+        let to = listener.local_addr().expect("bound");
+        let connect = |from| try_connect(Some(from), to, Duration::from_secs(1));
+        let stream = connect((std::net::Ipv4Addr::LOCALHOST, 0).into()).expect("a listener is there");
+        let from = stream.local_addr().expect("bound");
+        let (mut server, _) = listener.accept().expect("a connection is there");
+        server.set_read_timeout(Some(Duration::from_secs(1))).expect("not zero");
+        let of_a_child = stream.try_clone().expect("a duplicate");
+        reset(stream).expect("not refused");
+        let error = server.read(&mut [0]).expect_err("the connection is reset");
+        assert!(is_reset(&error), "{error}");
+        connect(from).expect("the port is free for the same destination");
+        drop(of_a_child);
     }
 }
