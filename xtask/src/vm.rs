@@ -68,7 +68,7 @@ impl Matrix<'_> {
         println!("\nvm: golden and netns on other kernels");
         let mut totals = Totals::default();
         let mut ready = Vec::new();
-        let kernels = if self.kernels.is_empty() { &Kernel::ALL } else { self.kernels };
+        let kernels = if self.kernels.is_empty() { &Kernel::LONGEST_FIRST } else { self.kernels };
         for kernel in kernels {
             match debian::fetch(*kernel) {
                 Ok(unpacked) => ready.push((*kernel, unpacked)),

@@ -7,6 +7,7 @@ use tproxy_user::policy::compile::RuleSet;
 
 use crate::kernel::{Kernel, PASS, usual};
 use crate::packets::{self as p, ETHERNET, Extension};
+use crate::predict::parse;
 
 tests![
     what_is_not_plain_is_decided_over_alike,
@@ -56,10 +57,10 @@ fn added(before: Flow, after: Flow, packet: &[u8]) -> [(u64, u64); 2] {
 
 fn what_is_not_plain_is_decided_over_alike() {
     for early_demux in [0, 1] {
+        let mut kernel = Kernel::new(&Settings { early_demux, ..usual() });
         for verdict in [Verdict::Proxy, Verdict::Pass, Verdict::Drop] {
+            kernel.set_rules(&RuleSet { rules: Vec::new(), otherwise: verdict as u32 });
             for [opening, plain, other] in flows() {
-                let mut kernel = Kernel::new(&Settings { early_demux, ..usual() });
-                kernel.set_rules(&RuleSet { rules: Vec::new(), otherwise: verdict as u32 });
                 kernel.run(program::CAPTURE, &opening);
                 let mut outcomes = Vec::new();
                 // The first asks whether the proxy listens.
@@ -71,6 +72,7 @@ fn what_is_not_plain_is_decided_over_alike() {
                     outcomes.push((outcome.action, outcome.mark, outcome.only_counter()));
                 }
                 assert!(outcomes.iter().all(|outcome| *outcome == outcomes[0]), "{outcomes:?}");
+                kernel.forget(&parse(&opening).expect("a packet"));
             }
         }
     }

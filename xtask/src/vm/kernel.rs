@@ -25,6 +25,9 @@ impl Kernel {
     /// All of them, oldest first.
     pub(crate) const ALL: [Self; 4] = [Self::V5_10, Self::V6_1, Self::V6_12, Self::Newest];
 
+    /// All of them, those first whose guests take longest, so that none runs alone at the end.
+    pub(crate) const LONGEST_FIRST: [Self; 4] = [Self::Newest, Self::V5_10, Self::V6_1, Self::V6_12];
+
     /// As it is named on the command line and in the table.
     pub(crate) const fn name(self) -> &'static str {
         match self {
