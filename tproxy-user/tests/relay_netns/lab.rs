@@ -3,8 +3,9 @@
 
 use std::fs::File;
 use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
 use std::process::Command;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use nix::sched::{CloneFlags, setns};
@@ -21,6 +22,9 @@ use tproxy_user::worker::{self, WorkerHandle};
 
 /// The port of the listeners.
 pub(crate) const ON_PORT: u16 = 15001;
+
+/// What the names of all namespaces of these labs begin with.
+const PREFIX: &str = "rl-";
 
 /// Both families, for tests that hold for either.
 pub(crate) const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
@@ -88,7 +92,8 @@ impl Lab {
 
     /// `name` must be unlike that of every other test that may run at the time.
     pub(crate) fn new(name: &str) -> Self {
-        let lab = Self { name: format!("rl-{name}-{}", std::process::id()) };
+        remove_abandoned();
+        let lab = Self { name: format!("{PREFIX}{name}-{}", std::process::id()) };
         let [c, r, s] = [Host::Client, Host::Router, Host::Server].map(|host| lab.netns(host));
         for ns in [&c, &r, &s] {
             sh(&format!("ip netns add {ns} && ip -n {ns} link set lo up"));
@@ -174,6 +179,33 @@ impl Drop for Lab {
             sh(&format!("ip netns del {}", self.netns(host)));
         }
     }
+}
+
+/// Removes what interrupted runs have left: namespaces whose process is gone.
+fn remove_abandoned() {
+    // One at a time: what another removes meanwhile could not be removed again.
+    static REMOVING: Mutex<()> = Mutex::new(());
+    let _removing = REMOVING.lock();
+    let entries = std::fs::read_dir("/run/netns").into_iter().flatten().flatten();
+    for name in entries.filter_map(|entry| entry.file_name().into_string().ok()) {
+        let of_process = name.strip_prefix(PREFIX).and_then(|rest| rest.rsplit('-').nth(1));
+        if of_process.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
+            sh(&format!("ip netns del {name}"));
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs root"]
+fn what_an_interrupted_run_has_left_is_removed() {
+    let mut gone = Command::new("true").spawn().expect("true runs");
+    gone.wait().expect("it ends");
+    let [left, mine] = [gone.id(), std::process::id()].map(|pid| format!("{PREFIX}left-{pid}-c"));
+    sh(&format!("ip netns add {left} && ip netns add {mine}"));
+    remove_abandoned();
+    let [left, mine_is_there] = [&left, &mine].map(|name| Path::new("/run/netns").join(name).exists());
+    sh(&format!("ip netns del {mine}"));
+    assert!(!left && mine_is_there);
 }
 
 pub(crate) fn sh(script: &str) {
