@@ -2,7 +2,8 @@
 //! router and the relay behind them.
 
 use std::fs::File;
-use std::net::{IpAddr, SocketAddr};
+use std::io::{self, ErrorKind};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::path::Path;
 use std::process::Command;
 use std::sync::{Arc, Mutex};
@@ -206,6 +207,35 @@ fn what_an_interrupted_run_has_left_is_removed() {
     let [left, mine_is_there] = [&left, &mine].map(|name| Path::new("/run/netns").join(name).exists());
     sh(&format!("ip netns del {mine}"));
     assert!(!left && mine_is_there);
+}
+
+/// Binds a socket, also to an address that was freed just now: a program that another test starts
+/// holds all our sockets from its fork to its exec.
+pub(crate) fn bound<T>(bind: impl Fn() -> io::Result<T>) -> T {
+    const FORK_TO_EXEC: Duration = Duration::from_secs(1);
+    let end = Instant::now() + FORK_TO_EXEC;
+    loop {
+        match bind() {
+            Err(error) if error.kind() == ErrorKind::AddrInUse && Instant::now() < end => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            outcome => return outcome.expect("an address that is free"),
+        }
+    }
+}
+
+#[test]
+fn an_address_can_be_bound_again_although_a_child_still_holds_it() {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
+    let address = listener.local_addr().expect("bound");
+    let of_a_child = listener.try_clone().expect("a duplicate");
+    drop(listener);
+    let child = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(50));
+        drop(of_a_child);
+    });
+    bound(|| TcpListener::bind(address));
+    child.join().expect("no panic");
 }
 
 pub(crate) fn sh(script: &str) {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use socket2::SockRef;
 use tproxy_user::config::SourceMode;
 
-use super::lab::{FAMILIES, Family, Host, Lab, ON_PORT, config, pattern};
+use super::lab::{FAMILIES, Family, Host, Lab, ON_PORT, bound, config, pattern};
 
 const PORT: u16 = 8080;
 
@@ -18,7 +18,7 @@ pub(crate) fn listen(lab: &Lab, family: Family) -> TcpListener {
 
 /// Its `accept` fails rather than wait for ever where a connection never comes.
 pub(crate) fn listen_on(lab: &Lab, ip: IpAddr) -> TcpListener {
-    let listener = lab.on(Host::Server, || TcpListener::bind((ip, PORT)).unwrap());
+    let listener = lab.on(Host::Server, || bound(|| TcpListener::bind((ip, PORT))));
     SockRef::from(&listener).set_read_timeout(Some(Duration::from_secs(10))).unwrap();
     listener
 }
@@ -37,9 +37,9 @@ pub(crate) fn pair(lab: &Lab, family: Family, listener: &TcpListener) -> (TcpStr
     (client, server)
 }
 
+/// At once, by what is no close: see [`bound`].
 pub(crate) fn reset(stream: TcpStream) {
-    SockRef::from(&stream).set_linger(Some(Duration::ZERO)).unwrap();
-    drop(stream);
+    rustix::net::connect_unspec(stream).unwrap();
 }
 
 /// Connects where the relay answers by a reset, which may come before `connect` has returned.

@@ -9,13 +9,13 @@ use nix::sys::socket::sockopt::RcvBufForce;
 use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg, setsockopt};
 use tproxy_user::config::SourceMode;
 
-use super::lab::{FAMILIES, Family, Host, Lab, ON_PORT, config, pattern, sh};
+use super::lab::{FAMILIES, Family, Host, Lab, ON_PORT, bound, config, pattern, sh};
 
 const PORT: u16 = 5300;
 
 fn bind(lab: &Lab, host: Host, addr: impl Into<SocketAddr>) -> UdpSocket {
     let addr = addr.into();
-    let socket = lab.on(host, || UdpSocket::bind(addr).unwrap());
+    let socket = lab.on(host, || bound(|| UdpSocket::bind(addr)));
     socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
     socket
 }
