@@ -35,7 +35,7 @@ use crate::{needs, packages, workspace};
 /// Guests with their share of the matrix, with everything, with 100,000 connections, and one that
 /// counts instructions. A second processor costs a third more of the machine's time: emulated ones
 /// wait for each other.
-const SHARE: Size = Size { limit: Duration::from_mins(20), processors: 1, memory: 2048, counted: false };
+const SHARE: Size = Size { limit: Duration::from_mins(30), processors: 1, memory: 2048, counted: false };
 const EVERYTHING: Size = Size { limit: Duration::from_hours(1), processors: 2, ..SHARE };
 const IDLE: Size = Size { memory: 5120, ..EVERYTHING };
 const COUNTED: Size = Size { limit: Duration::from_mins(5), processors: 1, memory: 1024, counted: true };
