@@ -28,7 +28,7 @@ mod model;
 tests![kernel_and_userspace_and_the_naive_reading_agree, the_control_group_of_a_socket_is_known_at_its_depth,];
 
 /// Rule sets, and for a share of the tests (in a guest of the kernel matrix); and packets for each.
-const SETS: (usize, usize) = (250, 20);
+const SETS: (usize, usize) = (250, 50);
 const PACKETS: usize = 40;
 
 /// The interface of a test run: `lo` of a new network namespace.
@@ -77,8 +77,8 @@ fn kernel_and_userspace_and_the_naive_reading_agree() {
             proxied += usize::from(captured);
         }
     }
-    // Of both kinds many, also where the sets are few.
-    assert!(proxied > compared / 10 && proxied < compared * 9 / 10, "{proxied} of {compared} are proxied");
+    // Of both kinds many.
+    assert!(proxied > compared / 5 && proxied < compared * 4 / 5, "{proxied} of {compared} are proxied");
 }
 
 /// Whether the kernel sends it to the proxy.
