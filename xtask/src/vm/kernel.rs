@@ -61,3 +61,15 @@ impl Kernel {
         Selection { family, part, parts: Self::ALL.len() }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn none_is_forgotten() {
+        let mut kernels = Kernel::LONGEST_FIRST;
+        kernels.sort();
+        assert_eq!(kernels, Kernel::ALL);
+    }
+}
