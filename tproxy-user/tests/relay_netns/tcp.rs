@@ -37,7 +37,8 @@ pub(crate) fn pair(lab: &Lab, family: Family, listener: &TcpListener) -> (TcpStr
     (client, server)
 }
 
-/// At once, by what is no close: see [`bound`].
+/// Connected to `AF_UNSPEC` a socket is reset at once (connect(2); `tcp_disconnect` in
+/// `net/ipv4/tcp.c`). A close would wait for whoever else holds it, see [`bound`].
 pub(crate) fn reset(stream: TcpStream) {
     rustix::net::connect_unspec(stream).unwrap();
 }

@@ -285,8 +285,9 @@ pub fn try_connect(from: Option<SocketAddr>, to: SocketAddr, timeout: Duration) 
     Ok(stream)
 }
 
-/// Ends a connection with a reset, at once: a close would wait for programs that
-/// are being started, as [`bind`] says.
+/// Ends a connection with a reset, at once: connected to `AF_UNSPEC` a socket is
+/// disconnected (connect(2); `tcp_disconnect` in `net/ipv4/tcp.c`). A close would
+/// wait for programs that are being started, as [`bind`] says.
 ///
 /// # Errors
 /// Where the socket refuses.
