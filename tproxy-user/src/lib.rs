@@ -42,6 +42,7 @@ pub mod steering;
 pub mod sysctl;
 pub mod telemetry;
 pub mod tun;
+mod turn;
 pub mod undo;
 pub mod upstream;
 pub mod wire;

@@ -18,6 +18,7 @@ use crate::relay::refusal::RefusalSender;
 use crate::relay::{self, Flows, Handshakes, Shared};
 use crate::shutdown::{Phase, Shutdown};
 use crate::sockopt::{self, SocketError};
+use crate::turn;
 
 /// A worker that could not be started, or that died.
 #[derive(Debug, thiserror::Error)]
@@ -154,8 +155,9 @@ fn prepare(
     let refusals = syns.is_some().then(|| RefusalSender::new(v4, v6, shared.mark())).transpose();
     let refusals = refusals.map_err(explain)?;
     // Its tasks wake each other without a system call, as those of a `LocalSet` do not.
-    let runtime = Builder::new_current_thread().enable_all().build_local(LocalOptions::default());
-    let runtime = runtime.map_err(start)?;
+    let mut builder = Builder::new_current_thread();
+    builder.enable_all().on_thread_park(turn::give_way).on_thread_unpark(turn::go_on);
+    let runtime = builder.build_local(LocalOptions::default()).map_err(start)?;
     let context = runtime.enter();
     let tcp = watched([listeners.tcp4, listeners.tcp6]).map_err(start)?;
     let udp = watched([listeners.udp4, listeners.udp6]).map_err(start)?;

@@ -1,0 +1,115 @@
+use std::sync::Barrier;
+use std::thread;
+
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::sys::time::TimeValLike as _;
+use nix::unistd::Pid;
+
+use super::*;
+
+/// What a thread that always has something to do runs at a time, on average, beside another on the
+/// same processor.
+fn run_at_a_time(between: fn()) -> Duration {
+    let myself = Pid::from_raw(0);
+    let allowed = sched_getaffinity(myself).unwrap();
+    let first = (0..CpuSet::count()).find(|&cpu| allowed.is_set(cpu).unwrap()).unwrap();
+    let start = Barrier::new(2);
+    let busy = || {
+        let mut cpu = CpuSet::new();
+        cpu.set(first).unwrap();
+        sched_setaffinity(myself, &cpu).unwrap();
+        start.wait();
+        let until = Instant::now() + Duration::from_millis(300);
+        while Instant::now() < until {
+            between();
+        }
+        let usage = getrusage(UsageWho::RUSAGE_THREAD).unwrap();
+        let ran = usage.user_time().num_microseconds() + usage.system_time().num_microseconds();
+        let turns = usage.involuntary_context_switches().max(1);
+        Duration::from_micros(u64::try_from(ran / turns).unwrap())
+    };
+    thread::scope(|scope| {
+        let other = scope.spawn(busy);
+        let one = scope.spawn(busy).join().unwrap();
+        one.max(other.join().unwrap())
+    })
+}
+
+fn has_slices() -> bool {
+    thread::spawn(|| ask_for(Slices::Short) == Slices::Short).join().unwrap()
+}
+
+#[test]
+fn the_busy_take_short_turns_where_the_kernel_has_slices() {
+    let (with, without) = (run_at_a_time(give_way), run_at_a_time(|| ()));
+    assert_eq!(with < 4 * LENGTH, has_slices(), "{with:?} at a time, without giving way {without:?}");
+    assert!(without > 4 * LENGTH, "{without:?} at a time without giving way: this test tells nothing");
+}
+
+/// The slice of a thread before it is busy, then, and after it has waited in this way.
+fn slices_around(wait: fn(&Turn)) -> [u64; 3] {
+    let slice = || attributes().unwrap().sched_runtime;
+    let thread = thread::spawn(move || {
+        let before = slice();
+        let (until, turn) = (Instant::now() + Duration::from_millis(20), Turn::begin());
+        while Instant::now() < until {
+            turn.give_way();
+            turn.go_on();
+        }
+        let busy = slice();
+        wait(&turn);
+        [before, busy, slice()]
+    });
+    thread.join().unwrap()
+}
+
+#[test]
+fn slices_are_short_while_a_thread_is_busy() {
+    // Longer than a pause; shorter, as which they are told to it.
+    let long: fn(&Turn) = |turn| {
+        turn.give_way();
+        thread::sleep(Duration::from_millis(1));
+        turn.go_on();
+        thread::sleep(LENGTH);
+        turn.give_way();
+    };
+    let short: fn(&Turn) = |turn| {
+        thread::sleep(LENGTH);
+        turn.give_way();
+    };
+    for wait in [long, short] {
+        let [before, busy, slept] = slices_around(wait);
+        let expected = if has_slices() { u64::try_from(LENGTH.as_nanos()).unwrap() } else { before };
+        assert_eq!((busy, slept), (expected, before));
+    }
+}
+
+#[test]
+fn what_else_is_set_of_a_thread_stays() {
+    let nice = |step| {
+        // SAFETY: it changes how nice this thread is, no memory.
+        unsafe { libc::nice(step) }
+    };
+    let (before, after) = thread::spawn(move || {
+        nice(3);
+        let before = attributes().unwrap();
+        ask_for(Slices::Short);
+        (before, attributes().unwrap())
+    })
+    .join()
+    .unwrap();
+    assert_eq!((before.sched_nice, before.sched_policy), (3, 0));
+    assert_eq!((after.sched_nice, after.sched_policy), (3, 0));
+}
+
+#[test]
+fn those_of_other_policies_are_left_alone() {
+    let slices = thread::spawn(|| {
+        let idle = libc::sched_param { sched_priority: 0 };
+        // SAFETY: it reads the structure.
+        assert_eq!(unsafe { libc::sched_setscheduler(0, libc::SCHED_IDLE, &raw const idle) }, 0);
+        let slices = ask_for(Slices::Short);
+        (slices, attributes().unwrap().sched_policy)
+    });
+    assert_eq!(slices.join().unwrap(), (Slices::Fixed, 5));
+}
