@@ -10,7 +10,7 @@ use xtask::lab::{Family, Lab};
 
 use super::generator::{self, Counts, Report, Server};
 use super::peers::{Peer, Running};
-use super::processes::Processes;
+use super::processes::{Processes, Processors};
 use super::proof;
 
 /// The programs under test, and what drives them.
@@ -37,6 +37,8 @@ pub(crate) struct Run {
     pub(crate) report: Report,
     /// Processor time of the candidate, where it has any.
     pub(crate) cpu_seconds: Option<f64>,
+    /// What share of their time all processors of the machine were busy meanwhile.
+    pub(crate) busy: f64,
     /// Bytes and datagrams that reached the server by the end.
     pub(crate) received_bytes: u64,
     pub(crate) received_datagrams: u64,
@@ -67,8 +69,9 @@ impl Arena {
     /// Runs a load; `late`: what is still on its way at the end counts as well.
     pub(crate) fn run(&mut self, words: &str, seconds: u64, late: bool) -> Result<Run> {
         let before = self.server.counts()?;
-        let cpu_before = self.cpu_seconds()?;
+        let (cpu_before, all_before) = (self.cpu_seconds()?, Processors::now()?);
         let report = generator::run(&self.lab, &self.programs.tproxy_load, words, seconds)?;
+        let busy = Processors::now()?.busy_since(all_before);
         let cpu_seconds = self.cpu_seconds()?.zip(cpu_before).map(|(after, before)| after - before);
         let mut after = self.server.counts()?;
         if late {
@@ -80,6 +83,7 @@ impl Arena {
         Ok(Run {
             report,
             cpu_seconds,
+            busy,
             received_bytes: after.tcp_received_bytes - before.tcp_received_bytes,
             received_datagrams: after.udp_received - before.udp_received,
         })

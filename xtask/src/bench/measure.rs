@@ -70,7 +70,8 @@ impl Load {
                 ensure!(bytes > 0, "nothing arrived");
                 let gigabytes = float(bytes) / 1e9;
                 let rate = gigabytes * 8.0 / run.report.seconds;
-                Ok(vec![Some(rate), run.cpu_seconds.map(|seconds| seconds / gigabytes)])
+                let cpu = run.cpu_seconds.map(|seconds| seconds / gigabytes);
+                Ok(vec![Some(rate), cpu, Some(run.busy * 100.0)])
             }
             Self::Connect { concurrency } => {
                 let run = arena.run(&format!("connect --concurrency {concurrency}"), seconds, false)?;

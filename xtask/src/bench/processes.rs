@@ -51,6 +51,33 @@ impl Processes {
     }
 }
 
+/// Time of all processors so far, in ticks: all of it, and what was spent on something.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Processors {
+    all: f64,
+    busy: f64,
+}
+
+impl Processors {
+    pub(crate) fn now() -> Result<Self> {
+        Self::of(&fs::read_to_string("/proc/stat")?).context("/proc/stat has no line of all processors")
+    }
+
+    /// The first line of `proc_stat(5)`: user (a guest's among it), nice, system, idle, iowait, irq,
+    /// softirq, steal.
+    fn of(stat: &str) -> Option<Self> {
+        let fields = stat.lines().next()?.strip_prefix("cpu ")?.split_whitespace();
+        let ticks: Vec<f64> = fields.take(8).map(|field| field.parse().ok()).collect::<Option<_>>()?;
+        let all = ticks.iter().sum::<f64>();
+        Some(Self { all, busy: all - ticks.iter().skip(3).take(2).sum::<f64>() })
+    }
+
+    /// What share they were busy since then.
+    pub(crate) fn busy_since(self, before: Self) -> f64 {
+        (self.busy - before.busy) / (self.all - before.all).max(1.0)
+    }
+}
+
 /// Bytes of the kernel's objects, such as sockets, whoever has them made; `None`: it does not tell.
 pub(crate) fn kernel_memory() -> Option<u64> {
     fs::read_to_string("/proc/slabinfo").ok().map(|table| bytes_of_objects(&table))
@@ -91,6 +118,16 @@ TCP                   53    104   2368   13    8 : tunables    0    0    0 : sla
 filp                 506    651    192   21    1 : tunables    0    0    0 : slabdata     31     31      0
 ";
         assert_eq!(bytes_of_objects(table), 53 * 2368 + 506 * 192);
+    }
+
+    #[test]
+    fn processors_are_busy_with_all_but_waiting() {
+        let then = Processors::of("cpu  10 20 30 400 50 6 7 8 0 0\ncpu0 1 2 3 4\n").expect("processors");
+        assert_eq!(then, Processors { all: 531.0, busy: 81.0 });
+        let now = Processors::of("cpu  40 20 60 430 60 6 7 8 0 0\n").expect("processors");
+        assert!((now.busy_since(then) - 0.6).abs() < 1e-9);
+        assert_eq!(Processors::of("cpu  10 x\n"), None);
+        assert_eq!(Processors::of("intr 10\n"), None);
     }
 
     #[test]

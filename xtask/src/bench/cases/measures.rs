@@ -72,11 +72,15 @@ pub(super) const BULK: &[Metric] = &[
         Some(Plot::Bulk),
     ),
     less("processor time", "s/GB", &[Target::AtMost(0.6, Of::BestPeer)], None),
+    BUSY,
 ];
 
 /// Shown for what it is: of other machines than these, with no device to segment.
 pub(super) const BULK_PLAIN: &[Metric] =
-    &[more("rate", "Gbit/s", &[], None), less("processor time", "s/GB", &[], None)];
+    &[more("rate", "Gbit/s", &[], None), less("processor time", "s/GB", &[], None), BUSY];
+
+/// Of the machine: with the client and the server.
+const BUSY: Metric = less("all processors busy", "%", &[], None);
 
 pub(super) fn bulk((streams, up): (u32, bool), metrics: &'static [Metric]) -> Measure {
     let plain = metrics.iter().all(|metric| metric.targets.is_empty());
