@@ -11,32 +11,32 @@ use super::*;
 /// same processor.
 fn run_at_a_time(between: fn()) -> Duration {
     let myself = Pid::from_raw(0);
-    let allowed = sched_getaffinity(myself).unwrap();
-    let first = (0..CpuSet::count()).find(|&cpu| allowed.is_set(cpu).unwrap()).unwrap();
+    let allowed = sched_getaffinity(myself).expect("processors");
+    let first = (0..CpuSet::count()).find(|&cpu| allowed.is_set(cpu).expect("a bit")).expect("a processor");
     let start = Barrier::new(2);
     let busy = || {
         let mut cpu = CpuSet::new();
-        cpu.set(first).unwrap();
-        sched_setaffinity(myself, &cpu).unwrap();
+        cpu.set(first).expect("a bit");
+        sched_setaffinity(myself, &cpu).expect("one of ours");
         start.wait();
         let until = Instant::now() + Duration::from_millis(300);
         while Instant::now() < until {
             between();
         }
-        let usage = getrusage(UsageWho::RUSAGE_THREAD).unwrap();
+        let usage = getrusage(UsageWho::RUSAGE_THREAD).expect("our usage");
         let ran = usage.user_time().num_microseconds() + usage.system_time().num_microseconds();
         let turns = usage.involuntary_context_switches().max(1);
-        Duration::from_micros(u64::try_from(ran / turns).unwrap())
+        Duration::from_micros(u64::try_from(ran / turns).expect("no time runs back"))
     };
     thread::scope(|scope| {
         let other = scope.spawn(busy);
-        let one = scope.spawn(busy).join().unwrap();
-        one.max(other.join().unwrap())
+        let one = scope.spawn(busy).join().expect("it ends");
+        one.max(other.join().expect("it ends"))
     })
 }
 
 fn has_slices() -> bool {
-    thread::spawn(|| ask_for(Slices::Short) == Slices::Short).join().unwrap()
+    thread::spawn(|| ask_for(Slices::Short) == Slices::Short).join().expect("it ends")
 }
 
 #[test]
@@ -48,7 +48,7 @@ fn the_busy_take_short_turns_where_the_kernel_has_slices() {
 
 /// The slice of a thread before it is busy, then, and after it has waited in this way.
 fn slices_around(wait: fn(&Turn)) -> [u64; 3] {
-    let slice = || attributes().unwrap().sched_runtime;
+    let slice = || attributes().expect("our own").sched_runtime;
     let thread = thread::spawn(move || {
         let before = slice();
         let (until, turn) = (Instant::now() + Duration::from_millis(20), Turn::begin());
@@ -60,7 +60,7 @@ fn slices_around(wait: fn(&Turn)) -> [u64; 3] {
         wait(&turn);
         [before, busy, slice()]
     });
-    thread.join().unwrap()
+    thread.join().expect("it ends")
 }
 
 #[test]
@@ -79,7 +79,8 @@ fn slices_are_short_while_a_thread_is_busy() {
     };
     for wait in [long, short] {
         let [before, busy, slept] = slices_around(wait);
-        let expected = if has_slices() { u64::try_from(LENGTH.as_nanos()).unwrap() } else { before };
+        let expected =
+            if has_slices() { u64::try_from(LENGTH.as_nanos()).expect("it is short") } else { before };
         assert_eq!((busy, slept), (expected, before));
     }
 }
@@ -92,12 +93,12 @@ fn what_else_is_set_of_a_thread_stays() {
     };
     let (before, after) = thread::spawn(move || {
         nice(3);
-        let before = attributes().unwrap();
+        let before = attributes().expect("our own");
         ask_for(Slices::Short);
-        (before, attributes().unwrap())
+        (before, attributes().expect("our own"))
     })
     .join()
-    .unwrap();
+    .expect("it ends");
     assert_eq!((before.sched_nice, before.sched_policy), (3, 0));
     assert_eq!((after.sched_nice, after.sched_policy), (3, 0));
 }
@@ -109,7 +110,7 @@ fn those_of_other_policies_are_left_alone() {
         // SAFETY: it reads the structure.
         assert_eq!(unsafe { libc::sched_setscheduler(0, libc::SCHED_IDLE, &raw const idle) }, 0);
         let slices = ask_for(Slices::Short);
-        (slices, attributes().unwrap().sched_policy)
+        (slices, attributes().expect("our own").sched_policy)
     });
-    assert_eq!(slices.join().unwrap(), (Slices::Fixed, 5));
+    assert_eq!(slices.join().expect("it ends"), (Slices::Fixed, 5));
 }
