@@ -87,7 +87,7 @@ impl Turn {
 
     fn go_on(&self) {
         if self.slices.get() != Slices::Fixed && self.waits_since.get().elapsed() > PAUSE {
-            self.rested.set(2);
+            self.rested.set(3);
         }
     }
 
