@@ -41,7 +41,8 @@ pub(crate) fn go_on() {
 struct Turn {
     began: Cell<Instant>,
     waits_since: Cell<Instant>,
-    /// The ends of turns, the next among them, before which a [`PAUSE`] was a short while ago.
+    /// The ends of turns, the next among them, before which a [`PAUSE`] was a short while ago. They
+    /// need not be asked about.
     rested: Cell<u8>,
     /// How often it had slept when it was last looked at.
     sleeps: Cell<i64>,

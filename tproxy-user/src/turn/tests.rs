@@ -98,8 +98,9 @@ fn what_else_is_set_of_a_thread_stays() {
     })
     .join()
     .expect("it ends");
-    assert_eq!((before.sched_nice, before.sched_policy), (3, 0));
-    assert_eq!((after.sched_nice, after.sched_policy), (3, 0));
+    // Nicer than it was started, however that was.
+    assert!(before.sched_nice > 0, "{}", before.sched_nice);
+    assert_eq!((after.sched_nice, after.sched_policy), (before.sched_nice, before.sched_policy));
 }
 
 #[test]
