@@ -13,7 +13,7 @@ mod upstream;
 
 pub use address::{address_towards, is_local};
 pub use datagram::{Fragments, set_fragments, take_segments};
-pub use listener::{ListenerOptions, accept, tcp_listener, udp_listener};
+pub use listener::{ListenerOptions, accept, tcp_listener, udp_listener, waiting};
 pub use raw::raw_sender;
 pub use stream::{
     acknowledge, close_in_order, peek, receive, receive_telling, reset_on_close, send_fin, unacknowledged,

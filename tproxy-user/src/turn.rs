@@ -79,20 +79,30 @@ impl Turn {
         }
         let mut now = Instant::now();
         if now - self.began.get() >= LENGTH {
-            self.end();
-            now = Instant::now();
+            if self.end() {
+                now = Instant::now();
+            }
             self.began.set(now);
         }
         self.waits_since.set(now);
     }
 
     fn go_on(&self) {
-        if self.slices.get() != Slices::Fixed && self.waits_since.get().elapsed() > PAUSE {
+        if self.slices.get() == Slices::Fixed {
+            return;
+        }
+        let now = Instant::now();
+        if now - self.waits_since.get() > PAUSE {
             self.rested.set(3);
+            // Short slices are given back at the end of a turn, so that one is not put off.
+            if self.slices.get() == Slices::Usual {
+                self.began.set(now);
+            }
         }
     }
 
-    fn end(&self) {
+    /// Whether others had their turn.
+    fn end(&self) -> bool {
         let rested = self.rested.get();
         self.rested.set(rested.saturating_sub(1));
         let slept = rested > 0 || {
@@ -103,10 +113,12 @@ impl Turn {
         if self.slices.get() != wanted {
             self.slices.set(ask_for(wanted));
         }
-        if self.slices.get() == Slices::Short {
+        let gives_way = self.slices.get() == Slices::Short;
+        if gives_way {
             // It cannot fail (sched_yield(2)).
             let _ = sched_yield();
         }
+        gives_way
     }
 }
 

@@ -91,29 +91,34 @@ pub(crate) struct Traffic {
 ///
 /// A closed direction is passed on as FIN once all its bytes are; the other goes
 /// on. The last FIN is sent when the connections are dropped. `totals` are the worker's counters of bytes up and down.
-pub(crate) async fn copy(
-    client: &Wire,
-    upstream: &Wire,
-    pool: &Pool,
-    patience: &Patience,
-    traffic: &Traffic,
-    totals: (&Value, &Value),
-) -> Outcome {
+///
+/// What it is given is in the future once, not as arguments too: see [`Copy`].
+pub(crate) fn copy<'a>(
+    client: &'a Wire,
+    upstream: &'a Wire,
+    pool: &'a Pool,
+    patience: &'a Patience,
+    traffic: &'a Traffic,
+    totals: (&'a Value, &'a Value),
+) -> impl Future<Output = Outcome> + 'a {
+    let now = Instant::now();
     let mut copy = Copy {
-        up: Direction::new((Side::Client, client), upstream, pool, (&traffic.up, totals.0)),
-        down: Direction::new((Side::Upstream, upstream), client, pool, (&traffic.down, totals.1)),
+        up: Direction::new((Side::Client, client), upstream, pool, (&traffic.up, totals.0), now),
+        down: Direction::new((Side::Upstream, upstream), client, pool, (&traffic.down, totals.1), now),
         patience,
         dead: None,
-        grace_ends: Instant::now(),
+        grace_ends: now,
     };
-    let mut clock = pin!(sleep_until(copy.deadline().0));
-    let outcome = poll_fn(|cx| copy.poll(clock.as_mut(), cx)).await;
-    if let Outcome::Ended(Ending::Reset(side)) = outcome {
-        let other = if side == Side::Client { upstream } else { client };
-        // In a box: few connections end so, and all would have room for it.
-        Box::pin(flush(other.socket(), copy.grace_ends)).await;
+    async move {
+        let mut clock = pin!(sleep_until(copy.deadline().0));
+        let outcome = poll_fn(|cx| copy.poll(clock.as_mut(), cx)).await;
+        if let Outcome::Ended(Ending::Reset(side)) = outcome {
+            let other = if side == Side::Client { copy.down.from() } else { copy.up.from() };
+            // In a box: few connections end so, and all would have room for it.
+            Box::pin(flush(other.socket(), copy.grace_ends)).await;
+        }
+        outcome
     }
-    outcome
 }
 
 /// Waits until a connection has been reset (or its peer given up), however much
@@ -149,8 +154,10 @@ struct Copy<'a> {
 
 impl Copy<'_> {
     fn poll(&mut self, mut clock: Pin<&mut Sleep>, cx: &mut Context<'_>) -> Poll<Outcome> {
+        // Once for all that is done here: to read the clock takes as long as some system calls.
+        let now = Instant::now();
         // What one direction meets may be the end of the other.
-        while self.advance(cx) {
+        while self.advance(now, cx) {
             match self.dead {
                 None if self.up.is_open() || self.down.is_open() => {}
                 None => return Poll::Ready(Outcome::Ended(Ending::Closed)),
@@ -164,7 +171,7 @@ impl Copy<'_> {
         // one came: bytes cost no timer.
         loop {
             let (deadline, outcome) = self.deadline();
-            if Instant::now() >= deadline {
+            if now >= deadline {
                 return Poll::Ready(outcome);
             }
             if clock.is_elapsed() || deadline < clock.deadline() {
@@ -175,18 +182,18 @@ impl Copy<'_> {
     }
 
     /// Moves what can be moved; true where something changed for both directions.
-    fn advance(&mut self, cx: &mut Context<'_>) -> bool {
+    fn advance(&mut self, now: Instant, cx: &mut Context<'_>) -> bool {
         let before = (self.up.is_open(), self.down.is_open(), self.dead);
         for side in [Side::Client, Side::Upstream] {
             let (direction, other) = match side {
                 Side::Client => (&mut self.up, &self.down),
                 Side::Upstream => (&mut self.down, &self.up),
             };
-            if let Poll::Ready(Err(side)) = direction.poll(self.dead, !other.is_open(), cx)
+            if let Poll::Ready(Err(side)) = direction.poll(self.dead, !other.is_open(), now, cx)
                 && self.dead.is_none()
             {
                 self.dead = Some(side);
-                self.grace_ends = Instant::now() + RESET_GRACE;
+                self.grace_ends = now + RESET_GRACE;
             }
         }
         before != (self.up.is_open(), self.down.is_open(), self.dead)

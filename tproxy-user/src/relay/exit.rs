@@ -2,10 +2,9 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::time::Duration;
 
 use tokio::io::AsyncWriteExt as _;
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, timeout_at};
 
 use super::Worker;
 use super::route::Way;
@@ -166,18 +165,20 @@ impl Exit {
         name: Option<&str>,
     ) -> Result<(Wire, Hop), ConnectError> {
         let Self { legs, mut socket } = self;
-        let end = Instant::now() + worker.shared.timeouts.connect;
+        let mut now = Instant::now();
+        let end = now + worker.shared.timeouts.connect;
         let mut left = u32::try_from(legs.others.len()).unwrap_or(u32::MAX).saturating_add(1);
         let mut legs = legs.into_iter();
         loop {
             let Some(leg) = legs.next() else { return Err(Direct::too_slow()) };
-            let patience = end.saturating_duration_since(Instant::now()) / left;
+            let until = now + end.saturating_duration_since(now) / left;
             left -= 1;
-            match leg.connect(worker, socket.take(), (ends, name), patience).await {
+            match leg.connect(worker, socket.take(), (ends, name), until).await {
                 Ok(wire) => return Ok((wire, leg.hop)),
                 Err(error) if error.reason == Reason::Proxy && left > 0 => {
                     worker.stats().connect_failed_over.inc();
                     tracing::debug!("{} to {} by {}: {error}; trying another", ends.0, ends.1, leg.hop);
+                    now = Instant::now();
                 }
                 Err(error) => {
                     tracing::debug!("{} to {} by {}: {error}", ends.0, ends.1, leg.hop);
@@ -194,7 +195,7 @@ impl Leg {
         worker: &Worker,
         socket: Option<Result<UpstreamSocket, ConnectError>>,
         ((client, destination), name): ((ClientAddr, OrigDst), Option<&str>),
-        patience: Duration,
+        until: Instant,
     ) -> Result<Wire, ConnectError> {
         let (socket, stats) = (socket.transpose()?, worker.stats());
         match &self.hop {
@@ -209,7 +210,7 @@ impl Leg {
                     }
                     Ok(Wire::Plain(stream))
                 };
-                timeout(patience, attempt).await.unwrap_or_else(|_| Err(Direct::too_slow()))
+                timeout_at(until, attempt).await.unwrap_or_else(|_| Err(Direct::too_slow()))
             }
             Hop::Through(outbound) => {
                 let name = name.filter(|_| outbound.proxy().names);
@@ -217,7 +218,7 @@ impl Leg {
                 let errand = Errand { direct: &self.direct, client, stats };
                 // In a box: it is large, and most connections do without.
                 let attempt = Box::pin(outbound.connect(errand, socket, to));
-                match timeout(patience, attempt).await {
+                match timeout_at(until, attempt).await {
                     Ok(outcome) => outcome,
                     Err(_) => outbound.judge(Err(Outbound::too_slow())),
                 }

@@ -1,6 +1,7 @@
 //! Sockets that clients reach, by addresses that are not this host's.
 
 use std::io;
+use std::mem::offset_of;
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd};
 
@@ -100,4 +101,47 @@ pub fn accept(listener: BorrowedFd<'_>) -> io::Result<(TcpStream, SocketAddr)> {
     let stream = unsafe { TcpStream::from_raw_fd(fd) };
     let peer = peer.as_socket().ok_or(io::ErrorKind::InvalidData)?;
     Ok((stream, peer))
+}
+
+/// How many connections wait to be accepted (`tcp_get_info`, net/ipv4/tcp.c, tells in
+/// `tcpi_unacked`); `u32::MAX` where that cannot be told.
+#[must_use]
+pub fn waiting(listener: &impl AsRawFd) -> u32 {
+    /// The kernel writes as much as it is given room for.
+    const UP_TO_UNACKED: usize = offset_of!(libc::tcp_info, tcpi_unacked) + size_of::<u32>();
+    let mut info = [0_u32; UP_TO_UNACKED / size_of::<u32>()];
+    #[expect(clippy::cast_possible_truncation, reason = "some bytes")]
+    let mut length = UP_TO_UNACKED as libc::socklen_t;
+    // SAFETY: it writes no more than `length` bytes to `info`, and the length of that to `length`.
+    let answer = unsafe {
+        let (level, room) = (libc::IPPROTO_TCP, info.as_mut_ptr().cast());
+        libc::getsockopt(listener.as_raw_fd(), level, libc::TCP_INFO, room, &raw mut length)
+    };
+    if answer == 0 { info[info.len() - 1] } else { u32::MAX }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd as _;
+
+    use super::*;
+
+    #[test]
+    fn a_listener_tells_how_many_wait() {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).expect("a listener");
+        let addr = listener.local_addr().expect("its address");
+        assert_eq!(waiting(&listener), 0);
+        let _clients: Vec<_> = (0..3).map(|_| TcpStream::connect(addr).expect("it listens")).collect();
+        for left in (0..3).rev() {
+            assert_eq!(waiting(&listener), left + 1);
+            accept(listener.as_fd()).expect("one waits");
+        }
+        assert_eq!(waiting(&listener), 0);
+    }
+
+    #[test]
+    fn what_cannot_tell_may_have_any_number() {
+        let file = std::fs::File::open("/dev/null").expect("a file");
+        assert_eq!(waiting(&file), u32::MAX);
+    }
 }

@@ -149,6 +149,16 @@ impl Daemon {
         Ok(fs::read_dir(format!("/proc/{}/fd", self.pid())).context("the program has ended")?.count())
     }
 
+    /// Number of open sockets.
+    ///
+    /// # Errors
+    /// Where the program has ended.
+    pub fn open_sockets(&self) -> Result<usize> {
+        let files = fs::read_dir(format!("/proc/{}/fd", self.pid())).context("the program has ended")?;
+        let targets = files.filter_map(|file| fs::read_link(file.ok()?.path()).ok());
+        Ok(targets.filter(|target| target.to_string_lossy().starts_with("socket:")).count())
+    }
+
     /// Bytes of memory that it occupies: its resident set.
     ///
     /// # Errors

@@ -26,12 +26,12 @@ fn open_now(proxy: &Proxy) -> Result<(u64, u64)> {
     Ok((read("tcp")?, read("udp")?))
 }
 
-fn expect_reaped(proxy: &Proxy, files: usize) -> Result<()> {
+/// No connection is left, and no socket that was not there before. Pipes are, for the next.
+fn expect_reaped(proxy: &Proxy, before: usize) -> Result<()> {
     wait_for("the time-outs", Duration::from_secs(6), || Ok(open_now(proxy)? == (0, 0)))
         .with_context(|| format!("open (TCP, UDP): {:?}", open_now(proxy)))?;
-    let now = proxy.daemon.open_files()?;
-    ensure!(now <= files + 2, "{files} descriptors before and {now} after everything was reaped");
-    Ok(())
+    wait_for("sockets to be closed", Duration::from_secs(1), || Ok(proxy.daemon.open_sockets()? <= before))
+        .with_context(|| format!("{before} before and {:?} now", proxy.daemon.open_sockets()))
 }
 
 fn connect_all(lab: &Lab, family: Family, count: usize) -> Result<Vec<TcpStream>> {
@@ -45,7 +45,7 @@ fn vanish(lab: &Lab, family: Family) -> Result<()> {
     let _tcp = TcpServer::echo(&lab.server, to)?;
     let _udp = UdpServer::echo(&lab.server, to)?;
     let proxy = start_proxy(lab, SHORT)?;
-    let files = proxy.daemon.open_files()?;
+    let before = proxy.daemon.open_sockets()?;
     let mut connections = connect_all(lab, family, 40)?;
     for (number, stream) in connections.iter_mut().enumerate() {
         peer::ask(stream, "hello")?;
@@ -61,7 +61,7 @@ fn vanish(lab: &Lab, family: Family) -> Result<()> {
     }
     ensure!(open_now(&proxy)?.0 >= 30 && open_now(&proxy)?.1 == 40, "open: {:?}", open_now(&proxy)?);
     lab.client.sh("ip link set eth0 down")?;
-    expect_reaped(&proxy, files)?;
+    expect_reaped(&proxy, before)?;
     let idle = proxy.counter("tcp_idle_timeouts")?;
     ensure!(idle >= 30, "{idle} connections are counted as idle");
     ensure!(proxy.counter("udp_timeouts")? >= 40, "the UDP flows are not counted");
@@ -81,7 +81,7 @@ fn stall(lab: &Lab, family: Family) -> Result<()> {
     let _chatty =
         TcpServer::start(&lab.server, chatty, |mut stream, _| while stream.write_all(&[0; 8192]).is_ok() {})?;
     let proxy = start_proxy(lab, SHORT)?;
-    let (files, memory) = (proxy.daemon.open_files()?, proxy.daemon.memory()?);
+    let (before, memory) = (proxy.daemon.open_sockets()?, proxy.daemon.memory()?);
     let deaf = connect_all(lab, family, COUNT)?;
     for stream in &deaf {
         stream.set_nonblocking(true)?;
@@ -100,7 +100,7 @@ fn stall(lab: &Lab, family: Family) -> Result<()> {
     let grown = proxy.daemon.memory()?.saturating_sub(memory);
     // 40 connections with both directions' buffers, and what the allocator keeps.
     ensure!(grown < 64 << 20, "{} stalled connections cost {grown} bytes", 2 * COUNT);
-    expect_reaped(&proxy, files)?;
+    expect_reaped(&proxy, before)?;
     let idle = proxy.counter("tcp_idle_timeouts")?;
     ensure!(idle == 2 * COUNT as u64, "{idle} of {} connections are counted as idle", 2 * COUNT);
     Ok(())
@@ -122,7 +122,7 @@ fn drip(lab: &Lab, family: Family) -> Result<()> {
         std::thread::sleep(Duration::from_secs(5));
     })?;
     let proxy = start_proxy(lab, SHORT)?;
-    let files = proxy.daemon.open_files()?;
+    let before = proxy.daemon.open_sockets()?;
     let mut connections = connect_all(lab, family, 20)?;
     for stream in &connections[..10] {
         stream.shutdown(Shutdown::Write)?;
@@ -141,7 +141,7 @@ fn drip(lab: &Lab, family: Family) -> Result<()> {
     }
     let used = proxy.daemon.cpu_time()?.saturating_sub(used);
     ensure!(used < Duration::from_millis(500), "20 drips a second cost {used:?} of processor time in 5 s");
-    expect_reaped(&proxy, files)?;
+    expect_reaped(&proxy, before)?;
     let reaped = (proxy.counter("tcp_idle_timeouts")?, proxy.counter("tcp_half_close_timeouts")?);
     ensure!(reaped == (10, 10), "counted as idle and as half closed: {reaped:?}, expected ten each");
     Ok(())

@@ -62,10 +62,14 @@ impl<'a> Direction<'a> {
         to: &'a Wire,
         pool: &'a Pool,
         bytes: (&'a Cell<u64>, &'a Value),
+        now: Instant,
     ) -> Self {
-        let last_byte = Instant::now();
         let (step, bulk, at_a_time, reset) = (Step::Read, false, 0, None);
-        Self { from, to, source, pool, bytes, last_byte, step, bulk, at_a_time, reset }
+        Self { from, to, source, pool, bytes, last_byte: now, step, bulk, at_a_time, reset }
+    }
+
+    pub(super) const fn from(&self) -> &'a Wire {
+        self.from
     }
 
     pub(super) const fn is_open(&self) -> bool {
@@ -93,11 +97,12 @@ impl<'a> Direction<'a> {
         &mut self,
         dead: Option<Side>,
         last: bool,
+        now: Instant,
         cx: &mut Context<'_>,
     ) -> Poll<Result<(), Side>> {
         let mut result = Poll::Ready(Ok(()));
         if self.is_open() {
-            result = self.advance(dead, last, cx);
+            result = self.advance(dead, last, now, cx);
             if result.is_ready() {
                 self.abandon();
             }
@@ -114,7 +119,13 @@ impl<'a> Direction<'a> {
         Poll::Ready(Err(self.source))
     }
 
-    fn advance(&mut self, dead: Option<Side>, last: bool, cx: &mut Context<'_>) -> Poll<Result<(), Side>> {
+    fn advance(
+        &mut self,
+        dead: Option<Side>,
+        last: bool,
+        now: Instant,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<(), Side>> {
         let (source, destination) = (self.source, self.source.other());
         let mut rounds = 0;
         loop {
@@ -134,14 +145,14 @@ impl<'a> Direction<'a> {
                         Err(error) if is_passing(&error) => continue,
                         Err(_) => return Poll::Ready(Err(source)),
                     };
-                    self.last_byte = Instant::now();
+                    self.last_byte = now;
                 }
                 Step::Write { buffer, at, end } => {
                     let written = ready!(attempt(self.to, cx, || self.to.try_write(&buffer[*at..*end])))
                         .map_err(|_| destination)?;
                     *at += written;
                     let done = at == end;
-                    self.count(written);
+                    self.count(written, now);
                     if done {
                         self.step = Step::Flush;
                     }
@@ -151,7 +162,7 @@ impl<'a> Direction<'a> {
                     let drain = || socket.try_io(Interest::WRITABLE, || pipe.drain(socket));
                     let written = ready!(attempt(self.to, cx, drain)).map_err(|_| destination)?;
                     let done = pipe.held() == 0;
-                    self.count(written);
+                    self.count(written, now);
                     if done {
                         self.step = Step::Read;
                     }
@@ -213,11 +224,11 @@ impl<'a> Direction<'a> {
         }
     }
 
-    fn count(&mut self, written: usize) {
+    fn count(&mut self, written: usize, now: Instant) {
         let (own, total) = self.bytes;
         own.set(own.get() + written as u64);
         total.add(written as u64);
-        self.last_byte = Instant::now();
+        self.last_byte = now;
     }
 }
 
@@ -259,17 +270,17 @@ mod tests {
         let (mut server, to) = connection().await;
         let (from, to) = (Wire::Plain(from), Wire::Plain(to));
         let (pool, own, total) = (Pool::default(), Cell::default(), Value::default());
-        let mut direction = Direction::new((Side::Client, &from), &to, &pool, (&own, &total));
+        let mut direction = Direction::new((Side::Client, &from), &to, &pool, (&own, &total), Instant::now());
         // Each arrives whole, and has left again before the next: the source runs dry in between.
         for (bytes, is_bulk) in [(300_000, true), (40_000, true), (40_000, true), (1_000, false)] {
             client.write_all(&vec![7; bytes]).await.expect("an open connection");
             let mut got = vec![0; bytes];
             let arrival = server.read_exact(&mut got);
             tokio::select! {
-                ended = poll_fn(|cx| direction.poll(None, false, cx)) => panic!("{ended:?}"),
+                ended = poll_fn(|cx| direction.poll(None, false, Instant::now(), cx)) => panic!("{ended:?}"),
                 arrived = arrival => assert_eq!(arrived.ok(), Some(bytes)),
             }
-            let dry = poll_fn(|cx| Poll::Ready(direction.poll(None, false, cx))).await;
+            let dry = poll_fn(|cx| Poll::Ready(direction.poll(None, false, Instant::now(), cx))).await;
             assert_eq!((dry, direction.bulk), (Poll::Pending, is_bulk), "{bytes} bytes at a time");
         }
     }
