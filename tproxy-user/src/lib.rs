@@ -8,7 +8,6 @@
 extern crate self as tproxy_user;
 
 pub mod addr;
-mod aligned;
 pub mod app;
 pub mod argv;
 pub mod cli;

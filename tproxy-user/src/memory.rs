@@ -1,4 +1,7 @@
-//! Memory that is no longer used. The allocators of others than glibc give it back by themselves.
+//! The allocator, and memory that is no longer used: those of others than glibc give it back by
+//! themselves.
+
+mod aligned;
 
 /// Has little be kept at the end of the allocator's areas, each time that something there is freed.
 ///
