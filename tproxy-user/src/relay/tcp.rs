@@ -81,7 +81,7 @@ async fn accept_all(worker: &Rc<Worker>, listener: &AsyncFd<OwnedFd>) {
                     pause = PAUSE.0;
                     worker.shared.report_recovery();
                     admit(worker, stream, peer, permit);
-                    // To ask costs a tenth of what an accept in vain does, which makes a socket first.
+                    // An accept in vain makes a socket before it looks; to ask makes none.
                     waiting = waiting.checked_sub(1).unwrap_or_else(|| sockopt::waiting(listener));
                     if waiting == 0 {
                         // One that comes from here on is a new event.
