@@ -155,7 +155,7 @@ struct Copy<'a> {
 impl Copy<'_> {
     fn poll(&mut self, mut clock: Pin<&mut Sleep>, cx: &mut Context<'_>) -> Poll<Outcome> {
         // Once for all that is done here, which takes less time than any time-out tells apart.
-        let now = Instant::now();
+        let mut now = Instant::now();
         // What one direction meets may be the end of the other.
         while self.advance(now, cx) {
             match self.dead {
@@ -178,6 +178,7 @@ impl Copy<'_> {
                 clock.as_mut().reset(deadline);
             }
             ready!(clock.as_mut().poll(cx));
+            now = Instant::now();
         }
     }
 

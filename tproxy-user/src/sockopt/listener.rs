@@ -123,6 +123,8 @@ pub fn waiting(listener: &impl AsRawFd) -> u32 {
 #[cfg(test)]
 mod tests {
     use std::os::fd::AsFd as _;
+    use std::thread;
+    use std::time::{Duration, Instant};
 
     use super::*;
 
@@ -132,6 +134,11 @@ mod tests {
         let addr = listener.local_addr().expect("its address");
         assert_eq!(waiting(&listener), 0);
         let _clients: Vec<_> = (0..3).map(|_| TcpStream::connect(addr).expect("it listens")).collect();
+        // A client is connected before its last segment has arrived.
+        let until = Instant::now() + Duration::from_secs(5);
+        while waiting(&listener) < 3 && Instant::now() < until {
+            thread::sleep(Duration::from_millis(1));
+        }
         for left in (0..3).rev() {
             assert_eq!(waiting(&listener), left + 1);
             accept(listener.as_fd()).expect("one waits");
