@@ -39,8 +39,9 @@ pub(crate) fn go_on() {
 
 /// The turn of a thread.
 struct Turn {
-    began: Cell<Instant>,
-    waits_since: Cell<Instant>,
+    ends: Cell<Instant>,
+    /// When what it waits has become a pause.
+    pauses_at: Cell<Instant>,
     /// The ends of turns, the next among them, before which a [`PAUSE`] was a short while ago. They
     /// need not be asked about.
     rested: Cell<u8>,
@@ -65,8 +66,8 @@ impl Turn {
     fn begin() -> Self {
         let now = Instant::now();
         Self {
-            began: Cell::new(now),
-            waits_since: Cell::new(now),
+            ends: Cell::new(now + LENGTH),
+            pauses_at: Cell::new(now),
             rested: Cell::new(0),
             sleeps: Cell::new(sleeps()),
             slices: Cell::new(Slices::Usual),
@@ -78,13 +79,13 @@ impl Turn {
             return;
         }
         let mut now = Instant::now();
-        if now - self.began.get() >= LENGTH {
+        if now >= self.ends.get() {
             if self.end() {
                 now = Instant::now();
             }
-            self.began.set(now);
+            self.ends.set(now + LENGTH);
         }
-        self.waits_since.set(now);
+        self.pauses_at.set(now + PAUSE);
     }
 
     fn go_on(&self) {
@@ -92,11 +93,11 @@ impl Turn {
             return;
         }
         let now = Instant::now();
-        if now - self.waits_since.get() > PAUSE {
+        if now > self.pauses_at.get() {
             self.rested.set(3);
             // Short slices are given back at the end of a turn, so that one is not put off.
             if self.slices.get() == Slices::Usual {
-                self.began.set(now);
+                self.ends.set(now + LENGTH);
             }
         }
     }

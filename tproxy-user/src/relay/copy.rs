@@ -129,6 +129,11 @@ pub(crate) async fn reset(stream: &TcpStream) {
     }
 }
 
+/// Whether it has been, as far as the runtime knows.
+fn is_reset(stream: &TcpStream) -> bool {
+    stream.try_io(Interest::ERROR, || Ok(())).is_ok()
+}
+
 /// Waits until the peer has acknowledged everything: the reset that follows
 /// would drop what has not left yet, and may overtake what the peer has not read.
 async fn flush(stream: &TcpStream, until: Instant) {
@@ -156,8 +161,9 @@ impl Copy<'_> {
     fn poll(&mut self, mut clock: Pin<&mut Sleep>, cx: &mut Context<'_>) -> Poll<Outcome> {
         // Once for all that is done here, which takes less time than any time-out tells apart.
         let mut now = Instant::now();
-        // What one direction meets may be the end of the other.
-        while self.advance(now, cx) {
+        loop {
+            let known = self.dead;
+            self.advance(now, cx);
             match self.dead {
                 None if self.up.is_open() || self.down.is_open() => {}
                 None => return Poll::Ready(Outcome::Ended(Ending::Closed)),
@@ -165,6 +171,10 @@ impl Copy<'_> {
                 Some(Side::Client) if self.up.is_open() => self.down.abandon(),
                 Some(Side::Upstream) if self.down.is_open() => self.up.abandon(),
                 Some(side) => return Poll::Ready(Outcome::Ended(Ending::Reset(side))),
+            }
+            // What one direction has met is news to the other, which had its turn before.
+            if self.dead == known {
+                break;
             }
         }
         // It sleeps until the time-out that is due if no byte comes, and looks then whether
@@ -182,9 +192,8 @@ impl Copy<'_> {
         }
     }
 
-    /// Moves what can be moved; true where something changed for both directions.
-    fn advance(&mut self, now: Instant, cx: &mut Context<'_>) -> bool {
-        let before = (self.up.is_open(), self.down.is_open(), self.dead);
+    /// Moves what can be moved.
+    fn advance(&mut self, now: Instant, cx: &mut Context<'_>) {
         for side in [Side::Client, Side::Upstream] {
             let (direction, other) = match side {
                 Side::Client => (&mut self.up, &self.down),
@@ -197,7 +206,6 @@ impl Copy<'_> {
                 self.grace_ends = now + RESET_GRACE;
             }
         }
-        before != (self.up.is_open(), self.down.is_open(), self.dead)
     }
 
     /// When patience ends, and how that ends copying.

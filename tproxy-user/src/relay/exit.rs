@@ -2,11 +2,13 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::vec;
 
 use tokio::io::AsyncWriteExt as _;
 use tokio::time::{Instant, timeout_at};
 
 use super::Worker;
+use super::record::Record;
 use super::route::Way;
 use crate::addr::{ClientAddr, OrigDst, UpstreamAddr};
 use crate::config::rule::Diversion;
@@ -15,7 +17,7 @@ use crate::policy::targets::Target;
 use crate::sockopt::{SocketError, UpstreamSocket};
 use crate::upstream::announce;
 use crate::upstream::destination::Destination;
-use crate::upstream::direct::Direct;
+use crate::upstream::direct::{Connecting, Direct};
 use crate::upstream::outbound::{Errand, Outbound};
 use crate::upstream::{ConnectError, Reason};
 use crate::wire::Wire;
@@ -120,9 +122,19 @@ impl IntoIterator for Legs {
 /// A connection that is about to be made.
 #[derive(Debug)]
 pub(super) struct Exit {
-    legs: Legs,
-    /// For the first; `None`: there is none yet, as where it is not known where the server is.
-    socket: Option<Result<UpstreamSocket, ConnectError>>,
+    leg: Leg,
+    /// What is tried after it.
+    others: vec::IntoIter<Leg>,
+    /// By `leg`; `None`: nothing is done yet, as where it is not known where the server is.
+    begun: Option<Result<Begun, ConnectError>>,
+}
+
+/// What is done before anything is waited for.
+#[derive(Debug)]
+enum Begun {
+    Straight(Connecting),
+    /// There is a descriptor for a connection to the server.
+    Through(UpstreamSocket),
 }
 
 impl fmt::Display for Hop {
@@ -137,54 +149,61 @@ impl fmt::Display for Hop {
 impl Exit {
     /// Takes a descriptor for it only when it is made.
     pub(super) fn later(legs: Legs) -> Self {
-        Self { legs, socket: None }
+        Self { leg: legs.first, others: legs.others.into_iter(), begun: None }
     }
 
-    /// Takes a descriptor for it.
-    pub(super) fn open(worker: &Worker, legs: Legs) -> Self {
-        let to = match &legs.first.hop {
-            Hop::Straight(to) => Some(*to),
-            Hop::Through(outbound) => outbound.first_hop(),
-        };
-        let socket = to.map(|to| worker.upstream_socket(&legs.first.direct, to));
-        Self { legs, socket }
+    /// Takes a descriptor for it and begins to connect, where it is known where to.
+    pub(super) fn begin(worker: &Worker, client: ClientAddr, legs: Legs) -> Self {
+        let mut exit = Self::later(legs);
+        let Leg { direct, hop, .. } = &exit.leg;
+        exit.begun =
+            match hop {
+                Hop::Straight(to) => Some(worker.upstream_socket(direct, *to).and_then(|socket| {
+                    direct.connect(socket, client, *to, worker.stats()).map(Begun::Straight)
+                })),
+                Hop::Through(outbound) => {
+                    outbound.first_hop().map(|to| worker.upstream_socket(direct, to).map(Begun::Through))
+                }
+            };
+        exit
     }
 
     /// Whether it is worth a look what name the destination has: a server wants to know.
     pub(super) fn asks_by_name(&self) -> bool {
         let wants = |leg: &Leg| matches!(&leg.hop, Hop::Through(outbound) if outbound.proxy().names);
-        wants(&self.legs.first) || self.legs.others.iter().any(wants)
+        wants(&self.leg) || self.others.as_slice().iter().any(wants)
     }
 
-    /// Connects on behalf of `client`, to the destination of this name where it has one; within the connect time-out, of which each way that is left
-    /// has its part. Tells by which way.
+    /// Connects on behalf of the client of `record`, to its destination, of this name where it has
+    /// one; within the connect time-out, of which each way that is left has its part. Tells by which way.
+    ///
+    /// Once: a way that has failed is not tried again.
     pub(super) async fn connect(
-        self,
-        worker: &Worker,
-        ends: (ClientAddr, OrigDst),
+        &mut self,
+        record: &Record,
         name: Option<&str>,
     ) -> Result<(Wire, Hop), ConnectError> {
-        let Self { legs, mut socket } = self;
+        let worker = record.worker();
         let mut now = Instant::now();
         let end = now + worker.shared.timeouts.connect;
-        let mut left = u32::try_from(legs.others.len()).unwrap_or(u32::MAX).saturating_add(1);
-        let mut legs = legs.into_iter();
         loop {
-            let Some(leg) = legs.next() else { return Err(Direct::too_slow()) };
+            let left = u32::try_from(self.others.len()).unwrap_or(u32::MAX).saturating_add(1);
             let until = now + end.saturating_duration_since(now) / left;
-            left -= 1;
-            match leg.connect(worker, socket.take(), (ends, name), until).await {
-                Ok(wire) => return Ok((wire, leg.hop)),
-                Err(error) if error.reason == Reason::Proxy && left > 0 => {
-                    worker.stats().connect_failed_over.inc();
-                    tracing::debug!("{} to {} by {}: {error}; trying another", ends.0, ends.1, leg.hop);
-                    now = Instant::now();
-                }
-                Err(error) => {
-                    tracing::debug!("{} to {} by {}: {error}", ends.0, ends.1, leg.hop);
-                    return Err(error);
-                }
-            }
+            let attempt = self.leg.connect(record, &mut self.begun, name);
+            let error = match timeout_at(until, attempt).await.unwrap_or_else(|_| self.leg.too_slow()) {
+                Ok(wire) => return Ok((wire, self.leg.hop.clone())),
+                Err(error) => error,
+            };
+            let other = (error.reason == Reason::Proxy).then(|| self.others.next()).flatten();
+            let (client, destination, hop) = (record.client, record.destination, &self.leg.hop);
+            let Some(other) = other else {
+                tracing::debug!("{client} to {destination} by {hop}: {error}");
+                return Err(error);
+            };
+            worker.stats().connect_failed_over.inc();
+            tracing::debug!("{client} to {destination} by {hop}: {error}; trying another");
+            self.leg = other;
+            now = Instant::now();
         }
     }
 }
@@ -192,37 +211,46 @@ impl Exit {
 impl Leg {
     async fn connect(
         &self,
-        worker: &Worker,
-        socket: Option<Result<UpstreamSocket, ConnectError>>,
-        ((client, destination), name): ((ClientAddr, OrigDst), Option<&str>),
-        until: Instant,
+        record: &Record,
+        begun: &mut Option<Result<Begun, ConnectError>>,
+        name: Option<&str>,
     ) -> Result<Wire, ConnectError> {
-        let (socket, stats) = (socket.transpose()?, worker.stats());
         match &self.hop {
             Hop::Straight(to) => {
-                let socket = socket.map_or_else(|| self.direct.socket(*to), Ok)?;
-                let attempt = async {
-                    let mut stream = self.direct.connect(socket, client, *to, stats).await?;
-                    let header = announce::of_stream(self.send_proxy, client, destination);
-                    if !header.is_empty() {
-                        let sent = stream.write_all(&header).await;
-                        sent.map_err(|source| SocketError { call: "write", source })?;
-                    }
-                    Ok(Wire::Plain(stream))
+                let connecting = if let Some(Begun::Straight(connecting)) = begun.take().transpose()? {
+                    connecting
+                } else {
+                    let stats = record.worker().stats();
+                    self.direct.connect(self.direct.socket(*to)?, record.client, *to, stats)?
                 };
-                timeout_at(until, attempt).await.unwrap_or_else(|_| Err(Direct::too_slow()))
+                let mut stream = connecting.made().await?;
+                let header = announce::of_stream(self.send_proxy, record.client, record.destination);
+                if !header.is_empty() {
+                    let sent = stream.write_all(&header).await;
+                    sent.map_err(|source| SocketError { call: "write", source })?;
+                }
+                Ok(Wire::Plain(stream))
             }
             Hop::Through(outbound) => {
+                let socket = match begun.take().transpose()? {
+                    Some(Begun::Through(socket)) => Some(socket),
+                    _ => None,
+                };
                 let name = name.filter(|_| outbound.proxy().names);
-                let to = Destination::of(destination.get(), name);
-                let errand = Errand { direct: &self.direct, client, stats };
+                let to = Destination::of(record.destination.get(), name);
+                let errand =
+                    Errand { direct: &self.direct, client: record.client, stats: record.worker().stats() };
                 // In a box: it is large, and most connections do without.
-                let attempt = Box::pin(outbound.connect(errand, socket, to));
-                match timeout_at(until, attempt).await {
-                    Ok(outcome) => outcome,
-                    Err(_) => outbound.judge(Err(Outbound::too_slow())),
-                }
+                Box::pin(outbound.connect(errand, socket, to)).await
             }
+        }
+    }
+
+    /// What it is when it has not answered in time.
+    fn too_slow<T>(&self) -> Result<T, ConnectError> {
+        match &self.hop {
+            Hop::Straight(_) => Err(Direct::too_slow()),
+            Hop::Through(outbound) => outbound.judge(Err(Outbound::too_slow())),
         }
     }
 }

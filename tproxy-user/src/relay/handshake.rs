@@ -26,7 +26,7 @@ use super::exit::{Exit, Legs};
 use super::record::{End, Protocol, Record};
 use super::refusal::{Refusal, RefusalSender};
 use super::syn::Syn;
-use super::tcp::{Connection, Shares, relay};
+use super::tcp::{Both, Connection, Shares, relay};
 use crate::addr::{ClientAddr, OrigDst};
 use crate::limits::Alarm;
 use crate::sockopt;
@@ -199,14 +199,14 @@ fn room(worker: &Worker, handshakes: &Handshakes) -> Option<OwnedSemaphorePermit
 /// One connection from its SYN to its relay.
 async fn serve(
     worker: Rc<Worker>,
-    (open, exit): (Open, Exit),
+    (open, mut exit): (Open, Exit),
     record: Record,
     mut claimed: oneshot::Receiver<Connection>,
     shares: Shares,
 ) {
     let Some(handshakes) = &worker.handshakes else { return };
     let connected = tokio::select! {
-        connected = exit.connect(&worker, open.key, None) => connected,
+        connected = exit.connect(&record, None) => connected,
         // Nobody can claim what was not let in: the run is over.
         _ = &mut claimed => return,
     };
@@ -226,7 +226,7 @@ async fn serve(
     // may be lost and repeated just as well.
     let claimed = tokio::time::timeout(worker.shared.timeouts.connect, claimed).await;
     if let Ok(Ok(client_side)) = claimed {
-        return relay(client_side, upstream_side, record, shares);
+        return relay(Both { client_side, upstream_side, record, shares });
     }
     open.forget(handshakes);
     record.ends(End::ClientGone);

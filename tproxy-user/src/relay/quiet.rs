@@ -17,7 +17,7 @@ use tokio::time::{Instant, sleep_until};
 use self::queue::Queue;
 use super::copy::Ending;
 use super::record::{End, Record};
-use super::tcp::{Connection, Shares, relay};
+use super::tcp::{Both, Connection, Shares, relay};
 use crate::memory;
 use crate::sockopt;
 use crate::wire::Wire;
@@ -69,7 +69,7 @@ impl Quiet {
         };
         match (back(self.client_side), back(self.upstream_side)) {
             (Ok(client_side), Ok(upstream_side)) => {
-                relay(client_side, upstream_side, self.record, self.shares);
+                relay(Both { client_side, upstream_side, record: self.record, shares: self.shares });
             }
             (Err(error), _) | (_, Err(error)) => {
                 let worker = self.record.worker();

@@ -64,9 +64,9 @@ pub(crate) enum Protocol {
 pub(crate) struct Record {
     worker: Rc<Worker>,
     protocol: Protocol,
-    client: ClientAddr,
+    pub(super) client: ClientAddr,
     /// Of a UDP flow the first.
-    destination: OrigDst,
+    pub(super) destination: OrigDst,
     /// The rule that says where it goes; of a UDP flow the first.
     pub(crate) rule: Cell<Option<u16>>,
     begun: Instant,

@@ -1,5 +1,6 @@
 //! Accepts TCP connections and relays each to its original destination.
 
+use std::future::poll_fn;
 use std::io;
 use std::net::SocketAddr;
 use std::ops::Deref;
@@ -9,11 +10,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::FutureExt as _;
+use futures_util::future::OptionFuture;
 use tokio::io::unix::AsyncFd;
 use tokio::net::TcpStream;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::error::SendError;
 use tokio::task::{spawn_local, yield_now};
+use tokio::time::sleep;
 use tproxy_common::abi::TCP;
 
 use super::Worker;
@@ -38,6 +41,20 @@ const PAUSE: (Duration, Duration) = (Duration::from_millis(10), Duration::from_s
 /// Connections taken from the queue when the run ends: they were acknowledged, so
 /// their clients believe themselves connected. It is the usual `net.core.somaxconn`.
 const LAST: usize = 4096;
+
+/// Shorter than any time-out of a connection, but for those that are configured to be shorter.
+const TICK: Duration = Duration::from_secs(1);
+
+/// Keeps a timer going that is shorter than those of connections, while such begin.
+///
+/// A timer that is due before all that the runtime knew of when it last waited has it interrupt
+/// its wait, for which it writes to itself: two system calls more, where connections come one by one.
+pub(crate) async fn tick(worker: Rc<Worker>) {
+    loop {
+        worker.begun.notified().await;
+        sleep(TICK).await;
+    }
+}
 
 /// Accepts until the run ends, each connection in a task of its own.
 pub(crate) async fn listen(worker: Rc<Worker>, listener: AsyncFd<OwnedFd>, end: impl Future<Output = ()>) {
@@ -95,7 +112,7 @@ async fn accept_all(worker: &Rc<Worker>, listener: &AsyncFd<OwnedFd>) {
                     worker.stats().accept_exhausted.inc();
                     worker.shared.report_exhaustion("cannot accept connections", &error);
                     drop(permit);
-                    tokio::time::sleep(pause).await;
+                    sleep(pause).await;
                     pause = (pause * 2).min(PAUSE.1);
                 }
             }
@@ -170,74 +187,121 @@ fn admit(
     let Some(slot) = worker.shared.admit(client, &stats.client_limit_tcp) else { return };
     let Some(permit) = permit.or_else(|| worker.try_permit()) else { return };
     let record = Record::new(worker, Protocol::Tcp, client, destination, route.rule);
-    // Before another is accepted, which would take the descriptor.
-    let exit = legs.map(|legs| Exit::open(worker, legs));
-    let task = serve(Rc::clone(worker), stream, record, (client, destination, exit), (permit, slot));
-    let mut task = Box::pin(task);
-    // Not spawned first, which would have it wait for what other connections do: it is
-    // connecting meanwhile.
-    if (&mut task).now_or_never().is_none() {
-        drop(spawn_local(task));
-    }
+    // Before another is accepted, which would take the descriptor; and not by its task, which
+    // would wait for what other connections do: it is connecting meanwhile.
+    let exit = legs.map(|legs| Exit::begin(worker, client, legs));
+    // First the one, then the other, in the same memory.
+    let task =
+        connected(stream, record, exit, (permit, slot)).then(|both| OptionFuture::from(both.map(copied)));
+    drop(spawn_local(Box::pin(task.map(drop))));
+    worker.begun.notify_one();
 }
 
 /// The parts of the limits that one connection has.
 pub(super) type Shares = (OwnedSemaphorePermit, ClientSlot);
 
-/// One connection from its acceptance to its relay; without an exit it is asked about first.
-async fn serve(
-    worker: Rc<Worker>,
+/// Both sides of a connection.
+pub(super) struct Both {
+    pub(super) client_side: Connection,
+    pub(super) upstream_side: Connection,
+    pub(super) record: Record,
+    pub(super) shares: Shares,
+}
+
+/// One connection from its acceptance to its relay; `None`: it has ended before.
+#[expect(clippy::manual_async_fn, reason = "what it is given would be in the future twice")]
+fn connected(
     client_side: Connection,
     record: Record,
-    (client, destination, mut exit): (ClientAddr, OrigDst, Option<Exit>),
+    mut exit: Option<Exit>,
     shares: Shares,
-) {
-    let stats = worker.stats();
+) -> impl Future<Output = Option<Both>> {
+    async move {
+        match connect(&client_side, &record, &mut exit).await {
+            Ok(upstream_side) => Some(Both { client_side, upstream_side, record, shares }),
+            Err(end) => {
+                record.ends(end);
+                None
+            }
+        }
+    }
+}
+
+/// Connects to upstream by `exit`; without one it is asked about first.
+async fn connect(
+    client_side: &Connection,
+    record: &Record,
+    exit: &mut Option<Exit>,
+) -> Result<Connection, End> {
     let mut name = None;
     if exit.as_ref().is_none_or(Exit::asks_by_name) {
-        stats.tcp_asked.inc();
-        name = match ask::name(client_side.socket()).await {
-            Ok(name) => name,
-            Err(_) => return record.ends(End::ClientGone),
-        };
-        if name.is_some() {
-            stats.tcp_named.inc();
-        }
+        // In a box: most connections do without.
+        name = Box::pin(ask(client_side, record)).await.map_err(|_| End::ClientGone)?;
     }
     if exit.is_none() {
-        let route = worker.shared.routes.decide(TCP, client, destination, name.as_deref(), stats);
-        tracing::debug!("{client} to {destination}: for {name:?}, so {:?}", route.way);
-        record.rule.set(route.rule);
-        exit = Legs::of(&worker, route.way, client, destination).map(|legs| Exit::open(&worker, legs));
+        *exit = decide(record, name.as_deref());
     }
     // A connection that its client believes in can only be reset, whatever a rule says.
-    let Some(exit) = exit else { return record.ends(End::Rejected) };
+    let exit = exit.as_mut().ok_or(End::Rejected)?;
     let connected = tokio::select! {
         biased;
-        connected = exit.connect(&worker, (client, destination), name.as_deref()) => connected,
-        () = reset(client_side.socket()) => return record.ends(End::ClientGone),
+        connected = exit.connect(record, name.as_deref()) => connected,
+        () = gone(client_side.socket()) => return Err(End::ClientGone),
     };
-    let (upstream_side, hop) = match connected {
-        Ok((wire, hop)) => (Connection::new(wire), hop),
-        Err(error) => {
-            if let Some(error) = error.exhaustion() {
-                worker.shared.report_exhaustion("cannot connect", error);
-            }
-            return record.ends(End::NotConnected(error.reason));
+    let (wire, hop) = connected.map_err(|error| {
+        if let Some(error) = error.exhaustion() {
+            record.worker().shared.report_exhaustion("cannot connect", error);
         }
-    };
+        End::NotConnected(error.reason)
+    })?;
     record.connected(hop);
     if !client_side.is_readable().await {
-        sockopt::acknowledge(upstream_side.socket());
+        sockopt::acknowledge(wire.socket());
     }
-    relay(client_side, upstream_side, record, shares);
+    Ok(Connection::new(wire))
+}
+
+/// The name that a connection is for.
+async fn ask(client_side: &Connection, record: &Record) -> io::Result<Option<String>> {
+    let stats = record.worker().stats();
+    stats.tcp_asked.inc();
+    let name = ask::name(client_side.socket()).await?;
+    if name.is_some() {
+        stats.tcp_named.inc();
+    }
+    Ok(name)
+}
+
+/// Where a connection goes that was asked about.
+fn decide(record: &Record, name: Option<&str>) -> Option<Exit> {
+    let (worker, client, destination) = (record.worker(), record.client, record.destination);
+    let route = worker.shared.routes.decide(TCP, client, destination, name, worker.stats());
+    tracing::debug!("{client} to {destination}: for {name:?}, so {:?}", route.way);
+    record.rule.set(route.rule);
+    Legs::of(worker, route.way, client, destination).map(|legs| Exit::begin(worker, client, legs))
+}
+
+/// Waits until a client has reset its connection.
+async fn gone(stream: &TcpStream) {
+    // After a reset there is something to read, which costs less to wait for; and is waited for by
+    // nobody else.
+    if poll_fn(|cx| stream.poll_read_ready(cx)).await.is_ok() {
+        // In a box: most connections are made before anything comes.
+        Box::pin(reset(stream)).await;
+    }
+}
+
+/// Relays in a task of its own.
+pub(super) fn relay(both: Both) {
+    drop(spawn_local(copied(both)));
 }
 
 /// Copies between the two sides until their end, which is passed on.
 ///
-/// In a task of its own: the one that has made the connection takes several times the memory.
-pub(super) fn relay(client_side: Connection, upstream_side: Connection, record: Record, shares: Shares) {
-    drop(spawn_local(async move {
+/// What it is given is in the future once, not as arguments too.
+fn copied(both: Both) -> impl Future<Output = ()> {
+    let Both { client_side, upstream_side, record, shares } = both;
+    async move {
         let worker = record.worker();
         let (patience, stats) = (&worker.shared.patience, worker.stats());
         let totals = (&stats.tcp_bytes_up, &stats.tcp_bytes_down);
@@ -264,7 +328,7 @@ pub(super) fn relay(client_side: Connection, upstream_side: Connection, record: 
                 }
             }
         }
-    }));
+    }
 }
 
 /// A connection that is reset when it is dropped, however that comes about, unless its end

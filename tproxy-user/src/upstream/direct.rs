@@ -1,10 +1,12 @@
 //! Straight to the destination, with the source address that was asked for.
 
+use std::future::poll_fn;
 use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use tokio::io::Interest;
+use futures_util::FutureExt as _;
+use tokio::io::{Interest, Ready};
 use tokio::net::{TcpStream, UdpSocket};
 
 use super::{ConnectError, Reason};
@@ -33,7 +35,7 @@ impl Direct {
         Ok(UpstreamSocket::tcp(to.get(), self.mark)?)
     }
 
-    /// Connects `socket`, or another where that cannot have a source port, to `to` on behalf
+    /// Has `socket`, or another where that cannot have a source port, connect to `to` on behalf
     /// of `client`.
     ///
     /// Where the preferred source port is taken others are tried, and that is counted: with
@@ -42,18 +44,18 @@ impl Direct {
     /// ports, which one busy client can use up); then ports out of the kernel's range.
     ///
     /// # Errors
-    /// [`ConnectError`] with the reason. There is no time-out here.
-    pub async fn connect(
+    /// [`ConnectError`] with the reason, where it is known at once. Must be called within a tokio runtime.
+    pub fn connect(
         &self,
         socket: UpstreamSocket,
         client: ClientAddr,
         to: UpstreamAddr,
         stats: &WorkerStats,
-    ) -> Result<TcpStream, ConnectError> {
+    ) -> Result<Connecting, ConnectError> {
         if self.source == SourceMode::Proxy {
-            return connect_from(socket, None, to).await;
+            return Connecting::from(socket, None, to);
         }
-        let mut result = connect_from(socket, Some(self.preferred(client)), to).await;
+        let mut result = Connecting::from(socket, Some(self.preferred(client)), to);
         let mut others = self.alternatives(client);
         let mut counted = false;
         while matches!(&result, Err(error) if error.reason == Reason::NoSource) {
@@ -61,7 +63,7 @@ impl Direct {
             if !std::mem::replace(&mut counted, true) {
                 stats.source_port_fallbacks.inc();
             }
-            result = connect_from(self.socket(to)?, Some(source), to).await;
+            result = Connecting::from(self.socket(to)?, Some(source), to);
         }
         result
     }
@@ -113,29 +115,49 @@ impl Direct {
     }
 }
 
-async fn connect_from(
-    socket: UpstreamSocket,
-    source: Option<SocketAddr>,
-    to: UpstreamAddr,
-) -> Result<TcpStream, ConnectError> {
-    if let Some(source) = source {
-        socket.bind_tcp_source(source)?;
+/// A connection that is being made.
+#[derive(Debug)]
+pub struct Connecting {
+    stream: TcpStream,
+    may_meet_itself: bool,
+}
+
+impl Connecting {
+    fn from(
+        socket: UpstreamSocket,
+        source: Option<SocketAddr>,
+        to: UpstreamAddr,
+    ) -> Result<Self, ConnectError> {
+        if let Some(source) = source {
+            socket.bind_tcp_source(source)?;
+        }
+        let stream = TcpStream::from_std(socket.connect(to.get())?)
+            .map_err(|source| SocketError { call: "epoll_ctl", source })?;
+        Ok(Self { stream, may_meet_itself: source.is_none_or(|source| source.ip() == to.ip()) })
     }
-    let failed = |source| SocketError { call: "connect", source };
-    let stream = TcpStream::from_std(socket.connect(to.get())?)
-        .map_err(|source| SocketError { call: "epoll_ctl", source })?;
-    let ready = stream.ready(Interest::WRITABLE | Interest::ERROR).await.map_err(failed)?;
-    // Asked for only where there is one: a system call less.
-    if ready.is_error() || ready.is_write_closed() {
-        let error = stream.take_error().map_err(failed)?;
-        return Err(failed(error.unwrap_or_else(|| io::ErrorKind::ConnectionReset.into())).into());
+
+    /// Waits until it is made.
+    ///
+    /// # Errors
+    /// [`ConnectError`] with the reason. There is no time-out here.
+    pub async fn made(self) -> Result<TcpStream, ConnectError> {
+        let failed = |source| SocketError { call: "connect", source };
+        // As one who waits for the socket alone, which costs less than as one of many.
+        poll_fn(|cx| self.stream.poll_write_ready(cx)).await.map_err(failed)?;
+        let ready = self.stream.ready(Interest::WRITABLE | Interest::ERROR).now_or_never();
+        let ready = ready.transpose().map_err(failed)?.unwrap_or(Ready::WRITABLE);
+        // Asked for only where there is one: a system call less.
+        if ready.is_error() || ready.is_write_closed() {
+            let error = self.stream.take_error().map_err(failed)?;
+            return Err(failed(error.unwrap_or_else(|| io::ErrorKind::ConnectionReset.into())).into());
+        }
+        if self.may_meet_itself && is_self_connected(&self.stream) {
+            sockopt::reset_on_close(&self.stream);
+            let source = io::Error::from_raw_os_error(libc::ECONNREFUSED);
+            return Err(SocketError { call: "connect", source }.into());
+        }
+        Ok(self.stream)
     }
-    if source.is_none_or(|source| source.ip() == to.ip()) && is_self_connected(&stream) {
-        sockopt::reset_on_close(&stream);
-        let source = io::Error::from_raw_os_error(libc::ECONNREFUSED);
-        return Err(SocketError { call: "connect", source }.into());
-    }
-    Ok(stream)
 }
 
 fn with_port(client: ClientAddr, port: u16) -> SocketAddr {

@@ -279,7 +279,7 @@ impl Outbound {
             let server = self.address().await?;
             (server, errand.direct.socket(server)?)
         };
-        errand.direct.connect(socket, errand.client, server, errand.stats).await
+        errand.direct.connect(socket, errand.client, server, errand.stats)?.made().await
     }
 
     /// Notes, and says once, that the server does not do its part, or does so again.

@@ -10,7 +10,7 @@ use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 
-use super::{Side, reset};
+use super::{Side, is_reset, reset};
 use crate::relay::pipe::Pipe;
 use crate::relay::pool::{Buffer, Pool};
 use crate::sockopt;
@@ -113,6 +113,10 @@ impl<'a> Direction<'a> {
             return result;
         }
         let from = self.from;
+        // Nobody waits for it any more.
+        if last && !self.is_open() && self.reset.is_none() && !is_reset(from.socket()) {
+            return result;
+        }
         let watch = self.reset.get_or_insert_with(|| Box::pin(reset(from.socket())));
         ready!(watch.as_mut().poll(cx));
         self.reset = None;
