@@ -83,21 +83,28 @@ fn accept(listener: &Socket, epoll: &Epoll, connections: &mut Slab<Connection>) 
         accepted => accepted?,
     };
     let to = client.local_addr()?;
-    let server = Socket::new(Domain::IPV4, Type::STREAM.nonblocking().cloexec(), None)?;
-    server.set_tcp_nodelay(true)?;
-    server.set_ip_transparent_v4(true)?;
-    setsockopt(&server, sockopt::IpBindAddressNoPort, &true)?;
-    let mut source = from.as_socket().ok_or(ErrorKind::Unsupported)?;
-    source.set_port(0);
-    server.bind(&SocketAddr::into(source))?;
-    match server.connect(&to) {
-        Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => return Err(error),
-        _ => {}
-    }
+    let (Some(from), Some(to)) = (from.as_socket(), to.as_socket()) else {
+        return Err(ErrorKind::Unsupported.into());
+    };
+    let server = begin(from, to)?;
     let entry = connections.vacant_entry();
     watch(epoll, &server, entry.key(), SERVER)?;
     entry.insert(Connection { sockets: [client, server], connected: false, ended: [false; 2] });
     Ok(())
+}
+
+/// Begins to connect to where a client wanted to go, as that client.
+pub(crate) fn begin(mut from: SocketAddr, to: SocketAddr) -> io::Result<Socket> {
+    let server = Socket::new(Domain::IPV4, Type::STREAM.nonblocking().cloexec(), None)?;
+    server.set_tcp_nodelay(true)?;
+    server.set_ip_transparent_v4(true)?;
+    setsockopt(&server, sockopt::IpBindAddressNoPort, &true)?;
+    from.set_port(0);
+    server.bind(&from.into())?;
+    match server.connect(&to.into()) {
+        Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => Err(error),
+        _ => Ok(server),
+    }
 }
 
 fn watch(epoll: &Epoll, socket: &Socket, key: usize, side: usize) -> io::Result<()> {

@@ -14,6 +14,7 @@ mod forward;
 mod ring;
 mod sockmap;
 mod splice;
+mod tasks;
 mod zerocopy;
 
 use std::io;
@@ -45,6 +46,9 @@ enum Command {
         /// Threads, each with a listener of its own
         #[arg(long, default_value_t = 2)]
         threads: usize,
+        /// With a runtime (tokio) and a task for each connection
+        #[arg(long)]
+        tasks: bool,
     },
     /// Forwards IPv4 packets between two devices, for ever
     Forward { one: String, another: String },
@@ -86,7 +90,8 @@ enum Mover {
 fn main() -> ExitCode {
     let done = match Command::parse() {
         Command::Relay(relay) => run(&relay),
-        Command::Connections { port, threads } => connections::run(port, threads),
+        Command::Connections { port, threads, tasks: true } => tasks::run(port, threads),
+        Command::Connections { port, threads, tasks: false } => connections::run(port, threads),
         Command::Forward { one, another } => forward::run([&one, &another]),
     };
     match done {

@@ -122,9 +122,9 @@ impl Case {
     pub(crate) const fn is_for_asked(self, peer: Peer) -> bool {
         match (self, peer) {
             (Self::Connect | Self::Exchange | Self::Bulk, Peer::OneWorker)
-            | (Self::Connect | Self::Exchange | Self::Steering, Peer::ExpConnections)
+            | (Self::Connect | Self::Exchange | Self::Steering, Peer::ExpConnections | Peer::ExpTasks)
             | (Self::UdpExchange | Self::UdpSend, Peer::ExpForward) => true,
-            (Self::Bulk | Self::BulkPlain, Peer::ExpConnections) => false,
+            (Self::Bulk | Self::BulkPlain, Peer::ExpConnections | Peer::ExpTasks) => false,
             (Self::Bulk | Self::BulkPlain, _) => peer.is_experiment(),
             _ => false,
         }

@@ -77,6 +77,8 @@ pub(crate) enum Peer {
     ExpIoUringSplice,
     /// Another: new connections, by the fewest system calls
     ExpConnections,
+    /// Another: new connections, a task for each on the runtime that tproxy has (tokio)
+    ExpTasks,
     /// Another, without iptables: a program at TC forwards, nothing is relayed
     ExpForward,
 }
@@ -106,6 +108,7 @@ impl Peer {
             Self::ExpIoUring => "exp-io-uring",
             Self::ExpIoUringSplice => "exp-io-uring-splice",
             Self::ExpConnections => "exp-connections",
+            Self::ExpTasks => "exp-tasks",
             Self::ExpForward => "exp-forward",
         }
     }
@@ -141,6 +144,7 @@ impl Peer {
                 | Self::ExpIoUring
                 | Self::ExpIoUringSplice
                 | Self::ExpConnections
+                | Self::ExpTasks
                 | Self::ExpForward
         )
     }
@@ -167,7 +171,7 @@ impl Peer {
     pub(crate) const fn keeps_source(self) -> bool {
         match self {
             Self::Redsocks | Self::V2ray | Self::Shadowsocks => false,
-            Self::ExpConnections => true,
+            Self::ExpConnections | Self::ExpTasks => true,
             _ => !self.is_experiment(),
         }
     }
@@ -221,7 +225,8 @@ impl Peer {
             Self::ExpSockmap => experiment::relay(lab, programs, "sockmap"),
             Self::ExpIoUring => experiment::relay(lab, programs, "io-uring"),
             Self::ExpIoUringSplice => experiment::relay(lab, programs, "io-uring-splice"),
-            Self::ExpConnections => experiment::connections(lab, programs),
+            Self::ExpConnections => experiment::connections(lab, programs, &[]),
+            Self::ExpTasks => experiment::connections(lab, programs, &["--tasks"]),
             Self::ExpForward => experiment::forward(lab, programs),
         }
     }

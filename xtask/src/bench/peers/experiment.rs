@@ -17,10 +17,10 @@ pub(super) fn relay(lab: &Lab, programs: &Programs, mover: &str) -> Result<Runni
     Ok(Running::of(daemon))
 }
 
-/// New connections by the fewest system calls.
-pub(super) fn connections(lab: &Lab, programs: &Programs) -> Result<Running> {
+/// New connections by the fewest system calls, or with a task for each.
+pub(super) fn connections(lab: &Lab, programs: &Programs, how: &[&str]) -> Result<Running> {
     rules::tproxy_tcp(lab)?;
-    let command = command(lab, programs)?.args(["connections", "--port", &PORT.to_string()]);
+    let command = command(lab, programs)?.args(["connections", "--port", &PORT.to_string()]).args(how);
     let mut daemon = Daemon::start(lab, "tproxy-experiments", &command)?;
     daemon.wait_bound(&lab.router, Protocol::Tcp, PORT)?;
     Ok(Running::of(daemon))
