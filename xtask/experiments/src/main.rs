@@ -10,6 +10,7 @@ mod bpf;
 mod connections;
 mod copy;
 mod events;
+mod flows;
 mod forward;
 mod ring;
 mod sockmap;
@@ -49,6 +50,16 @@ enum Command {
         /// With a runtime (tokio) and a task for each connection
         #[arg(long)]
         tasks: bool,
+    },
+    /// Relays UDP flows with the fewest system calls, to their original destination and as their
+    /// client, which takes `CAP_NET_ADMIN` (`IP_TRANSPARENT`) and `CAP_NET_RAW`
+    Flows {
+        /// The port to listen on
+        #[arg(long)]
+        port: u16,
+        /// Threads, each with a listener of its own
+        #[arg(long, default_value_t = 2)]
+        threads: usize,
     },
     /// Forwards IPv4 packets between two devices, for ever
     Forward { one: String, another: String },
@@ -92,6 +103,7 @@ fn main() -> ExitCode {
         Command::Relay(relay) => run(&relay),
         Command::Connections { port, threads, tasks: true } => tasks::run(port, threads),
         Command::Connections { port, threads, tasks: false } => connections::run(port, threads),
+        Command::Flows { port, threads } => flows::run(port, threads),
         Command::Forward { one, another } => forward::run([&one, &another]),
     };
     match done {

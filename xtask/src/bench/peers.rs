@@ -79,6 +79,8 @@ pub(crate) enum Peer {
     ExpConnections,
     /// Another: new connections, a task for each on the runtime that tproxy has (tokio)
     ExpTasks,
+    /// Another: new UDP flows, by the fewest system calls
+    ExpFlows,
     /// Another, without iptables: a program at TC forwards, nothing is relayed
     ExpForward,
 }
@@ -109,6 +111,7 @@ impl Peer {
             Self::ExpIoUringSplice => "exp-io-uring-splice",
             Self::ExpConnections => "exp-connections",
             Self::ExpTasks => "exp-tasks",
+            Self::ExpFlows => "exp-flows",
             Self::ExpForward => "exp-forward",
         }
     }
@@ -145,6 +148,7 @@ impl Peer {
                 | Self::ExpIoUringSplice
                 | Self::ExpConnections
                 | Self::ExpTasks
+                | Self::ExpFlows
                 | Self::ExpForward
         )
     }
@@ -164,14 +168,18 @@ impl Peer {
 
     /// Whether UDP does.
     pub(crate) const fn relays_udp(self) -> bool {
-        self.relays() && !self.is_experiment() && !matches!(self, Self::Haproxy | Self::Redsocks)
+        match self {
+            Self::ExpFlows => true,
+            Self::Haproxy | Self::Redsocks => false,
+            _ => self.relays() && !self.is_experiment(),
+        }
     }
 
     /// Whether servers see the client's address.
     pub(crate) const fn keeps_source(self) -> bool {
         match self {
             Self::Redsocks | Self::V2ray | Self::Shadowsocks => false,
-            Self::ExpConnections | Self::ExpTasks => true,
+            Self::ExpConnections | Self::ExpTasks | Self::ExpFlows => true,
             _ => !self.is_experiment(),
         }
     }
@@ -227,6 +235,7 @@ impl Peer {
             Self::ExpIoUringSplice => experiment::relay(lab, programs, "io-uring-splice"),
             Self::ExpConnections => experiment::connections(lab, programs, &[]),
             Self::ExpTasks => experiment::connections(lab, programs, &["--tasks"]),
+            Self::ExpFlows => experiment::flows(lab, programs),
             Self::ExpForward => experiment::forward(lab, programs),
         }
     }

@@ -26,6 +26,15 @@ pub(super) fn connections(lab: &Lab, programs: &Programs, how: &[&str]) -> Resul
     Ok(Running::of(daemon))
 }
 
+/// New UDP flows by the fewest system calls.
+pub(super) fn flows(lab: &Lab, programs: &Programs) -> Result<Running> {
+    rules::tproxy(lab)?;
+    let command = command(lab, programs)?.args(["flows", "--port", &PORT.to_string()]);
+    let mut daemon = Daemon::start(lab, "tproxy-experiments", &command)?;
+    daemon.wait_bound(&lab.router, Protocol::Udp, PORT)?;
+    Ok(Running::of(daemon))
+}
+
 /// Forwarding at TC, where the router itself forwards nothing.
 pub(super) fn forward(lab: &Lab, programs: &Programs) -> Result<Running> {
     lab.router.set_sysctls(&[("net/ipv4/ip_forward", "0")])?;
