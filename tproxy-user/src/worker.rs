@@ -182,7 +182,6 @@ fn run(index: usize, parts: Parts, shared: Arc<Shared>, mut shutdown: Shutdown) 
             handshakes.map(|(syns, refusals)| Handshakes::new(syns, refusals)),
         );
         let flows = Flows::new(&worker, replies);
-        spawn_local(relay::tcp::tick(Rc::clone(&worker)));
         let accepting: Vec<_> = tcp
             .into_iter()
             .map(|listener| {

@@ -169,8 +169,6 @@ pub(crate) struct Worker {
     reserve: Reserve,
     /// For one packet at a time; never borrowed while a task waits.
     packet: RefCell<Box<[u8]>>,
-    /// A connection has begun.
-    begun: Notify,
     draining: Cell<bool>,
     /// While draining: a connection or flow has ended.
     ended: Notify,
@@ -198,7 +196,6 @@ impl Worker {
             quiet,
             reserve,
             packet: RefCell::new(vec![0; 1 << 16].into()),
-            begun: Notify::new(),
             draining: Cell::new(false),
             ended: Notify::new(),
         })

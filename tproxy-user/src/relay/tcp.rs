@@ -42,20 +42,6 @@ const PAUSE: (Duration, Duration) = (Duration::from_millis(10), Duration::from_s
 /// their clients believe themselves connected. It is the usual `net.core.somaxconn`.
 const LAST: usize = 4096;
 
-/// Shorter than any time-out of a connection, but for those that are configured to be shorter.
-const TICK: Duration = Duration::from_secs(1);
-
-/// Keeps a timer going that is shorter than those of connections, while such begin.
-///
-/// A timer that is due before all that the runtime knew of when it last waited has it interrupt
-/// its wait, for which it writes to itself: two system calls more, where connections come one by one.
-pub(crate) async fn tick(worker: Rc<Worker>) {
-    loop {
-        worker.begun.notified().await;
-        sleep(TICK).await;
-    }
-}
-
 /// Accepts until the run ends, each connection in a task of its own.
 pub(crate) async fn listen(worker: Rc<Worker>, listener: AsyncFd<OwnedFd>, end: impl Future<Output = ()>) {
     tokio::select! {
@@ -194,7 +180,6 @@ fn admit(
     let task =
         connected(stream, record, exit, (permit, slot)).then(|both| OptionFuture::from(both.map(copied)));
     drop(spawn_local(Box::pin(task.map(drop))));
-    worker.begun.notify_one();
 }
 
 /// The parts of the limits that one connection has.
