@@ -67,7 +67,7 @@ impl Turn {
         let now = Instant::now();
         Self {
             ends: Cell::new(now + LENGTH),
-            pauses_at: Cell::new(now),
+            pauses_at: Cell::new(now + PAUSE),
             rested: Cell::new(0),
             sleeps: Cell::new(sleeps()),
             slices: Cell::new(Slices::Usual),

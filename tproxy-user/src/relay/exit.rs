@@ -168,10 +168,15 @@ impl Exit {
         exit
     }
 
-    /// Whether it is worth a look what name the destination has: a server wants to know.
+    /// Whether it is worth a look what name the destination has: a server that is asked before
+    /// anything is tried straight, after which there is no other, wants to know.
     pub(super) fn asks_by_name(&self) -> bool {
-        let wants = |leg: &Leg| matches!(&leg.hop, Hop::Through(outbound) if outbound.proxy().names);
-        wants(&self.leg) || self.others.as_slice().iter().any(wants)
+        let through = |leg: &Leg| match &leg.hop {
+            Hop::Straight(_) => None,
+            Hop::Through(outbound) => Some(outbound.proxy().names),
+        };
+        let legs = std::iter::once(&self.leg).chain(self.others.as_slice());
+        legs.map_while(through).any(|names| names)
     }
 
     /// Connects on behalf of the client of `record`, to its destination, of this name where it has

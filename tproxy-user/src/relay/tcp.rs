@@ -205,7 +205,10 @@ fn connected(
         match connect(&client_side, &record, &mut exit).await {
             Ok(upstream_side) => Some(Both { client_side, upstream_side, record, shares }),
             Err(end) => {
+                // Before its client sees the reset, and comes again.
+                drop(shares);
                 record.ends(end);
+                drop(record);
                 None
             }
         }
