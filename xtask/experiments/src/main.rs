@@ -3,8 +3,8 @@
 //! A relay with one thread: it accepts what is handed to it (iptables TPROXY), connects to where
 //! the client wanted to go, as this host, and moves bytes until both directions have ended.
 //! `cargo xtask bench --cases bulk --peers direct,ebpf,exp-copy,…` measures it. It also forwards
-//! packets without relaying anything, and relays connections with the fewest system calls, to know
-//! what those could reach.
+//! packets without relaying anything, and relays connections and UDP flows with the fewest system
+//! calls, or with a task for each connection, to know what those could reach.
 
 mod bpf;
 mod connections;

@@ -124,7 +124,7 @@ impl Case {
             (Self::Connect | Self::Exchange | Self::Bulk, Peer::OneWorker)
             | (Self::Connect | Self::Exchange | Self::Steering, Peer::ExpConnections | Peer::ExpTasks)
             | (Self::UdpExchange | Self::UdpSend, Peer::ExpForward)
-            | (Self::UdpNew, Peer::ExpFlows) => true,
+            | (Self::UdpNew | Self::UdpExchange, Peer::ExpFlows) => true,
             (Self::Bulk | Self::BulkPlain, Peer::ExpConnections | Peer::ExpTasks | Peer::ExpFlows) => false,
             (Self::Bulk | Self::BulkPlain, _) => peer.is_experiment(),
             _ => false,
