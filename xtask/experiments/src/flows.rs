@@ -1,5 +1,5 @@
-//! The fewest system calls by which new UDP flows can be relayed: what bounds every relay whose
-//! servers see the client's address.
+//! New UDP flows as a program relays them that does nothing else: about what bounds every relay
+//! with a socket for each, as one takes whose servers see the client's address.
 //!
 //! Each flow has a socket of its own, bound to the client's address, and replies go by a raw socket, as
 //! tproxy sends them. Threads with a listener and an epoll instance each. There are no limits, no

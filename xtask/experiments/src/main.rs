@@ -3,8 +3,8 @@
 //! A relay with one thread: it accepts what is handed to it (iptables TPROXY), connects to where
 //! the client wanted to go, as this host, and moves bytes until both directions have ended.
 //! `cargo xtask bench --cases bulk --peers direct,ebpf,exp-copy,…` measures it. It also forwards
-//! packets without relaying anything, and relays connections and UDP flows with the fewest system
-//! calls, or with a task for each connection, to know what those could reach.
+//! packets without relaying anything, and relays connections with the fewest system calls, or a task
+//! for each, and UDP flows, to know what those could reach.
 
 mod bpf;
 mod connections;
@@ -51,8 +51,8 @@ enum Command {
         #[arg(long)]
         tasks: bool,
     },
-    /// Relays UDP flows with the fewest system calls, to their original destination and as their
-    /// client, which takes `CAP_NET_ADMIN` (`IP_TRANSPARENT`) and `CAP_NET_RAW`
+    /// Relays UDP flows and does nothing else, to their original destination and as their client,
+    /// which takes `CAP_NET_ADMIN` (`IP_TRANSPARENT`) and `CAP_NET_RAW`
     Flows {
         /// The port to listen on
         #[arg(long)]

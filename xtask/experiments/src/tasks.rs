@@ -6,14 +6,16 @@
 
 use std::cell::RefCell;
 use std::future::poll_fn;
-use std::io::{self, ErrorKind};
+use std::io;
 use std::net::{Shutdown, SocketAddr};
+use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll};
 use std::thread;
 
 use anyhow::Result;
 use socket2::{SockRef, Socket};
+use tokio::io::{AsyncRead as _, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::{Builder, LocalOptions};
 use tokio::task::spawn_local;
@@ -43,7 +45,7 @@ fn serve(listener: Socket) -> Result<()> {
                 Ok((client, from)) => {
                     let buffer = Rc::clone(&buffer);
                     drop(spawn_local(async move {
-                        if let Err(error) = relay(&client, from, &buffer).await {
+                        if let Err(error) = relay(client, from, &buffer).await {
                             report(&error);
                         }
                     }));
@@ -57,8 +59,8 @@ fn serve(listener: Socket) -> Result<()> {
 /// One for all connections of a thread.
 type Buffer = Rc<RefCell<Vec<u8>>>;
 
-async fn relay(client: &TcpStream, from: SocketAddr, buffer: &Buffer) -> io::Result<()> {
-    let server = TcpStream::from_std(connections::begin(from, client.local_addr()?)?.into())?;
+async fn relay(mut client: TcpStream, from: SocketAddr, buffer: &Buffer) -> io::Result<()> {
+    let mut server = TcpStream::from_std(connections::begin(from, client.local_addr()?)?.into())?;
     poll_fn(|cx| server.poll_write_ready(cx)).await?;
     if let Some(error) = server.take_error()? {
         return Err(error);
@@ -66,7 +68,7 @@ async fn relay(client: &TcpStream, from: SocketAddr, buffer: &Buffer) -> io::Res
     let mut ended = [false; 2];
     poll_fn(|cx| {
         for side in [0, 1] {
-            let (from, to) = if side == 0 { (client, &server) } else { (&server, client) };
+            let (from, to) = if side == 0 { (&mut client, &server) } else { (&mut server, &client) };
             if !ended[side] && copy(from, to, ended[1 - side], &mut buffer.borrow_mut(), cx)?.is_ready() {
                 ended[side] = true;
             }
@@ -77,29 +79,27 @@ async fn relay(client: &TcpStream, from: SocketAddr, buffer: &Buffer) -> io::Res
 }
 
 /// Copies what is there; ready where no more will come, which the other side is told unless it
-/// was the `last` to speak.
+/// was the `last` to speak. After a short read the runtime does not ask again, as it does for all
+/// its streams.
 fn copy(
-    from: &TcpStream,
+    from: &mut TcpStream,
     to: &TcpStream,
     last: bool,
     buffer: &mut [u8],
     cx: &mut Context<'_>,
 ) -> io::Result<Poll<()>> {
     loop {
-        match from.poll_read_ready(cx) {
+        let mut buffer = ReadBuf::new(buffer);
+        match Pin::new(&mut *from).poll_read(cx, &mut buffer) {
             Poll::Pending => return Ok(Poll::Pending),
-            Poll::Ready(ready) => ready?,
+            Poll::Ready(read) => read?,
         }
-        match from.try_read(buffer) {
-            Ok(0) => {
-                if !last {
-                    SockRef::from(to).shutdown(Shutdown::Write)?;
-                }
-                return Ok(Poll::Ready(()));
+        if buffer.filled().is_empty() {
+            if !last {
+                SockRef::from(to).shutdown(Shutdown::Write)?;
             }
-            Ok(read) => to.try_write(&buffer[..read]).map(drop)?,
-            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
-            Err(error) => return Err(error),
+            return Ok(Poll::Ready(()));
         }
+        to.try_write(buffer.filled()).map(drop)?;
     }
 }

@@ -79,7 +79,7 @@ pub(crate) enum Peer {
     ExpConnections,
     /// Another: new connections, a task for each on the runtime that tproxy has (tokio)
     ExpTasks,
-    /// Another: new UDP flows, by the fewest system calls
+    /// Another: UDP flows, with a socket for each and nothing else
     ExpFlows,
     /// Another, without iptables: a program at TC forwards, nothing is relayed
     ExpForward,

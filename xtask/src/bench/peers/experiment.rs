@@ -26,7 +26,7 @@ pub(super) fn connections(lab: &Lab, programs: &Programs, how: &[&str]) -> Resul
     Ok(Running::of(daemon))
 }
 
-/// New UDP flows by the fewest system calls.
+/// UDP flows, with a socket for each and nothing else.
 pub(super) fn flows(lab: &Lab, programs: &Programs) -> Result<Running> {
     rules::tproxy(lab)?;
     let command = command(lab, programs)?.args(["flows", "--port", &PORT.to_string()]);
